@@ -1,0 +1,106 @@
+#include "binding/rank.h"
+
+#include "core/error.h"
+
+namespace lockstep::binding {
+
+struct Rank::Call {
+  std::shared_ptr<Rank> rank;
+  std::function<void()> work;
+  std::function<Napi::Value(Napi::Env)> finish;
+  Napi::Promise::Deferred deferred;
+  std::string code, message;
+};
+
+Napi::Error toJavaScript(Napi::Env env, const std::string& code, const std::string& message) {
+  Napi::Error error = Napi::Error::New(env, message);
+  error.Set("code", Napi::String::New(env, code));
+  return error;
+}
+
+Rank::Rank(Napi::Env env, const RankOptions& options)
+    : kernels_(options.implementation == "reference" ? &kernels::referenceKernels() : &kernels::cpuKernels(options.isa.c_str())),
+      poison_(options.poison),
+      workspace_("workspace", 0),
+      queue_(std::make_unique<Queue>(options.threads, options.scratchBytes)),
+      env_(env),
+      door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}), "lockstep rank", 0, 1)) {
+  // An idle rank does not keep the process alive.
+  door_.Unref(env);
+  napi_add_env_cleanup_hook(env_, &Rank::atExit, this);
+}
+
+Rank::~Rank() {
+  if (hooked_) napi_remove_env_cleanup_hook(env_, &Rank::atExit, this);
+  close();
+}
+
+void Rank::atExit(void* rank) {
+  auto* self = static_cast<Rank*>(rank);
+  self->hooked_ = false;
+  self->close();
+}
+
+void Rank::close() {
+  if (closed_.exchange(true)) return;
+  thread_.close();
+  door_.Release();
+}
+
+Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  auto* call = new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
+  const Napi::Promise promise = call->deferred.Promise();
+  if (pending_++ == 0) door_.Ref(env);
+  const bool accepted = thread_.post([call] {
+    try {
+      call->work();
+    } catch (const Error& error) {
+      call->code = error.code();
+      call->message = error.what();
+    } catch (const std::bad_alloc&) {
+      call->code = "OUT_OF_MEMORY";
+      call->message = "the system refused memory";
+    } catch (const std::exception& error) {
+      call->code = "INTERNAL";
+      call->message = error.what();
+    }
+    call->work = nullptr;
+    // Refused only when the environment is going away: nobody waits then, and its values may not be touched.
+    call->rank->door_.NonBlockingCall(call, [](Napi::Env env, Napi::Function, Call* done) { complete(env, done); });
+  });
+  if (!accepted) {
+    call->code = "CLOSED";
+    call->message = "the device is closed";
+    complete(env, call);
+  }
+  return promise;
+}
+
+void Rank::complete(Napi::Env env, Call* call) {
+  if (static_cast<napi_env>(env) == nullptr) return;  // closing; the process is about to go
+  const std::unique_ptr<Call> owned(call);
+  const Napi::HandleScope scope(env);
+  if (--call->rank->pending_ == 0 && !call->rank->closed_) call->rank->door_.Unref(env);
+  if (!call->message.empty()) {
+    call->deferred.Reject(toJavaScript(env, call->code, call->message).Value());
+    return;
+  }
+  try {
+    call->deferred.Resolve(call->finish(env));
+  } catch (const Napi::Error& error) {
+    call->deferred.Reject(error.Value());
+  }
+}
+
+void Rank::notify(std::function<void(Napi::Env)> visit) {
+  auto* held = new std::function<void(Napi::Env)>(std::move(visit));
+  const auto run = [](Napi::Env env, Napi::Function, std::function<void(Napi::Env)>* owned) {
+    const std::unique_ptr<std::function<void(Napi::Env)>> guard(owned);
+    if (static_cast<napi_env>(env) == nullptr) return;
+    const Napi::HandleScope scope(env);
+    (*owned)(env);
+  };
+  if (door_.NonBlockingCall(held, run) != napi_ok) delete held;
+}
+
+}  // namespace lockstep::binding

@@ -1,0 +1,56 @@
+#include "core/queue.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <string>
+
+#include "core/error.h"
+
+namespace lockstep {
+
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t roundUpTo(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+}  // namespace
+
+Queue::Queue(int threads, size_t scratchBytes) : pool_(threads), scratchBytes_(roundUpTo(scratchBytes, 64)) {
+  if (scratchBytes_ == 0) return;
+  const size_t bytes = scratchBytes_ * (static_cast<size_t>(threads) + 1);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw Error("OUT_OF_MEMORY", "scratch: the system refused " + std::to_string(bytes) + " bytes");
+  }
+  // Blocks of operands staged here are streamed by the products; huge pages spare the TLB.
+  if (scratchBytes_ >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  memory_ = static_cast<char*>(memory);
+}
+
+Queue::~Queue() {
+  if (memory_ != nullptr) munmap(memory_, scratchBytes_ * (static_cast<size_t>(threads()) + 1));
+}
+
+void Queue::require(size_t bytes) const {
+  if (bytes <= scratchBytes_) return;
+  throw Error("SCRATCH_TOO_SMALL", "scratch: an operation needs " + std::to_string(bytes) +
+                                       " bytes per thread, the queue has " + std::to_string(scratchBytes_));
+}
+
+void* Queue::scratch(int thread, size_t bytes) {
+  require(bytes);
+  size_t seen = highWater_.load(std::memory_order_relaxed);
+  while (seen < bytes && !highWater_.compare_exchange_weak(seen, bytes, std::memory_order_relaxed)) {
+  }
+  return memory_ + static_cast<size_t>(thread) * scratchBytes_;
+}
+
+void* Queue::shared(size_t bytes) {
+  require(bytes);
+  sharedHighWater_ = std::max(sharedHighWater_, bytes);
+  return memory_ + static_cast<size_t>(threads()) * scratchBytes_;
+}
+
+}  // namespace lockstep

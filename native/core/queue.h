@@ -1,0 +1,42 @@
+// What an operation needs besides its arguments: the threads that run it and the scratch memory of its rank. On a CPU rank
+// an operation has finished when the call returns.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+
+#include "core/thread_pool.h"
+
+namespace lockstep {
+
+class Queue {
+ public:
+  // scratchBytes per thread and once more for all, 64-byte aligned, reserved at once and touched on use.
+  Queue(int threads, size_t scratchBytes);
+  ~Queue();
+  Queue(const Queue&) = delete;
+  Queue& operator=(const Queue&) = delete;
+
+  ThreadPool& pool() { return pool_; }
+  int threads() const { return pool_.threads(); }
+
+  // Scratch of one thread; contents do not survive the operation. Throws Error("SCRATCH_TOO_SMALL") naming both sizes.
+  void* scratch(int thread, size_t bytes);
+  // One more block of the same size that all threads of an operation share, for intermediates of an op made of others.
+  void* shared(size_t bytes);
+  size_t scratchBytes() const { return scratchBytes_; }
+  // Largest request seen so far, per thread.
+  size_t scratchHighWater() const { return highWater_; }
+  size_t sharedHighWater() const { return sharedHighWater_; }
+
+ private:
+  void require(size_t bytes) const;
+
+  ThreadPool pool_;
+  size_t scratchBytes_;
+  std::atomic<size_t> highWater_{0};
+  size_t sharedHighWater_ = 0;
+  char* memory_ = nullptr;
+};
+
+}  // namespace lockstep

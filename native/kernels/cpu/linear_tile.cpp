@@ -1,0 +1,154 @@
+#include "kernels/cpu/linear_tile.h"
+
+namespace lockstep::kernels::LOCKSTEP_ISA {
+
+namespace {
+
+constexpr bool leftInSteps(Form form) { return form == Form::kSteps || form == Form::kPairSteps; }
+
+// Adds one step (one element, or one pair) to every chain of the tile.
+template <Form kForm, int R, int V>
+LOCKSTEP_INLINE void step(Vec (&acc)[R][V], const float* left, const float* right) {
+  constexpr int64_t kRow = leftInSteps(kForm) ? 1 : kLeftStride;
+  constexpr bool kPairs =
+      kForm == Form::kPairSteps || (kForm == Form::kPairPanel && kPairArithmetic);
+  if constexpr (kPairs) {
+    Pairs b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) b[v] = loadPairs(right + 16 * v);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const Pairs a = broadcastPair(__builtin_bit_cast(uint32_t, left[r * kRow]));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = dotPair(acc[r][v], a, b[v]);
+    }
+  } else if constexpr (kForm == Form::kPairPanel) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vec b[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) b[v] = half == 0 ? odd(loadPairs(right + 16 * v)) : even(loadPairs(right + 16 * v));
+#pragma GCC unroll 14
+      for (int r = 0; r < R; ++r) {
+        const Vec a = Vec::broadcast(left[r * kRow + half]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+      }
+    }
+  } else {
+    Vec b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) b[v] = loadu(right + 16 * v);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const Vec a = Vec::broadcast(left[r * kRow]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+    }
+  }
+}
+
+template <Form kForm, int R, int V>
+void tile(const TileCall& call) {
+  constexpr int64_t kStep = leftInSteps(kForm) ? kLeftStep : kForm == Form::kPairPanel && !kPairArithmetic ? 2 : 1;
+  Vec acc[R][V];
+  if (call.from == nullptr) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = zero();
+    }
+  } else {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = loadu(call.from + r * call.stride + 16 * v);
+    }
+  }
+  const float* left = call.left;
+  const float* right = call.right;
+  const int64_t rightStep = call.rightStep, prefetch = call.prefetch;
+  for (int64_t k = call.steps; k > 0; --k) {
+    step<kForm, R, V>(acc, left, right);
+    if constexpr (!leftInSteps(kForm)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) __builtin_prefetch(right + prefetch + 16 * v, 0, V == 4 ? 3 : 2);
+    }
+    left += kStep;
+    right += rightStep;
+  }
+  for (int level = 0; level < call.levelCount; ++level) {
+    const float* from = call.levels + level * call.levelStride;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = loadu(from + r * call.stride + 16 * v) + acc[r][v];
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) storeu(call.to + r * call.stride + 16 * v, acc[r][v]);
+  }
+}
+
+using TileFunction = void (*)(const TileCall&);
+
+// Above eight rows only even numbers have a tile of their own: half the code, and only the last tile of a block is odd.
+template <Form kForm, int V, int R>
+constexpr TileFunction tileOrNull() {
+  if constexpr (R <= kRowsOfWidth[V] && (R <= 8 || R % 2 == 0)) {
+    return tile<kForm, R, V>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <Form kForm, int V>
+constexpr TileFunction kTiles[15] = {
+    nullptr,
+    tileOrNull<kForm, V, 1>(),  tileOrNull<kForm, V, 2>(),  tileOrNull<kForm, V, 3>(),  tileOrNull<kForm, V, 4>(),
+    tileOrNull<kForm, V, 5>(),  tileOrNull<kForm, V, 6>(),  tileOrNull<kForm, V, 7>(),  tileOrNull<kForm, V, 8>(),
+    tileOrNull<kForm, V, 9>(),  tileOrNull<kForm, V, 10>(), tileOrNull<kForm, V, 11>(), tileOrNull<kForm, V, 12>(),
+    tileOrNull<kForm, V, 13>(), tileOrNull<kForm, V, 14>(),
+};
+
+// Left operands in rows meet panels, whose tiles may be four vectors wide; staged operands are cut for the tall tile.
+template <Form kForm>
+TileFunction tileFor(int rows, int vectors) {
+  if constexpr (!leftInSteps(kForm)) {
+    if (vectors == 4) return kTiles<kForm, 4>[rows];
+  }
+  if constexpr (!leftInSteps(kForm) || kTileVectors == 2) {
+    if (vectors == 2) return kTiles<kForm, 2>[rows];
+  }
+  return kTiles<kForm, 1>[rows];
+}
+
+TileFunction tileFor(Form form, int rows, int vectors) {
+  switch (form) {
+    case Form::kRows: return tileFor<Form::kRows>(rows, vectors);
+    case Form::kPairPanel: return tileFor<Form::kPairPanel>(rows, vectors);
+    case Form::kSteps: return tileFor<Form::kSteps>(rows, vectors);
+    case Form::kPairSteps:
+      if constexpr (kPairArithmetic) return tileFor<Form::kPairSteps>(rows, vectors);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void runTile(Form form, int rows, int vectors, const TileCall& call) {
+  const TileFunction function = tileFor(form, rows, vectors);
+  if (function != nullptr) return function(call);
+  const int half = (rows + 1) / 2;
+  TileCall rest = call;
+  runTile(form, half, vectors, call);
+  rest.left += half * (leftInSteps(form) ? 1 : kLeftStride);
+  if (rest.from != nullptr) rest.from += half * call.stride;
+  rest.levels += half * call.stride;
+  rest.to += half * call.stride;
+  runTile(form, rows - half, vectors, rest);
+}
+
+}  // namespace lockstep::kernels::LOCKSTEP_ISA

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace lockstep::kernels::LOCKSTEP_ISA {
+
+bool selfCheck();
+
+}  // namespace lockstep::kernels::LOCKSTEP_ISA

@@ -1,0 +1,35 @@
+#include "kernels/reference/reference.h"
+
+namespace lockstep::kernels {
+
+const Kernels& referenceKernels() {
+  static const Kernels table = {
+      .name = "reference",
+      .publish = reference::publish,
+      .round = reference::round,
+      .linear = reference::linear,
+      .activatedLinear = reference::activatedLinear,
+      .linearBackwardInput = reference::linearBackwardInput,
+      .linearBackwardWeight = reference::linearBackwardWeight,
+      .activationBackward = reference::activationBackward,
+      .embed = reference::embed,
+      .embedBackward = reference::embedBackward,
+      .rmsNorm = reference::rmsNorm,
+      .rmsNormBackward = reference::rmsNormBackward,
+      .layerNorm = reference::layerNorm,
+      .layerNormBackward = reference::layerNormBackward,
+      .qkvPrepare = reference::qkvPrepare,
+      .attention = reference::attention,
+      .attentionBackward = reference::attentionBackward,
+      .qkvPrepareBackward = reference::qkvPrepareBackward,
+      .logprobs = reference::logprobs,
+      .logprobsBackward = reference::logprobsBackward,
+      .sample = reference::sample,
+      .accumulate = reference::accumulate,
+      .sumOfSquares = reference::sumOfSquares,
+      .adamw = reference::adamw,
+  };
+  return table;
+}
+
+}  // namespace lockstep::kernels

@@ -1,0 +1,311 @@
+#include "model/generator.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "core/error.h"
+
+namespace lockstep::model {
+
+namespace {
+
+constexpr auto kProgressInterval = std::chrono::milliseconds(25);
+
+int64_t pagesFor(int64_t positions) { return (positions + kernels::kPagePositions - 1) / kernels::kPagePositions; }
+
+kernels::KvPages pageShape(const Spec& spec) {
+  return {nullptr, spec.dtype, spec.shape.keyValueHeads, spec.shape.headWidth};
+}
+
+int64_t sizeOf(const std::vector<int32_t>& v) { return static_cast<int64_t>(v.size()); }
+
+}  // namespace
+
+void GenerateControl::end(int32_t request) {
+  const std::lock_guard lock(mutex_);
+  ended_.push_back(request);
+}
+
+std::vector<int32_t> GenerateControl::takeEnded() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(ended_, {});
+}
+
+Generator::Generator(const Spec& spec, Transformer& transformer, const kernels::Kernels& kernels, Queue& queue,
+                     const Workspace& workspace, const GenerateSettings& settings)
+    : spec_(spec),
+      transformer_(transformer),
+      k_(kernels),
+      queue_(queue),
+      workspace_(workspace),
+      settings_(settings),
+      pool_(workspace.take("kv", workspace.bytes("kv")), pageShape(spec), spec.shape.layers, settings.pages, settings.poison) {}
+
+std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& requests, GenerateControl& control, const Progress& progress) {
+  std::vector<Generated> results(requests.size());
+  enqueue(requests, results);
+  std::vector<int32_t> freshRequests, freshTokens;
+  auto last = std::chrono::steady_clock::now();
+  while ((!waiting_.empty() || !running_.empty()) && !control.aborted()) {
+    endRequested(control);
+    admit();
+    if (running_.empty()) continue;
+    const Batch batch = plan();
+    const Operand hidden = transformer_.forward(workspace_, batch, Keep::kCache, pool_.total());
+    statistics_.steps += 1;
+    statistics_.rows += batch.rows();
+    sample(hidden);
+    for (size_t i = 0; i < sampled_.size(); ++i) {
+      freshRequests.push_back(running_[sampled_[i]].request);
+      freshTokens.push_back(sampledTokens_[i]);
+    }
+    collect(results);
+    const auto now = std::chrono::steady_clock::now();
+    if (progress && !freshTokens.empty() && now - last >= kProgressInterval) {
+      progress(std::exchange(freshRequests, {}), std::exchange(freshTokens, {}));
+      last = now;
+    }
+  }
+  if (progress && !freshTokens.empty()) progress(std::move(freshRequests), std::move(freshTokens));
+  return results;
+}
+
+// Requests with equal prompts form a prefix.
+void Generator::enqueue(const std::vector<GenerateRequest>& requests, std::vector<Generated>& results) {
+  requests_ = &requests;
+  std::map<std::vector<int32_t>, int32_t> seen;
+  for (size_t r = 0; r < requests.size(); ++r) {
+    const int32_t request = static_cast<int32_t>(r);
+    const auto [at, isNew] = seen.try_emplace(requests[r].prompt, static_cast<int32_t>(prefixes_.size()));
+    if (isNew) prefixes_.emplace_back();
+    prefixIndex_.push_back(at->second);
+    const int64_t positions = sizeOf(requests[r].prompt) + requests[r].maxNewTokens;
+    if (pagesFor(positions) > pool_.total()) {
+      throw Error("KV_BUDGET", "request " + std::to_string(r) + " needs " + std::to_string(pagesFor(positions)) +
+                                   " pages of keys and values (" + std::to_string(positions) + " positions), the budget holds " +
+                                   std::to_string(pool_.total()) + "; raise memory.device or lower the number of new tokens");
+    }
+    if (requests[r].maxNewTokens == 0) {
+      results[r].finish = Finish::kLength;
+      continue;
+    }
+    prefixes_[static_cast<size_t>(at->second)].followers += 1;
+    waiting_.push_back({request, requests[r].prompt, 0, 0, {}});
+  }
+}
+
+// Starts waiting sequences in order while there is room. One whose prompt is being read by another waits for it.
+void Generator::admit() {
+  for (size_t i = 0; i < waiting_.size() && static_cast<int64_t>(running_.size()) < settings_.sequences;) {
+    Sequence& s = waiting_[i];
+    if (prefixOf(s).reading) {
+      ++i;
+      continue;
+    }
+    if (!start(s)) {
+      if (!running_.empty() || !dropPrefixes()) return;
+      continue;  // nothing runs: pages kept for shared prompts make room
+    }
+    running_.push_back(std::move(s));
+    waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
+bool Generator::start(Sequence& s) {
+  Prefix& prefix = prefixOf(s);
+  const int64_t shared = prefix.pages.empty() ? 0 : (promptLength(s) - 1) / kernels::kPagePositions;
+  // A little is left for the sequences that run already, so that starting one does not at once send another back.
+  const int64_t spare = running_.empty() ? 0 : pool_.total() / 64;
+  if (pool_.free() < pagesFor(sizeOf(s.tokens) + 1) - shared + spare) return false;
+  if (!prefix.pages.empty()) {
+    attachPrefix(s, prefix);
+  } else {
+    prefix.reading = prefix.followers > 1;
+  }
+  prefix.followers = std::max<int64_t>(0, prefix.followers - 1);
+  if (prefix.followers == 0) {
+    for (const int32_t page : std::exchange(prefix.pages, {})) pool_.release(page);
+  }
+  return true;
+}
+
+// Takes over the prompt but its last position, which is read again as a row of its own: that gives the bits of the row that
+// was read first. Whole pages are shared, a partial one is copied.
+void Generator::attachPrefix(Sequence& s, const Prefix& prefix) {
+  const int64_t positions = promptLength(s) - 1, whole = positions / kernels::kPagePositions;
+  for (int64_t i = 0; i < whole; ++i) {
+    const int32_t page = prefix.pages[static_cast<size_t>(i)];
+    pool_.share(page);
+    s.pages.push_back(page);
+  }
+  s.cached = whole * kernels::kPagePositions;
+  if (positions > s.cached) {
+    const int32_t page = pool_.allocate();
+    pool_.copy(prefix.pages[static_cast<size_t>(whole)], page);
+    s.pages.push_back(page);
+    s.cached = positions;
+  }
+  statistics_.sharedPositions += s.cached;
+}
+
+// The prompt of `s` has been read: its pages are kept for those that wait for it.
+void Generator::keepPrefix(const Sequence& s) {
+  Prefix& prefix = prefixOf(s);
+  if (!prefix.reading) return;
+  prefix.reading = false;
+  if (prefix.followers == 0) return;
+  for (int64_t i = 0; i < pagesFor(promptLength(s)); ++i) {
+    prefix.pages.push_back(s.pages[static_cast<size_t>(i)]);
+    pool_.share(prefix.pages.back());
+  }
+}
+
+bool Generator::dropPrefixes() {
+  bool dropped = false;
+  for (Prefix& prefix : prefixes_) {
+    dropped = dropped || !prefix.pages.empty();
+    for (const int32_t page : std::exchange(prefix.pages, {})) pool_.release(page);
+  }
+  return dropped;
+}
+
+void Generator::releasePages(Sequence& s) {
+  for (const int32_t page : std::exchange(s.pages, {})) pool_.release(page);
+  s.cached = s.rows = 0;
+}
+
+// Pages for the positions cached after this step. False: none is free.
+bool Generator::reserve(Sequence& s) {
+  while (sizeOf(s.pages) < pagesFor(s.cached + s.rows)) {
+    const int32_t page = pool_.allocate();
+    if (page == PagePool::kNone) return false;
+    s.pages.push_back(page);
+  }
+  return true;
+}
+
+// The latest sequence gives its pages back; it will be read again from its tokens, with the same bits.
+void Generator::preemptLast() {
+  Sequence& s = running_.back();
+  if (s.cached < promptLength(s)) prefixOf(s).reading = false;
+  releasePages(s);
+  waiting_.push_front(std::move(s));
+  running_.pop_back();
+  statistics_.preemptions += 1;
+}
+
+// Rows of this step: one for each decoding sequence, the rest for prompts, in order.
+Batch Generator::plan() {
+  int64_t left = settings_.rows;
+  for (const bool decoding : {true, false}) {
+    for (Sequence& s : running_) {
+      const int64_t missing = sizeOf(s.tokens) - s.cached;
+      if ((missing == 1) != decoding) continue;
+      s.rows = std::min(missing, left);
+      left -= s.rows;
+    }
+  }
+  for (size_t i = 0; i < running_.size();) {
+    if (reserve(running_[i])) {
+      ++i;
+    } else if (!dropPrefixes()) {
+      preemptLast();
+    }
+  }
+  Batch batch;
+  for (const Sequence& s : running_) batch.pageStride = std::max(batch.pageStride, sizeOf(s.pages));
+  for (const Sequence& s : running_) {
+    if (s.rows == 0) continue;
+    batch.rowBegin.push_back(static_cast<int32_t>(batch.rows()));
+    batch.length.push_back(static_cast<int32_t>(s.rows));
+    batch.offset.push_back(static_cast<int32_t>(s.cached));
+    for (int64_t i = s.cached; i < s.cached + s.rows; ++i) {
+      batch.tokens.push_back(s.tokens[static_cast<size_t>(i)]);
+      batch.positions.push_back(static_cast<int32_t>(i));
+    }
+    std::vector<int32_t> row = s.pages;
+    row.resize(static_cast<size_t>(batch.pageStride), 0);
+    batch.pages.insert(batch.pages.end(), row.begin(), row.end());
+  }
+  return batch;
+}
+
+// One token for every sequence whose last known token was read in this step.
+void Generator::sample(Operand hidden) {
+  sampled_.clear();
+  std::vector<kernels::Sampling> settings;
+  std::vector<int64_t> rows;
+  int64_t row = 0;
+  for (size_t i = 0; i < running_.size(); ++i) {
+    const Sequence& s = running_[i];
+    row += s.rows;
+    if (s.rows == 0 || s.cached + s.rows != sizeOf(s.tokens)) continue;
+    sampled_.push_back(i);
+    rows.push_back(row - 1);
+    settings.push_back({settings_.temperature, settings_.topP, settings_.topK, settings_.seed,
+                        (*requests_)[static_cast<size_t>(s.request)].id, static_cast<uint32_t>(s.tokens.size())});
+  }
+  if (sampled_.empty()) return;
+  const int64_t count = static_cast<int64_t>(sampled_.size()), vocabulary = spec_.shape.vocabulary;
+  const Operand gathered = workspace_.operand("sampledHidden", kAbsent, spec_.dtype, count, hidden.cols);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]), static_cast<size_t>(hidden.cols) * bytesOf(spec_.dtype));
+  }
+  const View<float> logits = workspace_.f32("logits", kAbsent, count, vocabulary);
+  transformer_.logits(gathered, logits);
+  sampledTokens_.resize(sampled_.size());
+  sampledLogprobs_.resize(sampled_.size());
+  k_.sample(queue_, logits, transformer_.vocabularyLayout(), settings.data(), sampledTokens_.data(), sampledLogprobs_.data());
+}
+
+void Generator::collect(std::vector<Generated>& results) {
+  for (Sequence& s : running_) {
+    s.cached += s.rows;
+    s.rows = 0;
+  }
+  std::vector<bool> done(running_.size(), false);
+  for (size_t i = 0; i < sampled_.size(); ++i) {
+    Sequence& s = running_[sampled_[i]];
+    Generated& result = results[static_cast<size_t>(s.request)];
+    keepPrefix(s);
+    const int32_t token = sampledTokens_[i];
+    s.tokens.push_back(token);
+    result.tokens.push_back(token);
+    result.logprobs.push_back(sampledLogprobs_[i]);
+    const bool stopped = std::find(settings_.stopTokens.begin(), settings_.stopTokens.end(), token) != settings_.stopTokens.end();
+    const bool full = sizeOf(result.tokens) == (*requests_)[static_cast<size_t>(s.request)].maxNewTokens;
+    if (!stopped && !full) continue;
+    result.finish = stopped ? Finish::kStop : Finish::kLength;
+    done[sampled_[i]] = true;
+  }
+  size_t kept = 0;
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (done[i]) {
+      releasePages(running_[i]);
+    } else {
+      if (kept != i) running_[kept] = std::move(running_[i]);
+      ++kept;
+    }
+  }
+  running_.resize(kept);
+}
+
+// Requests that the caller ended keep what they have and finish as aborted.
+void Generator::endRequested(GenerateControl& control) {
+  for (const int32_t request : control.takeEnded()) {
+    const auto isIt = [request](const Sequence& s) { return s.request == request; };
+    if (const auto at = std::find_if(running_.begin(), running_.end(), isIt); at != running_.end()) {
+      if (at->cached < promptLength(*at)) prefixOf(*at).reading = false;
+      releasePages(*at);
+      running_.erase(at);
+    } else if (const auto at2 = std::find_if(waiting_.begin(), waiting_.end(), isIt); at2 != waiting_.end()) {
+      prefixOf(*at2).followers -= 1;
+      waiting_.erase(at2);
+    }
+  }
+}
+
+}  // namespace lockstep::model

@@ -1,0 +1,138 @@
+#include "model/model.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+
+namespace lockstep::model {
+
+Model::Model(Spec spec, Device device)
+    : spec_(std::move(spec)),
+      device_(device),
+      parameters_(spec_, device.kernels),
+      transformer_(spec_, parameters_, device.kernels, device.queue, device.cancelled) {}
+
+// Takes the workspace for one call, grown to its plan.
+Workspace Model::enter(const std::vector<BufferSpec>& plan) {
+  kept_.reset();
+  ++device_.workspaceUse;
+  int64_t bytes = 0;
+  for (const BufferSpec& buffer : plan) bytes = std::max(bytes, buffer.offset + buffer.bytes);
+  if (static_cast<size_t>(bytes) > device_.workspace.planned()) device_.workspace.reserve(static_cast<size_t>(bytes));
+  return Workspace(device_.workspace, plan);
+}
+
+void Model::requireTokens(const int32_t* tokens, int64_t count) const {
+  for (int64_t i = 0; i < count; ++i) {
+    if (tokens[i] >= 0 && tokens[i] < spec_.shape.vocabulary) continue;
+    throw Error("TOKEN_OUT_OF_RANGE", "token id " + std::to_string(tokens[i]) + " at position " + std::to_string(i) +
+                                          " of the batch is outside the model's vocabulary 0.." +
+                                          std::to_string(spec_.shape.vocabulary - 1));
+  }
+}
+
+// Rows of sequences without the padding between them.
+void Model::copyOut(const Batch& batch, View<const float> rows, float* out) const {
+  for (int64_t b = 0; b < batch.count(); ++b) {
+    for (int32_t i = 0; i < batch.length[static_cast<size_t>(b)]; ++i, out += rows.cols) {
+      std::copy_n(rows.row(batch.rowBegin[static_cast<size_t>(b)] + i), rows.cols, out);
+    }
+  }
+}
+
+void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
+                    float inverseTemperature, bool keep, const ForwardOutputs& out) {
+  int64_t total = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    total += lengths[b];
+    if (lengths[b] < 1 || lengths[b] > spec_.shape.maxPositions) {
+      throw Error("SEQUENCE_TOO_LONG", "sequence " + std::to_string(b) + " has " + std::to_string(lengths[b]) +
+                                           " tokens; the model takes 1.." + std::to_string(spec_.shape.maxPositions));
+    }
+  }
+  requireTokens(tokens, total);
+  Kept call{enter(plan), Batch::whole(tokens, lengths, count, true), {}, inverseTemperature, device_.workspaceUse, {}, {}, {}};
+  const int64_t rows = call.batch.rows();
+  call.hidden = transformer_.forward(call.workspace, call.batch, keep ? Keep::kActivations : Keep::kNothing, call.batch.pageCount);
+  const auto width = static_cast<size_t>(rows);
+  if (spec_.shape.head == Head::kScalar) {
+    std::vector<float> values(width);
+    transformer_.values(call.hidden, dense(values.data(), rows, 1));
+    if (out.values != nullptr) copyOut(call.batch, dense<const float>(values.data(), rows, 1), out.values);
+  } else if (keep || out.logprobs != nullptr || out.entropies != nullptr) {
+    for (auto* array : {&call.logprobs, &call.entropies, &call.logZ}) array->resize(width);
+    transformer_.logprobs(call.workspace, call.batch, call.hidden, inverseTemperature, {call.logprobs.data(), call.entropies.data(), call.logZ.data()});
+    if (out.logprobs != nullptr) copyOut(call.batch, dense<const float>(call.logprobs.data(), rows, 1), out.logprobs);
+    if (out.entropies != nullptr) copyOut(call.batch, dense<const float>(call.entropies.data(), rows, 1), out.entropies);
+  }
+  if (out.logits != nullptr) {
+    std::vector<float> logits(width * static_cast<size_t>(spec_.shape.vocabulary));
+    const View<float> all = dense(logits.data(), rows, spec_.shape.vocabulary);
+    transformer_.logits(call.hidden, all);
+    copyOut(call.batch, all, out.logits);
+  }
+  if (out.hidden != nullptr) {
+    std::vector<float> widened(width * static_cast<size_t>(spec_.shape.width));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < spec_.shape.width; ++c) {
+        widened[static_cast<size_t>(r * spec_.shape.width + c)] =
+            spec_.dtype == DType::kFloat32 ? call.hidden.row<float>(r)[c] : toFloat(call.hidden.row<BFloat16>(r)[c]);
+      }
+    }
+    copyOut(call.batch, dense<const float>(widened.data(), rows, spec_.shape.width), out.hidden);
+  }
+  if (keep) kept_ = std::move(call);
+}
+
+void Model::backward(const float* dLogprobs, const float* dEntropies, const float* dValues) {
+  if (!kept_ || kept_->use != device_.workspaceUse) {
+    kept_.reset();
+    throw Error("NO_FORWARD", "backward needs a forward with `keep` just before it: its activations lie in the workspace that the device's next call uses");
+  }
+  Kept call = std::move(*kept_);
+  kept_.reset();
+  const Batch& batch = call.batch;
+  // Gradients per row; zero on padding rows.
+  const auto spread = [&](const float* packed) {
+    std::vector<float> rows;
+    if (packed == nullptr) return rows;
+    rows.assign(static_cast<size_t>(batch.rows()), 0.0f);
+    for (int64_t b = 0; b < batch.count(); ++b) {
+      const int32_t length = batch.length[static_cast<size_t>(b)];
+      std::copy_n(packed, length, rows.data() + batch.rowBegin[static_cast<size_t>(b)]);
+      packed += length;
+    }
+    return rows;
+  };
+  const std::vector<float> logprobs = spread(dLogprobs), entropies = spread(dEntropies);
+  std::vector<float> values = spread(dValues);
+  if (spec_.shape.head == Head::kScalar && values.empty()) values.assign(static_cast<size_t>(batch.rows()), 0.0f);
+  const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
+  transformer_.backward(call.workspace, batch, call.hidden, call.inverseTemperature,
+                        {call.logprobs.data(), call.entropies.data(), call.logZ.data()},
+                        {pointer(logprobs), pointer(entropies), pointer(values)});
+}
+
+double Model::step(const StepOptions& options) { return parameters_.step(device_.queue, options); }
+
+std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
+                                       const std::vector<GenerateRequest>& requests, GenerateControl& control,
+                                       const Generator::Progress& progress, GenerateStatistics& statistics) {
+  for (const GenerateRequest& request : requests) {
+    requireTokens(request.prompt.data(), static_cast<int64_t>(request.prompt.size()));
+    const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.maxNewTokens;
+    if (request.prompt.empty() || positions > spec_.shape.maxPositions) {
+      throw Error("SEQUENCE_TOO_LONG", "a prompt of " + std::to_string(request.prompt.size()) + " tokens and " +
+                                           std::to_string(request.maxNewTokens) + " new ones: the model takes 1.." +
+                                           std::to_string(spec_.shape.maxPositions) + " positions");
+    }
+  }
+  const Workspace workspace = enter(plan);
+  Generator generator(spec_, transformer_, device_.kernels, device_.queue, workspace, settings);
+  std::vector<Generated> results = generator.run(requests, control, progress);
+  statistics = generator.statistics();
+  return results;
+}
+
+}  // namespace lockstep::model

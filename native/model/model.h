@@ -1,0 +1,74 @@
+// One rank's model: what the binding calls, on the rank's thread.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "core/arena.h"
+#include "core/queue.h"
+#include "model/generator.h"
+#include "model/parameters.h"
+#include "model/spec.h"
+#include "model/transformer.h"
+
+namespace lockstep::model {
+
+// What all models of a rank share: its kernels, threads and the workspace that they use in turn.
+struct Device {
+  const kernels::Kernels& kernels;
+  Queue& queue;
+  Arena& workspace;
+  const std::atomic<bool>& cancelled;
+  // Counts the calls that used the workspace: activations kept for backward are gone when another call came between.
+  int64_t& workspaceUse;
+};
+
+// Which per-token outputs a forward pass computes; null pointers are not wanted. Packed without padding.
+struct ForwardOutputs {
+  float *logprobs = nullptr, *entropies = nullptr, *values = nullptr;  // [T]
+  float *logits = nullptr;                                             // [T, V]
+  float *hidden = nullptr;                                             // [T, D]
+};
+
+class Model {
+ public:
+  Model(Spec spec, Device device);
+
+  // Whole sequences, packed without padding. With `keep` the activations stay for backward.
+  void forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
+               float inverseTemperature, bool keep, const ForwardOutputs&);
+  // Per-token gradients of the last kept forward's outputs, packed without padding; null is zero.
+  // Throws Error("NO_FORWARD") when there is none.
+  void backward(const float* dLogprobs, const float* dEntropies, const float* dValues);
+  double step(const StepOptions&);
+  std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&, const std::vector<GenerateRequest>&,
+                                  GenerateControl&, const Generator::Progress&, GenerateStatistics& statistics);
+  void publish() { parameters_.publish(device_.queue); }
+
+  Parameters& parameters() { return parameters_; }
+  const Spec& spec() const { return spec_; }
+
+ private:
+  Workspace enter(const std::vector<BufferSpec>& plan);
+  void requireTokens(const int32_t* tokens, int64_t count) const;
+  void copyOut(const Batch&, View<const float> rows, float* out) const;
+
+  Spec spec_;
+  Device device_;
+  Parameters parameters_;
+  Transformer transformer_;
+
+  // The forward pass that backward belongs to, and its per-row outputs.
+  struct Kept {
+    Workspace workspace;
+    Batch batch;
+    Operand hidden;
+    float inverseTemperature;
+    int64_t use;  // Device::workspaceUse of this call
+    std::vector<float> logprobs, entropies, logZ;
+  };
+  std::optional<Kept> kept_;
+};
+
+}  // namespace lockstep::model

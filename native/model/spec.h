@@ -1,0 +1,61 @@
+// What a model is: its shape, its tensors and where they lie. Made in TypeScript's layout/, validated here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "kernels/kernels.h"
+#include "kernels/weight.h"
+
+namespace lockstep::model {
+
+enum class Norm : uint8_t { kRms, kLayer };
+enum class Head : uint8_t { kLanguage, kScalar };
+
+struct Shape {
+  int64_t vocabulary, width, layers, heads, keyValueHeads, headWidth, feedForward;
+  Norm norm;
+  float normEps;
+  kernels::Activation activation;
+  bool headNorm, learnedPositions, tied;
+  int64_t maxPositions;
+  std::vector<int64_t> windows;  // per layer, 0: none
+  Head head;
+  int64_t parts;
+
+  kernels::QkvLayout qkv(int64_t layer) const;
+  // Columns of the pre-activation: 2 F for SwiGLU, F for GELU.
+  int64_t upColumns() const { return activation == kernels::Activation::kSwiGlu ? 2 * feedForward : feedForward; }
+};
+
+constexpr int64_t kAbsent = -1;
+
+// A matrix lies packed (weight.h), a vector as plain row-major float32. Offsets are bytes in the arenas; kAbsent where the
+// model has no such copy (inference has weights only; float32 training has no separate master).
+struct TensorSpec {
+  std::string name;
+  bool matrix;
+  bool decay;
+  kernels::WeightLayout layout;  // of a vector: one part, out x in, elements = out * in
+  int64_t weights, master, gradient, gradient2, moment1, moment2;
+};
+
+struct Spec {
+  Shape shape;
+  DType dtype;
+  bool train;
+  bool recompute;
+  std::vector<TensorSpec> tensors;
+  int64_t weightsBytes, gradientBytes, optimizerBytes;
+  std::vector<float> cosine, sine;  // rope tables [maxPositions, K / 2], empty without rotation
+};
+
+// One named buffer of a workspace plan.
+struct BufferSpec {
+  std::string name;
+  int64_t offset, bytes;
+};
+
+}  // namespace lockstep::model

@@ -1,0 +1,40 @@
+// Reads tensors out of checkpoint files: the file is mapped, rows are widened to float32 on the way, nothing is held twice.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace lockstep::transfer {
+
+enum class StoredType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+// A read-only mapping of a whole file. Throws Error("CHECKPOINT_UNREADABLE").
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+
+  const char* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  const char* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// A matrix in a file: `rows` logical rows of `columns`; transposed: the file holds [columns, rows].
+struct FileTensor {
+  std::string name;
+  int64_t offset;
+  StoredType type;
+  int64_t rows, columns;
+  bool transposed;
+};
+
+// Rows row .. row + count - 1 as float32 [count, columns]. Throws Error("CHECKPOINT_CORRUPT") outside the file and
+// Error("CHECKPOINT_NOT_FINITE") on NaN or infinity, naming tensor, row and column.
+void readRows(const MappedFile&, const std::string& path, const FileTensor&, int64_t row, int64_t count, float* out);
+
+}  // namespace lockstep::transfer

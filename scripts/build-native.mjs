@@ -1,0 +1,209 @@
+#!/usr/bin/env node
+// Builds the addon with CMake: native/ -> build/Release/lockstep.node. Incremental; progress goes to stderr.
+//   --tests       also builds the kernel contract suite, build/Release/kernel_contracts
+//   --sanitize    AddressSanitizer and UndefinedBehaviorSanitizer, in build-sanitize/ instead of build/
+//   --jobs N      compilers at a time (default: one per core)
+import { spawn, spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { availableParallelism } from 'node:os';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)));
+const minimumCmake = [3, 18];
+
+function say(text) {
+  process.stderr.write(`native: ${text}\n`);
+}
+
+/** Ends the build with a message that says what to do. */
+function refuse(text) {
+  say(text);
+  process.exit(1);
+}
+
+function parseFlags() {
+  try {
+    return parseArgs({
+      options: {
+        tests: { type: 'boolean', default: false },
+        sanitize: { type: 'boolean', default: false },
+        jobs: { type: 'string' },
+      },
+    }).values;
+  } catch (error) {
+    return refuse(`${error.message} (flags: --tests, --sanitize, --jobs N)`);
+  }
+}
+
+const flags = parseFlags();
+
+function version(command, args = ['--version']) {
+  const result = spawnSync(command, args, { encoding: 'utf8' });
+  return result.status === 0 ? (/(\d+)\.(\d+)(\.\d+)?/.exec(result.stdout)?.[0] ?? 'unknown') : undefined;
+}
+
+function howToInstall(apt, dnf) {
+  return `install it with\n  sudo apt-get install -y ${apt}      (Debian, Ubuntu)\n  sudo dnf install -y ${dnf}      (Fedora, RHEL)`;
+}
+
+function findCmake() {
+  const found = version('cmake');
+  const needed = minimumCmake.join('.');
+  if (found === undefined) refuse(`cmake is missing (${needed} or newer is needed); ${howToInstall('cmake', 'cmake')}`);
+  const [major, minor] = found.split('.').map(Number);
+  if (major < minimumCmake[0] || (major === minimumCmake[0] && minor < minimumCmake[1])) {
+    refuse(`cmake ${found} is too old (${needed} or newer is needed); ${howToInstall('cmake', 'cmake')}`);
+  }
+  return found;
+}
+
+const cxx20Probe =
+  '#include <bit>\n#include <concepts>\n#include <span>\nstatic_assert(std::endian::native == std::endian::little);\nint main() {}\n';
+
+function findCompiler() {
+  const candidates = process.env.CXX ? [process.env.CXX] : ['c++', 'g++', 'clang++'];
+  const present = candidates.filter((name) => version(name) !== undefined);
+  if (present.length === 0) {
+    refuse(`no C++ compiler (tried ${candidates.join(', ')}); ${howToInstall('g++', 'gcc-c++')}`);
+  }
+  const accepts = (name) =>
+    spawnSync(name, ['-std=c++20', '-x', 'c++', '-fsyntax-only', '-'], { input: cxx20Probe }).status === 0;
+  const compiler = present.find(accepts);
+  if (compiler === undefined) {
+    const list = present.map((name) => `${name} ${version(name)}`).join(', ');
+    refuse(`${list}: does not compile C++20 (g++ 10, clang 12 or newer does); ${howToInstall('g++', 'gcc-c++')}`);
+  }
+  return compiler;
+}
+
+function findGenerator() {
+  if (version('ninja') !== undefined) return 'Ninja';
+  if (version('make') !== undefined) return 'Unix Makefiles';
+  return refuse(`neither ninja nor make is installed; ${howToInstall('ninja-build', 'ninja-build')}`);
+}
+
+function includeDirectories() {
+  const require = createRequire(import.meta.url);
+  try {
+    return [require('node-api-headers').include_dir, dirname(require.resolve('node-addon-api/package.json'))];
+  } catch (error) {
+    return refuse(`the Node-API headers are not installed (${error.message.split('\n')[0]}); run npm ci first`);
+  }
+}
+
+/** Configures when this tree has never been configured, or was configured with other settings. */
+function configure(tree, output) {
+  const record = join(tree, 'lockstep-settings.json');
+  let previous = existsSync(record) ? JSON.parse(readFileSync(record, 'utf8')) : undefined;
+  // A plain build keeps the test suite configured: switching back and forth would recompile nothing but costs a configure.
+  const tests = flags.tests || previous?.tests === true;
+  const settings = { root, include: includeDirectories(), tests, sanitize: flags.sanitize, cxx: process.env.CXX ?? '' };
+  if (previous !== undefined && JSON.stringify(previous) === JSON.stringify(settings)) return;
+  // CMake keeps a tree's folders and compiler: when those change, or a first configure was cut short, it begins anew.
+  if (previous === undefined || JSON.stringify({ ...previous, tests }) !== JSON.stringify(settings)) {
+    rmSync(tree, { recursive: true, force: true });
+    previous = undefined;
+  }
+
+  const cmake = findCmake();
+  const compiler = findCompiler();
+  const generator = previous === undefined ? findGenerator() : undefined;
+  say(`configuring (cmake ${cmake}, ${compiler} ${version(compiler)}${generator ? `, ${generator}` : ''})`);
+  mkdirSync(tree, { recursive: true });
+  const result = spawnSync(
+    'cmake',
+    [
+      ...['-S', join(root, 'native'), '-B', tree, '-DCMAKE_BUILD_TYPE=Release', `-DCMAKE_CXX_COMPILER=${compiler}`],
+      ...(generator ? ['-G', generator] : []),
+      `-DLOCKSTEP_NODE_INCLUDE=${settings.include.join(';')}`,
+      `-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=${output}`,
+      `-DCMAKE_RUNTIME_OUTPUT_DIRECTORY=${output}`,
+      `-DLOCKSTEP_TESTS=${tests ? 'ON' : 'OFF'}`,
+      `-DLOCKSTEP_SANITIZE=${flags.sanitize ? 'ON' : 'OFF'}`,
+    ],
+    { encoding: 'utf8' },
+  );
+  if (result.status !== 0) {
+    process.stderr.write(result.stdout + result.stderr);
+    refuse(
+      `cmake could not configure ${tree} (output above); after a change of tools, delete that folder and try again`,
+    );
+  }
+  writeFileSync(record, JSON.stringify(settings));
+}
+
+/** Reports a build's progress: one line that renews itself on a terminal, a line per tenth elsewhere. */
+function progressReporter() {
+  const live = process.stderr.isTTY === true;
+  let shownTenth = -1;
+  return {
+    step(fraction, label) {
+      if (live) {
+        process.stderr.write(
+          `\r\x1b[Knative: compiling ${Math.round(fraction * 100)}%  ${label}`.slice(
+            0,
+            (process.stderr.columns ?? 80) + 4,
+          ),
+        );
+      } else if (Math.floor(fraction * 10) > shownTenth) {
+        shownTenth = Math.floor(fraction * 10);
+        say(`compiling ${Math.round(fraction * 100)}%`);
+      }
+    },
+    end() {
+      if (live) process.stderr.write('\r\x1b[K');
+    },
+  };
+}
+
+function build(tree, targets) {
+  const jobs = flags.jobs ?? String(availableParallelism());
+  const child = spawn('cmake', ['--build', tree, '--target', ...targets, '--parallel', jobs], {
+    env: { ...process.env, NINJA_STATUS: '[%f/%t] ' },
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
+  const progress = progressReporter();
+  const messages = [];
+  let rest = '';
+  const line = (text) => {
+    const ninja = /^\[(\d+)\/(\d+)\] (.*)$/.exec(text);
+    const make = /^\[\s*(\d+)%\] (.*)$/.exec(text);
+    if (ninja) progress.step(Number(ninja[1]) / Number(ninja[2]), ninja[3].split(' ').at(-1).split('/').at(-1));
+    else if (make) progress.step(Number(make[1]) / 100, make[2].split('/').at(-1));
+    else if (text.trim() !== '' && !text.startsWith('ninja: no work')) messages.push(text);
+  };
+  const feed = (chunk) => {
+    const lines = (rest + chunk).split('\n');
+    rest = lines.pop();
+    lines.forEach(line);
+  };
+  child.stdout.setEncoding('utf8').on('data', feed);
+  child.stderr.setEncoding('utf8').on('data', feed);
+  return new Promise((resolve, reject) => {
+    child.on('error', reject);
+    child.on('close', (code) => {
+      progress.end();
+      const failed = code !== 0;
+      const warnings = messages.some((text) => /\b(warning|error):/.test(text));
+      if (failed || warnings) process.stderr.write(`${messages.join('\n')}\n`);
+      resolve(!failed);
+    });
+  });
+}
+
+if (process.platform !== 'linux' || process.arch !== 'x64') {
+  refuse(
+    `this version of Lockstep runs on Linux x86-64 only; this is ${process.platform} ${process.arch}. ` +
+      'Use a Linux x86-64 machine, container or virtual machine.',
+  );
+}
+const started = Date.now();
+const base = join(root, flags.sanitize ? 'build-sanitize' : 'build');
+const output = join(base, 'Release');
+configure(join(base, 'cmake'), output);
+const targets = flags.tests ? ['lockstep', 'kernel_contracts'] : ['lockstep'];
+if (!(await build(join(base, 'cmake'), targets))) refuse('the build failed (compiler output above)');
+say(`ready in ${((Date.now() - started) / 1000).toFixed(1)} s: ${join(output, 'lockstep.node')}`);

@@ -1,0 +1,125 @@
+/**
+ * What an algorithm is, and the roles it is played by. An algorithm sees per-token numbers only: no rank, shard, device,
+ * file or clock. Whatever fulfils these roles (workers over engines, tables in tests) can run it.
+ *
+ * All per-token arrays are packed like the tokens and follow the engine's convention (see `LossBatch`): entry t of a
+ * sequence belongs to the prediction of its token t+1 after tokens 0..t. The response of a sequence with P prompt and
+ * R response tokens is therefore predicted at positions P−1 .. P+R−2, and the value of "predict token t+1" is values[t].
+ */
+import type { TokenBatch } from '../data/batch.js';
+import type { Loss, LossBatch } from '../losses/loss.js';
+
+/** A prompt as data gives it. */
+export interface Prompt {
+  readonly tokens: Int32Array;
+  /** The row it came from, for reward functions. */
+  readonly row: Readonly<Record<string, unknown>>;
+}
+
+/** Prompts with sampled responses. */
+export interface Rollout extends TokenBatch {
+  /** One per sequence: a prompt with n samples comes n times in a row. */
+  readonly prompts: readonly Prompt[];
+  /** Tokens of the prompt within each sequence, at least 1. */
+  readonly promptLengths: Int32Array;
+  /** log p of the sampled tokens under the policy that sampled them; 0 outside responses. */
+  readonly logprobs: Float32Array;
+  /** 1 at positions that predict a token which the policy sampled. */
+  readonly responseMask: Uint8Array;
+  /** `length`: the response was cut at the most new tokens. */
+  readonly finish: readonly ('stop' | 'length')[];
+}
+
+/** What a reward worker says about a rollout. */
+export interface Rewards {
+  /** Per sequence: the score of the whole answer. */
+  readonly scores: Float64Array;
+  /** Over the packed tokens, when rewards belong to tokens or steps; otherwise the score goes to the last token. */
+  readonly tokens?: Float64Array | undefined;
+}
+
+/** Sequences to learn from, with the columns that the loss reads. */
+export interface Experience extends TokenBatch, LossBatch {
+  readonly tokens: Int32Array;
+  readonly lengths: Int32Array;
+}
+
+export interface UpdateOptions {
+  /** Times that every row is used. */
+  readonly epochs: number;
+  /** Optimizer steps per epoch. */
+  readonly miniBatches: number;
+  /** Numbers the call, so that the order of rows is a function of it. */
+  readonly iteration: number;
+}
+
+/** Means over the optimizer steps of one update, each measured at the weights before its step. */
+export interface UpdateStatistics {
+  readonly loss: number;
+  /** Before clipping. */
+  readonly gradientNorm: number;
+  readonly statistics: Readonly<Record<string, number>>;
+}
+
+export interface Evaluation {
+  readonly loss: number;
+  readonly statistics: Readonly<Record<string, number>>;
+}
+
+/** A model that learns. */
+export interface Learner {
+  update(experience: Experience, loss: Loss, options: UpdateOptions): Promise<UpdateStatistics>;
+  /** The loss at the present weights. */
+  evaluate(experience: Experience, loss: Loss): Promise<Evaluation>;
+}
+
+/** The policy. */
+export interface ActorWorker extends Learner {
+  generateSequences(prompts: readonly Prompt[], options: { readonly iteration: number }): Promise<Rollout>;
+  computeLogprobs(batch: TokenBatch): Promise<Float32Array>;
+}
+
+/** The value function. */
+export interface CriticWorker extends Learner {
+  computeValues(batch: TokenBatch): Promise<Float32Array>;
+}
+
+/** The policy that KL is measured against. */
+export interface ReferenceWorker {
+  computeLogprobs(batch: TokenBatch): Promise<Float32Array>;
+}
+
+/** A reward model, a function, or both. */
+export interface RewardWorker {
+  computeRewards(rollout: Rollout): Promise<Rewards>;
+}
+
+/** The roles of reinforcement learning from feedback; an algorithm may use some of them. */
+export interface Models {
+  readonly actor: ActorWorker;
+  readonly critic: CriticWorker;
+  readonly reference: ReferenceWorker;
+  readonly reward: RewardWorker;
+}
+
+/** What one iteration did. Metric names are those of the run folder's contract. */
+export interface Iteration {
+  readonly metrics: Readonly<Record<string, number>>;
+  readonly rollout?: Rollout | undefined;
+  readonly rewards?: Rewards | undefined;
+}
+
+/** Everything that an algorithm carries from one iteration to the next; plain JSON for checkpoints. */
+export type AlgorithmState = Readonly<Record<string, number>>;
+
+export interface Algorithm<Roles, Batch> {
+  /** The roles that `iterate` uses. */
+  readonly models: readonly (keyof Roles & string)[];
+  /** Learns from one batch: prompts, or sequences to imitate. Iterations are numbered from 1. */
+  iterate(models: Roles, batch: Batch, context: { readonly iteration: number }): Promise<Iteration>;
+  state(): AlgorithmState;
+  restore(state: AlgorithmState): void;
+}
+
+/** For algorithms that carry nothing over. */
+export const stateless = { state: (): AlgorithmState => ({}), restore: (): void => {} };

@@ -1,0 +1,65 @@
+/** Numbers of an iteration under the names of the metrics contract. */
+import type { KlPenalty } from '../losses/kl.js';
+import { explainedVariance } from '../losses/statistics.js';
+import type { Experience, Rewards, Rollout, UpdateStatistics } from './algorithm.js';
+import { penalty, spans, type TruncationSettings } from './rollout.js';
+
+export type Metrics = Readonly<Record<string, number>>;
+
+/**
+ * `reward.mean`: score with the truncation penalty, over the rows that are learned from; `reward.model`: score as it was
+ * given, over all rows; `response.length` in tokens; `response.truncated` and `response.empty` as fractions of rows.
+ */
+export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: TruncationSettings): Metrics {
+  const rows = Array.from(rollout.finish.keys());
+  const counted = rows.filter((row) => settings.truncation !== 'mask' || rollout.finish[row] !== 'length');
+  const lengths = spans(rollout).map(
+    ({ begin, end }) => rollout.responseMask.subarray(begin, end).filter(Boolean).length,
+  );
+  return {
+    'reward.mean': mean(counted.map((row) => rewards.scores[row]! - penalty(rollout, row, settings))),
+    'reward.model': mean(Array.from(rewards.scores)),
+    'response.length': mean(lengths),
+    'response.truncated': mean(rollout.finish.map((finish) => (finish === 'length' ? 1 : 0))),
+    'response.empty': mean(lengths.map((length) => (length === 0 ? 1 : 0))),
+  };
+}
+
+/** `kl.mean` in nats per token, `kl.sequence` in nats per answer, `kl.outliers` the fraction of tokens with |d| > 10. */
+export const klMetrics = ({ mean: perToken, perSequence, outliers }: KlPenalty, beta: number): Metrics => ({
+  'kl.mean': perToken,
+  'kl.sequence': perSequence,
+  'kl.coefficient': beta,
+  'kl.outliers': outliers,
+});
+
+/** `value.explained` is of the values that the rollout was judged with. */
+export const criticMetrics = (
+  { columns, mask }: Experience,
+  { loss, gradientNorm, statistics }: UpdateStatistics,
+): Metrics => ({
+  'value.loss': loss,
+  'value.explained': explainedVariance(columns.oldValues!, columns.returns!, mask),
+  'value.clipFraction': statistics.clipFraction ?? 0,
+  'value.gradientNorm': gradientNorm,
+});
+
+/** `policy.loss` is the surrogate alone; `loss` has the entropy bonus and the KL loss as well. */
+export const actorMetrics = ({ loss, gradientNorm, statistics }: UpdateStatistics): Metrics => ({
+  loss,
+  'gradient.norm': gradientNorm,
+  'policy.loss': statistics.policyLoss ?? loss,
+  'policy.clipFraction': statistics.clipFraction ?? 0,
+  'policy.kl': statistics.kl ?? 0,
+  'policy.outliers': statistics.outliers ?? 0,
+  entropy: statistics.entropy ?? 0,
+});
+
+/** Fraction of pairs in the right order, and the mean of chosen − rejected. */
+export const pairMetrics = ({ accuracy = 0, margin = 0 }: Metrics): Metrics => ({
+  'reward.accuracy': accuracy,
+  'reward.margin': margin,
+});
+
+/** 0 for nothing to average. */
+const mean = (x: readonly number[]): number => (x.length > 0 ? x.reduce((sum, value) => sum + value, 0) / x.length : 0);

@@ -1,0 +1,111 @@
+/**
+ * Proximal policy optimisation for language models.
+ * Schulman et al. 2017, arXiv:1707.06347 (clipped surrogate); Schulman et al. 2015, arXiv:1506.02438 (GAE); Ziegler et al.
+ * 2019, arXiv:1909.08593 and Ouyang et al. 2022, arXiv:2203.02155 (KL in the reward).
+ */
+import { gae } from '../losses/advantages.js';
+import { adaptiveKl, fixedKl } from '../losses/controllers.js';
+import { type KlEstimator, type KlPenalty, klPenalty } from '../losses/kl.js';
+import { policyLoss } from '../losses/policy.js';
+import { whiten } from '../losses/statistics.js';
+import { valueLoss } from '../losses/value.js';
+import type { Algorithm, Experience, Models, Prompt, Rewards, Rollout } from './algorithm.js';
+import { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
+import { learnedMask, placeScores, type TruncationSettings } from './rollout.js';
+
+export interface PpoSettings extends TruncationSettings {
+  /** Times a rollout is used, and optimizer steps each time. */
+  readonly epochs: number;
+  readonly miniBatches: number;
+  /** ε of the clipped surrogate (eq. 7), ε_v of the clipped value loss. */
+  readonly clip: number;
+  readonly valueClip: number;
+  /** γ and λ of generalised advantage estimation. */
+  readonly gamma: number;
+  readonly lambda: number;
+  /** β: weight of the KL term, at the start when the controller is adaptive. */
+  readonly klCoefficient: number;
+  readonly kl: {
+    /** As a penalty in the reward, or as a term of the policy loss. */
+    readonly in: 'reward' | 'loss';
+    readonly estimator: KlEstimator;
+    readonly controller: 'fixed' | 'adaptive';
+    /** Nats per answer to steer to, and answers over which an error of 1 would double β. */
+    readonly target: number;
+    readonly horizon: number;
+  };
+  /** Advantages to mean 0 and variance 1 over the whole rollout. */
+  readonly whiten: boolean;
+  /** Weight of the entropy bonus. */
+  readonly entropyCoefficient: number;
+}
+
+export function ppo(settings: PpoSettings): Algorithm<Models, readonly Prompt[]> {
+  const { epochs, miniBatches, klCoefficient, kl } = settings;
+  const beta =
+    kl.controller === 'adaptive' ? adaptiveKl({ coefficient: klCoefficient, ...kl }) : fixedKl(klCoefficient);
+  return {
+    models: ['actor', 'critic', 'reference', 'reward'],
+
+    async iterate({ actor, critic, reference, reward }, prompts, { iteration }) {
+      const rollout = await actor.generateSequences(prompts, { iteration });
+      const [values, anchor, rewards] = await Promise.all([
+        critic.computeValues(rollout),
+        reference.computeLogprobs(rollout),
+        reward.computeRewards(rollout),
+      ]);
+      const coefficient = beta.coefficient;
+      const { experience, penalty } = makeExperience(rollout, values, anchor, rewards, settings, coefficient);
+      const update = { epochs, miniBatches, iteration };
+      const [ofCritic, ofActor] = await Promise.all([
+        critic.update(experience, valueLoss({ clip: settings.valueClip }), update),
+        actor.update(experience, actorLoss(settings, coefficient), update),
+      ]);
+      beta.update(penalty.perSequence, rollout.lengths.length);
+      const metrics = {
+        ...rolloutMetrics(rollout, rewards, settings),
+        ...klMetrics(penalty, coefficient),
+        ...criticMetrics(experience, ofCritic),
+        ...actorMetrics(ofActor),
+      };
+      return { metrics, rollout, rewards };
+    },
+
+    state: () => ({ klCoefficient: beta.coefficient }),
+    restore: (state) => beta.restore({ coefficient: state.klCoefficient ?? Number.NaN }),
+  };
+}
+
+/** r_t = score at the last token − β (log π_old − log π_ref);  A, R = GAE(r, V);  A whitened over the whole rollout. */
+export function makeExperience(
+  rollout: Rollout,
+  values: Float32Array,
+  referenceLogprobs: Float32Array,
+  rewards: Rewards,
+  settings: PpoSettings,
+  beta: number,
+): { experience: Experience; penalty: KlPenalty } {
+  const { tokens, lengths, logprobs } = rollout;
+  const mask = learnedMask(rollout, settings);
+  const penalty = klPenalty(
+    { lengths, mask, scores: placeScores(rollout, rewards, settings), logprobs, reference: referenceLogprobs },
+    { coefficient: settings.kl.in === 'reward' ? beta : 0, estimator: settings.kl.estimator },
+  );
+  const { advantages, returns } = gae({ lengths, mask, rewards: penalty.rewards, values }, settings);
+  const columns = {
+    oldLogprobs: logprobs,
+    referenceLogprobs,
+    oldValues: values,
+    returns,
+    advantages: settings.whiten ? whiten(advantages, mask) : advantages,
+  };
+  return { experience: { tokens, lengths, mask, columns }, penalty };
+}
+
+/** L = −E_t[ min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) ] − c_H E_t[H] (+ β E_t[KL]),  ρ_t = π(a_t) / π_old(a_t)   (eq. 7). */
+const actorLoss = ({ clip, entropyCoefficient, kl }: PpoSettings, beta: number) =>
+  policyLoss({
+    clip,
+    entropyCoefficient,
+    kl: kl.in === 'loss' ? { coefficient: beta, estimator: kl.estimator } : undefined,
+  });

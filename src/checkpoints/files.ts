@@ -1,0 +1,122 @@
+/** Files that are either complete or absent: written beside, flushed, renamed. */
+import { copyFile, mkdir, open, readFile, rename, rm } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
+import { LockstepError } from '../errors.js';
+
+/** A single write of a file descriptor takes less than 2 GiB. */
+const largestWrite = 1 << 28;
+
+const hints: Readonly<Record<string, string>> = {
+  ENOSPC: 'the disk is full: free space or choose another output folder',
+  EDQUOT: 'the disk quota is used up: free space or choose another output folder',
+  EROFS: 'the file system is read-only: choose another output folder',
+  EACCES: 'permission denied: choose a folder that you may write to',
+  EPERM: 'permission denied: choose a folder that you may write to',
+  ENOTDIR: 'a part of the path is a file: choose another output folder',
+  EFBIG: 'the file system or a limit allows no file of this size: choose another output folder',
+};
+
+interface SystemError extends Error {
+  code: string;
+  syscall: string;
+}
+
+export function isSystemError(error: unknown): error is SystemError {
+  return error instanceof Error && 'code' in error && 'syscall' in error;
+}
+
+/** A system error while writing `path` as CHECKPOINT_WRITE_FAILED; anything else as it is. */
+export function writeFailure(path: string, error: unknown): unknown {
+  if (!isSystemError(error)) return error;
+  const hint = hints[error.code] ?? 'see the cause';
+  const message = `Cannot write ${path}: ${error.code}, ${hint}. Nothing incomplete is left under that name.`;
+  return new LockstepError('CHECKPOINT_WRITE_FAILED', message, { path, cause: error.code }, { cause: error });
+}
+
+async function failWith<T>(path: string, work: () => Promise<T>): Promise<T> {
+  try {
+    return await work();
+  } catch (error) {
+    throw writeFailure(path, error);
+  }
+}
+
+/** Flushes a folder's entries, so that a rename in it survives a crash. */
+export async function syncDirectory(directory: string): Promise<void> {
+  const handle = await open(directory, 'r');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+export async function makeDirectory(directory: string): Promise<void> {
+  await failWith(directory, () => mkdir(directory, { recursive: true }));
+}
+
+/**
+ * Writes `path` from chunks, all or nothing.
+ * @throws CHECKPOINT_WRITE_FAILED with path and cause; errors of the chunks' producer pass unchanged.
+ */
+export async function writeAtomically(
+  path: string,
+  chunks: AsyncIterable<Uint8Array> | Iterable<Uint8Array>,
+): Promise<void> {
+  const partial = `${path}.partial`;
+  try {
+    const handle = await open(partial, 'w');
+    try {
+      for await (const chunk of chunks) {
+        for (let at = 0; at < chunk.byteLength; at += largestWrite)
+          await handle.writeFile(chunk.subarray(at, at + largestWrite));
+      }
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+    await rename(partial, path);
+    await syncDirectory(dirname(path));
+  } catch (error) {
+    await rm(partial, { force: true }).catch(() => undefined);
+    throw writeFailure(path, error);
+  }
+}
+
+export async function writeJson(path: string, value: unknown): Promise<void> {
+  await writeAtomically(path, [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)]);
+}
+
+export async function removeFile(path: string): Promise<void> {
+  await failWith(path, () => rm(path, { force: true }));
+}
+
+/** Copies those of `names` that exist in `from`; a missing one is no error. */
+export async function copyExisting(from: string, to: string, names: readonly string[]): Promise<string[]> {
+  const copied: string[] = [];
+  for (const name of names) {
+    const target = join(to, name);
+    const partial = `${target}.partial`;
+    try {
+      await copyFile(join(from, name), partial);
+    } catch (error) {
+      await rm(partial, { force: true }).catch(() => undefined);
+      if (isSystemError(error) && error.code === 'ENOENT') continue;
+      throw writeFailure(target, error);
+    }
+    await failWith(target, () => rename(partial, target));
+    copied.push(name);
+  }
+  if (copied.length > 0) await failWith(to, () => syncDirectory(to));
+  return copied;
+}
+
+/** The text of a file, or undefined when there is none. */
+export async function readTextIfPresent(path: string): Promise<string | undefined> {
+  try {
+    return await readFile(path, 'utf8');
+  } catch (error) {
+    if (isSystemError(error) && (error.code === 'ENOENT' || error.code === 'ENOTDIR')) return undefined;
+    throw error;
+  }
+}

@@ -1,0 +1,326 @@
+/** Hugging Face checkpoint folders: opening, planning a load into the engine, saving what the engine holds. */
+import { join, resolve } from 'node:path';
+import type { Engine } from '../engine/engine.js';
+import { LockstepError } from '../errors.js';
+import { canonicalName, checkpointNames } from '../layout/checkpoint-names.js';
+import { parseModelConfig } from '../layout/config.js';
+import type { ModelShape } from '../layout/model-shape.js';
+import { type Piece, type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
+import { copyExisting, makeDirectory, readTextIfPresent, removeFile, syncDirectory, writeJson } from './files.js';
+import { resolveModelDirectory } from './hub-cache.js';
+import {
+  float32Size,
+  type NewTensor,
+  openForReading,
+  readBytes,
+  readSafetensorsHeader,
+  type StoredTensor,
+  writeSafetensors,
+} from './safetensors.js';
+import { writtenConfig } from './written-config.js';
+
+const configFile = 'config.json';
+const singleFile = 'model.safetensors';
+const indexFile = 'model.safetensors.index.json';
+
+export interface Checkpoint {
+  directory: string;
+  /** config.json as it stands. */
+  config: Readonly<Record<string, unknown>>;
+  shape: ModelShape;
+  /** By the name that transformers gives the tensor in its class with a head (a missing `model.` or `transformer.` is added). */
+  tensors: ReadonlyMap<string, StoredTensor>;
+}
+
+/**
+ * Opens a checkpoint: reads config.json and the headers of all files, no weights.
+ * @param model a folder, or a hub name found in the local cache
+ * @throws MODEL_NOT_FOUND, CHECKPOINT_FILE_MISSING, CHECKPOINT_CORRUPT, MODEL_CONFIG_INVALID, MODEL_UNSUPPORTED
+ */
+export async function openCheckpoint(model: string): Promise<Checkpoint> {
+  const directory = resolve(await resolveModelDirectory(model));
+  const path = join(directory, configFile);
+  const config = await readJsonObject(path, 'MODEL_CONFIG_INVALID');
+  const shape = parseModelConfig(config, path);
+  const tensors = canonicalNames(await readHeaders(directory), shape);
+  return { directory, config, shape: await withActualTie(shape, tensors), tensors };
+}
+
+async function readJsonObject(path: string, code: 'MODEL_CONFIG_INVALID' | 'CHECKPOINT_CORRUPT') {
+  const text = await readTextIfPresent(path);
+  if (text === undefined) {
+    const message = `${path}: no such file. Expected a Hugging Face checkpoint folder with config.json and *.safetensors.`;
+    throw new LockstepError('CHECKPOINT_FILE_MISSING', message, { file: path });
+  }
+  try {
+    const json: unknown = JSON.parse(text);
+    if (typeof json === 'object' && json !== null && !Array.isArray(json)) return json as Record<string, unknown>;
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    throw new LockstepError(code, `${path}: not JSON (${reason}). Copy or download the file again.`, { file: path });
+  }
+  throw new LockstepError(code, `${path}: expected a JSON object. Copy or download the file again.`, { file: path });
+}
+
+/** model.safetensors, or the files of its index; transformers looks in the same order. */
+async function readHeaders(directory: string): Promise<Map<string, StoredTensor>> {
+  const indexPath = join(directory, indexFile);
+  try {
+    return await readSafetensorsHeader(join(directory, singleFile));
+  } catch (error) {
+    if (!LockstepError.isInstance(error) || error.code !== 'CHECKPOINT_FILE_MISSING') throw error;
+  }
+  if ((await readTextIfPresent(indexPath)) === undefined) {
+    const message =
+      `${directory}: no weights: neither ${singleFile} nor ${indexFile} is there. ` +
+      'Copy or download the checkpoint again; weights in other formats (*.bin, *.gguf) must be converted to safetensors first.';
+    throw new LockstepError('CHECKPOINT_FILE_MISSING', message, { file: join(directory, singleFile) });
+  }
+  return readShards(directory, indexPath);
+}
+
+async function readShards(directory: string, indexPath: string): Promise<Map<string, StoredTensor>> {
+  const { weight_map: map } = await readJsonObject(indexPath, 'CHECKPOINT_CORRUPT');
+  const isMap = typeof map === 'object' && map !== null && Object.values(map).every((file) => typeof file === 'string');
+  if (!isMap) {
+    const message = `${indexPath}: weight_map is not an object from tensor names to files. Copy or download the file again.`;
+    throw new LockstepError('CHECKPOINT_CORRUPT', message, { file: indexPath });
+  }
+  const headers = new Map<string, Map<string, StoredTensor>>();
+  const tensors = new Map<string, StoredTensor>();
+  for (const [name, file] of Object.entries(map as Record<string, string>)) {
+    const header = headers.get(file) ?? (await readSafetensorsHeader(shardPath(directory, file, indexPath)));
+    headers.set(file, header);
+    const tensor = header.get(name);
+    if (!tensor) {
+      const message = `${join(directory, file)}: tensor "${name}" is not in it, though ${indexFile} says so. Copy or download both again.`;
+      throw new LockstepError('CHECKPOINT_TENSOR_MISSING', message, { file: join(directory, file), tensor: name });
+    }
+    tensors.set(name, tensor);
+  }
+  return tensors;
+}
+
+function shardPath(directory: string, file: string, indexPath: string): string {
+  if (/^[^/\\]+$/.test(file) && file !== '..') return join(directory, file);
+  const message = `${indexPath}: weight_map names "${file}", which is not a file of its own folder. Correct the index.`;
+  throw new LockstepError('CHECKPOINT_CORRUPT', message, { file: indexPath, received: file });
+}
+
+/** Names with the prefix that checkpoints of the bare trunk lack. */
+function canonicalNames(tensors: Map<string, StoredTensor>, shape: ModelShape): Map<string, StoredTensor> {
+  const names = checkpointNames(shape);
+  if (tensors.has(`${names.embed}.weight`)) return tensors;
+  return new Map([...tensors].map(([name, tensor]) => [canonicalName(names, name), tensor]));
+}
+
+/** As transformers 5 does: a tied projection that is stored and differs from the embedding is not tied after all. */
+async function withActualTie(shape: ModelShape, tensors: ReadonlyMap<string, StoredTensor>): Promise<ModelShape> {
+  const names = checkpointNames(shape);
+  const projection = tensors.get(`${names.vocabulary}.weight`);
+  const embed = tensors.get(`${names.embed}.weight`);
+  if (!shape.tied || !projection || !embed) return shape;
+  return (await sameBytes(projection, embed)) ? shape : { ...shape, tied: false };
+}
+
+async function sameBytes(a: StoredTensor, b: StoredTensor): Promise<boolean> {
+  if (a.dtype !== b.dtype || a.bytes !== b.bytes) return false;
+  const first = await openForReading(a.file);
+  const second = await openForReading(b.file);
+  try {
+    const chunk = 1 << 22;
+    for (let at = 0; at < a.bytes; at += chunk) {
+      const bytes = Math.min(chunk, a.bytes - at);
+      const [left, right] = await Promise.all([
+        readBytes(first, a.file, a.offset + at, bytes),
+        readBytes(second, b.file, b.offset + at, bytes),
+      ]);
+      if (!left.equals(right)) return false;
+    }
+    return true;
+  } finally {
+    await Promise.all([first.close(), second.close()]);
+  }
+}
+
+export type StoredDtype = 'F32' | 'BF16' | 'F16';
+
+/** One checkpoint tensor on its way into an engine tensor: plain data for the native loader. */
+export interface LoadSlice {
+  /** Name in the checkpoint. */
+  name: string;
+  /** Name in the tensor table. */
+  tensor: string;
+  file: string;
+  offset: number;
+  dtype: StoredDtype;
+  /** Logical shape [out rows, in columns]; a transposed one is stored [columns, rows]. */
+  rows: number;
+  columns: number;
+  transposed: boolean;
+  pieces: readonly Piece[];
+}
+
+export interface LoadPlan {
+  slices: LoadSlice[];
+  /** Tensors of the table that the checkpoint lacks and that start at zero: a new head. */
+  zeroed: string[];
+}
+
+export interface LoadOptions {
+  /** A value or score head that the checkpoint lacks starts at zero; otherwise it is an error. */
+  newHead?: boolean;
+}
+
+/**
+ * What to read from where, for a table of the checkpoint's shape or of that shape under another head.
+ * @throws CHECKPOINT_TENSOR_MISSING, CHECKPOINT_TENSOR_SHAPE, CHECKPOINT_DTYPE, each naming file and tensor
+ */
+export function loadPlan(checkpoint: Checkpoint, table: readonly TensorSpec[], options: LoadOptions = {}): LoadPlan {
+  const plan: LoadPlan = { slices: [], zeroed: [] };
+  for (const spec of table) {
+    for (const source of spec.sources) {
+      const stored = findStored(checkpoint, source);
+      if (stored) plan.slices.push(sliceOf(spec, source, stored));
+      else if (options.newHead && spec.name.startsWith('scalarHead')) plan.zeroed.push(spec.name);
+      else throw missingTensor(checkpoint, spec, source);
+    }
+  }
+  return plan;
+}
+
+/** GPT-2 calls the same projection `score` or `classifier`: a critic may start from a reward model. */
+function findStored(checkpoint: Checkpoint, source: TensorSource): StoredTensor | undefined {
+  return checkpoint.tensors.get(source.name) ?? checkpoint.tensors.get(source.name.replace(/^classifier\./, 'score.'));
+}
+
+function missingTensor(checkpoint: Checkpoint, spec: TensorSpec, source: TensorSource): LockstepError {
+  const hint = spec.name.startsWith('scalarHead')
+    ? 'The model has no such head yet: train a reward model first, or ask for a new head.'
+    : 'The checkpoint is incomplete or of another model: copy or download it again.';
+  const message = `${checkpoint.directory}: tensor "${source.name}" [${source.shape.join(', ')}] is missing. ${hint}`;
+  return new LockstepError('CHECKPOINT_TENSOR_MISSING', message, {
+    directory: checkpoint.directory,
+    tensor: source.name,
+    expected: source.shape,
+  });
+}
+
+function sliceOf(spec: TensorSpec, source: TensorSource, stored: StoredTensor): LoadSlice {
+  const { file, dtype } = stored;
+  const details = { file, tensor: source.name };
+  if (stored.shape.length !== source.shape.length || stored.shape.some((extent, i) => extent !== source.shape[i])) {
+    const message =
+      `${file}: tensor "${source.name}" has shape [${stored.shape.join(', ')}]; config.json asks for ` +
+      `[${source.shape.join(', ')}]. Use the config.json that belongs to these weights.`;
+    throw new LockstepError('CHECKPOINT_TENSOR_SHAPE', message, {
+      ...details,
+      expected: source.shape,
+      received: stored.shape,
+    });
+  }
+  if (dtype !== 'F32' && dtype !== 'BF16' && dtype !== 'F16') {
+    const message = `${file}: tensor "${source.name}" is ${dtype}; F32, BF16 and F16 are supported. Convert the checkpoint.`;
+    throw new LockstepError('CHECKPOINT_DTYPE', message, { ...details, received: dtype });
+  }
+  const [first, second = 1] = source.shape as [number, number?];
+  const [rows, columns] = source.transposed ? [second, first] : [first, second];
+  const { transposed, pieces } = source;
+  return {
+    name: source.name,
+    tensor: spec.name,
+    file,
+    offset: stored.offset,
+    dtype,
+    rows,
+    columns,
+    transposed,
+    pieces,
+  };
+}
+
+/** Checkpoint tensors of a model, in table order. */
+export function checkpointTensors(engine: Pick<Engine, 'shape' | 'parts'>): NewTensor[] {
+  return tensorTable(engine.shape, engine.parts).flatMap((spec) =>
+    spec.sources.map(({ name, shape }) => ({ name, shape })),
+  );
+}
+
+const tokenizerFiles = [
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'vocab.txt',
+  'merges.txt',
+  'tokenizer.model',
+  'chat_template.jinja',
+  'chat_template.json',
+];
+const generationFile = 'generation_config.json';
+const defaultShardBytes = 5_000_000_000;
+
+export interface SaveOptions {
+  /** config.json of the checkpoint that the model came from; architecture, labels, dtype and tying are adapted. */
+  configJson: Readonly<Record<string, unknown>>;
+  /** Folder whose tokenizer files, and generation settings for a language model, are copied. */
+  tokenizerFrom?: string;
+  /** Weights beyond it are cut into several files with an index. Default 5 GB. */
+  maxShardBytes?: number;
+}
+
+/**
+ * Writes the engine's weights as a Hugging Face folder in float32 that transformers loads unchanged. Every file appears
+ * complete or not at all; config.json comes last, so a folder that has one is complete.
+ * @throws CHECKPOINT_WRITE_FAILED with path and cause
+ */
+export async function saveModel(engine: Engine, directory: string, options: SaveOptions): Promise<void> {
+  const config = writtenConfig(options.configJson, engine.shape);
+  await makeDirectory(directory);
+  await writeWeights(engine, directory, options.maxShardBytes ?? defaultShardBytes);
+  const { tokenizerFrom } = options;
+  if (tokenizerFrom !== undefined && resolve(tokenizerFrom) !== resolve(directory)) {
+    const generation = engine.shape.head === 'language' ? [generationFile] : [];
+    await copyExisting(tokenizerFrom, directory, [...tokenizerFiles, ...generation]);
+  }
+  await writeJson(join(directory, configFile), config);
+  await syncDirectory(directory);
+}
+
+async function writeWeights(engine: Engine, directory: string, maxShardBytes: number): Promise<void> {
+  const tensors = checkpointTensors(engine);
+  const read = (name: string) => engine.readTensor(name);
+  const shards = shardsOf(tensors, maxShardBytes);
+  if (shards.length === 1) {
+    await writeSafetensors(join(directory, singleFile), tensors, read);
+    await removeFile(join(directory, indexFile));
+    return;
+  }
+  const map: Record<string, string> = {};
+  const number = (i: number) => String(i).padStart(5, '0');
+  for (const [i, shard] of shards.entries()) {
+    const file = `model-${number(i + 1)}-of-${number(shards.length)}.safetensors`;
+    await writeSafetensors(join(directory, file), shard, read);
+    for (const { name } of shard) map[name] = file;
+  }
+  const totalSize = tensors.reduce((sum, { shape }) => sum + float32Size(shape), 0);
+  await writeJson(join(directory, indexFile), { metadata: { total_size: totalSize }, weight_map: map });
+  await removeFile(join(directory, singleFile));
+}
+
+/** Tensors in order, a new shard where the next one would not fit. */
+function shardsOf(tensors: readonly NewTensor[], maxShardBytes: number): NewTensor[][] {
+  const shards: NewTensor[][] = [[]];
+  let bytes = 0;
+  for (const tensor of tensors) {
+    const size = float32Size(tensor.shape);
+    if (bytes > 0 && bytes + size > maxShardBytes) {
+      shards.push([]);
+      bytes = 0;
+    }
+    (shards.at(-1) as NewTensor[]).push(tensor);
+    bytes += size;
+  }
+  return shards;
+}

@@ -1,0 +1,282 @@
+/** The engine over the addon: plans every call in layout/ and hands it to the rank's thread. */
+import type { TokenBatch } from '../data/batch.js';
+import { LockstepError } from '../errors.js';
+import {
+  type CallPlan,
+  type ModelPlan,
+  pagePositions,
+  planGeneration,
+  planModel,
+  planScoring,
+  planTraining,
+  wholeSequences,
+} from '../layout/memory-plan.js';
+import type { ModelShape } from '../layout/model-shape.js';
+import { resolveParts } from '../layout/parts.js';
+import { ropeTables } from '../layout/rope.js';
+import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
+import { type Device, rethrow, rethrowAsync } from './device.js';
+import type {
+  Dtype,
+  Engine,
+  EngineMemory,
+  ForwardOptions,
+  ForwardResult,
+  Generated,
+  GenerateOptions,
+  GenerateProgress,
+  GenerateRequest,
+  ParameterSpace,
+  StepOptions,
+  StepResult,
+  TokenGradients,
+} from './engine.js';
+import { loadNative, type NativeLoad, type NativeModel, type NativePieces } from './native.js';
+
+export interface EngineOptions {
+  shape: ModelShape;
+  device: Device;
+  dtype: Dtype;
+  /** Gradients, moments and masters are held too. Default false. */
+  train?: boolean;
+  /** numerics.parts; default: the rule of DESIGN §2. */
+  parts?: number | 'auto';
+  /** Layers keep only their input for backward and are computed again. Default false. */
+  recompute?: boolean;
+}
+
+/** Rows of one step of generation: prompt chunks and decoding rows together. */
+const generationRows = 512;
+/** Sequences that generate together, at most. */
+const generationSequences = 256;
+
+interface TensorHome {
+  index: number;
+  spec: TensorSpec;
+  source: TensorSource;
+}
+
+/** How one generation went; `Engine.generate` of this class leaves it in `lastGeneration`. */
+export interface GenerationStatistics {
+  steps: number;
+  rows: number;
+  preemptions: number;
+  sharedPositions: number;
+}
+
+/** Parameters start at zero: `load` or `writeTensor` fills them. */
+export class NativeEngine implements Engine {
+  readonly shape: ModelShape;
+  readonly dtype: Dtype;
+  readonly parts: number;
+  readonly table: readonly TensorSpec[];
+  lastGeneration: GenerationStatistics | undefined;
+  private readonly device: Device;
+  private readonly recompute: boolean;
+  private readonly train: boolean;
+  private readonly native: NativeModel;
+  private readonly homes = new Map<string, TensorHome[]>();
+
+  constructor(options: EngineOptions) {
+    this.shape = options.shape;
+    this.device = options.device;
+    this.dtype = options.dtype;
+    this.train = options.train ?? false;
+    this.recompute = options.recompute ?? false;
+    this.parts = resolveParts(options.shape, options.parts);
+    this.table = tensorTable(options.shape, this.parts);
+    const plan = planModel(this.table, this.dtype, this.train);
+    this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan)));
+    for (const [index, spec] of this.table.entries()) {
+      for (const source of spec.sources) {
+        const homes = this.homes.get(source.name) ?? [];
+        homes.push({ index, spec, source });
+        this.homes.set(source.name, homes);
+      }
+    }
+  }
+
+  private nativeSpec(plan: ModelPlan): object {
+    const { shape } = this;
+    const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
+    return {
+      shape: {
+        ...shape,
+        learnedPositions: shape.positions.type === 'learned',
+        head: shape.head,
+        parts: this.parts,
+      },
+      dtype: this.dtype,
+      train: this.train,
+      recompute: this.recompute,
+      tensors: this.table.map((tensor, i) => ({ ...tensor, sources: undefined, ...plan.places[i] })),
+      weightsBytes: plan.weightsBytes,
+      gradientBytes: plan.gradientBytes,
+      optimizerBytes: plan.optimizerBytes,
+      cosine: rope?.cosine,
+      sine: rope?.sine,
+    };
+  }
+
+  /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
+  async load(items: NativeLoad[]): Promise<void> {
+    await rethrowAsync(this.native.load(items));
+  }
+
+  async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
+    const keep = options.keep ?? false;
+    if (keep && !this.train) {
+      throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
+    }
+    const size = wholeSequences(batch.lengths);
+    const plan = keep
+      ? planTraining(this.shape, this.dtype, size, this.recompute)
+      : planScoring(this.shape, this.dtype, size);
+    this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
+    return rethrowAsync(
+      this.native.forward({
+        tokens: batch.tokens,
+        lengths: batch.lengths,
+        inverseTemperature: 1 / (options.temperature ?? 1),
+        keep,
+        plan,
+        outputs: Object.fromEntries(options.outputs.map((name) => [name, true])),
+      }),
+    );
+  }
+
+  async backward(gradients: TokenGradients): Promise<void> {
+    await rethrowAsync(this.native.backward(gradients));
+  }
+
+  async step(options: StepOptions): Promise<StepResult> {
+    const { betas, ...rest } = options;
+    return {
+      gradientNorm: await rethrowAsync(this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
+    };
+  }
+
+  async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
+    options.signal?.throwIfAborted();
+    if (requests.length === 0) return [];
+    const call = this.planGeneration(requests, options);
+    let thrown: { error: unknown } | undefined;
+    const onProgress = options.onProgress;
+    const report =
+      onProgress === undefined
+        ? undefined
+        : (progress: GenerateProgress): number[] | undefined => {
+            if (thrown) return undefined;
+            try {
+              return [...(onProgress(progress) ?? [])];
+            } catch (error) {
+              thrown = { error };
+              handle.abort();
+              return undefined;
+            }
+          };
+    const handle = rethrow(() => this.native.generate(call, report));
+    const abort = (): void => handle.abort();
+    options.signal?.addEventListener('abort', abort, { once: true });
+    try {
+      const { results, ...statistics } = await rethrowAsync(handle.promise);
+      if (thrown) throw thrown.error;
+      options.signal?.throwIfAborted();
+      this.lastGeneration = statistics;
+      return results;
+    } finally {
+      options.signal?.removeEventListener('abort', abort);
+    }
+  }
+
+  private planGeneration(requests: readonly GenerateRequest[], options: GenerateOptions) {
+    const { shape, dtype } = this;
+    const native = requests.map((request, i) => {
+      const room = shape.maxPositions - request.prompt.length;
+      if (request.prompt.length < 1 || room < 0) {
+        throw new LockstepError(
+          'PROMPT_TOO_LONG',
+          `Prompt ${i} has ${request.prompt.length} tokens; the model takes 1..${shape.maxPositions} positions.`,
+          { prompt: i, tokens: request.prompt.length, maxPositions: shape.maxPositions },
+        );
+      }
+      const maxNewTokens = Math.min(request.maxNewTokens ?? options.maxNewTokens, room);
+      return { prompt: request.prompt, maxNewTokens, id: BigInt.asUintN(64, BigInt(request.id)) };
+    });
+    const sequences = Math.min(requests.length, generationSequences);
+    const prompts = native.reduce((sum, request) => sum + request.prompt.length, 0);
+    const rows = Math.max(sequences, Math.min(prompts, generationRows));
+    const needed = native
+      .map((request) => Math.ceil((request.prompt.length + request.maxNewTokens) / pagePositions))
+      .sort((a, b) => b - a)
+      .slice(0, sequences)
+      .reduce((sum, pages) => sum + pages + 1, 0);
+    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }).total;
+    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }).total - without;
+    const pages = Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
+    const plan: CallPlan = planGeneration(shape, dtype, { rows, sequences, pages });
+    this.device.requireWorkspace(plan.total, `Generation of ${sequences} sequences together`);
+    return {
+      plan,
+      temperature: options.temperature,
+      topP: options.topP,
+      topK: options.topK,
+      stopTokens: Int32Array.from(options.stopTokens),
+      seed: BigInt.asUintN(64, BigInt(options.seed)),
+      rows,
+      sequences,
+      pages,
+      requests: native,
+    };
+  }
+
+  private home(name: string): { pieces: NativePieces; columns: number; transposed: boolean } {
+    const homes = this.homes.get(name);
+    if (homes === undefined) {
+      throw new LockstepError('MODEL_TENSOR_UNKNOWN', `The model has no tensor '${name}'.`, { name });
+    }
+    const pieces = homes.flatMap(({ index, source }) =>
+      source.pieces.flatMap((piece) => [piece.sourceRow, index, piece.row, piece.rows]),
+    );
+    return { pieces, columns: homes[0]!.spec.in, transposed: homes[0]!.source.transposed };
+  }
+
+  async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
+    const { pieces, columns, transposed } = this.home(name);
+    const rows = await rethrowAsync(this.native.readRows({ space, columns, pieces }));
+    return transposed ? transpose(rows, rows.length / columns, columns) : rows;
+  }
+
+  async writeTensor(name: string, data: Float32Array, space: ParameterSpace = 'weights'): Promise<void> {
+    const { pieces, columns, transposed } = this.home(name);
+    const rows = transposed ? transpose(data, columns, data.length / columns) : data;
+    await rethrowAsync(this.native.writeRows({ space, columns, pieces, data: rows }));
+  }
+
+  async publish(): Promise<void> {
+    await rethrowAsync(this.native.publish());
+  }
+
+  memory(): EngineMemory {
+    return { ...this.native.memory(), ...this.device.memory() };
+  }
+
+  async close(): Promise<void> {
+    this.native.close();
+    this.device.release(this);
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+}
+
+/** [rows, columns] to [columns, rows]. */
+function transpose(data: Float32Array, rows: number, columns: number): Float32Array {
+  const out = new Float32Array(data.length);
+  for (let r = 0; r < rows; r++) {
+    for (let c = 0; c < columns; c++) out[c * rows + r] = data[r * columns + c]!;
+  }
+  return out;
+}

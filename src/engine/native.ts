@@ -1,0 +1,180 @@
+/**
+ * The one file that types the addon and the one that loads it. Names are those of native/binding; arrays cross as typed
+ * arrays, long work as promises.
+ */
+import { existsSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { LockstepError } from '../errors.js';
+import type { CallPlan } from '../layout/memory-plan.js';
+import type { ForwardOutput, ForwardResult, Generated, GenerateProgress, ParameterSpace } from './engine.js';
+
+export interface NativeDevice {
+  /** "reference", "avx2", "avx512" or "avx512-bf16". */
+  readonly kernels: string;
+  memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
+  close(): void;
+}
+
+export interface NativeForward {
+  tokens: Int32Array;
+  lengths: Int32Array;
+  inverseTemperature: number;
+  keep: boolean;
+  plan: CallPlan;
+  outputs: Partial<Record<ForwardOutput, true>>;
+}
+
+export interface NativeGenerate {
+  plan: CallPlan;
+  temperature: number;
+  topP: number;
+  topK: number;
+  stopTokens: Int32Array;
+  seed: bigint;
+  rows: number;
+  sequences: number;
+  pages: number;
+  requests: { prompt: Int32Array; maxNewTokens: number; id: bigint }[];
+}
+
+export interface NativeGenerated {
+  results: Generated[];
+  /** Forward passes, rows in them, sequences sent back for want of pages, positions taken over from a shared prompt. */
+  steps: number;
+  rows: number;
+  preemptions: number;
+  sharedPositions: number;
+}
+
+/** Flat quadruples: source row, tensor index, row in that tensor, count. */
+export type NativePieces = number[];
+
+export interface NativeLoad {
+  file: string;
+  name: string;
+  dtype: 'F32' | 'BF16' | 'F16';
+  offset: number;
+  rows: number;
+  columns: number;
+  transposed: boolean;
+  pieces: NativePieces;
+}
+
+export interface NativeStep {
+  learningRate: number;
+  beta1: number;
+  beta2: number;
+  epsilon: number;
+  weightDecay: number;
+  clipNorm: number;
+  step: number;
+}
+
+export interface NativeModel {
+  load(items: NativeLoad[]): Promise<void>;
+  forward(call: NativeForward): Promise<ForwardResult>;
+  backward(gradients: { logprobs?: Float32Array; entropies?: Float32Array; values?: Float32Array }): Promise<void>;
+  step(options: NativeStep): Promise<number>;
+  generate(
+    call: NativeGenerate,
+    onProgress?: (progress: GenerateProgress) => number[] | undefined,
+  ): { promise: Promise<NativeGenerated>; abort(): void };
+  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
+  writeRows(call: {
+    space: ParameterSpace;
+    columns: number;
+    pieces: NativePieces;
+    data: Float32Array;
+  }): Promise<void>;
+  publish(): Promise<void>;
+  memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
+  close(): void;
+}
+
+export interface NativeAddon {
+  Device: new (options: {
+    threads: number;
+    scratchBytes: number;
+    implementation: 'cpu' | 'reference';
+    isa: string;
+    poison: boolean;
+  }) => NativeDevice;
+  Model: new (device: NativeDevice, spec: object) => NativeModel;
+  /** The kernels that a name ('' for the best) resolves to on this CPU, after their self-check. */
+  instructionSet(name: string): string;
+}
+
+const root = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
+
+/** Where the addon is looked for, in order. */
+export function nativePaths(): string[] {
+  const explicit = process.env.LOCKSTEP_NATIVE_PATH;
+  return [
+    ...(explicit ? [explicit] : []),
+    join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'lockstep.node'),
+    join(root, 'build', 'Release', 'lockstep.node'),
+    join(root, 'build', 'Debug', 'lockstep.node'),
+  ];
+}
+
+let loaded: { addon: NativeAddon; path: string } | undefined;
+
+/**
+ * Loads the addon once.
+ *
+ * @throws LockstepError NATIVE_NOT_BUILT with every path tried and the command that builds it; NATIVE_UNLOADABLE when a
+ *   file is there but cannot be loaded; PLATFORM_UNSUPPORTED elsewhere than on Linux x86-64.
+ */
+export function loadNative(): NativeAddon {
+  return nativeLocation().addon;
+}
+
+/** The loaded addon and its path. */
+export function nativeLocation(): { addon: NativeAddon; path: string } {
+  if (loaded) return loaded;
+  if (process.platform !== 'linux' || process.arch !== 'x64') {
+    throw new LockstepError(
+      'PLATFORM_UNSUPPORTED',
+      `Lockstep runs on Linux x86-64 with AVX2 and FMA; this is ${process.platform} ${process.arch}.`,
+    );
+  }
+  const tried = nativePaths();
+  const path = tried.find((candidate) => existsSync(candidate));
+  if (path === undefined) {
+    throw new LockstepError(
+      'NATIVE_NOT_BUILT',
+      `The native addon is not built. Looked for:\n${tried.map((p) => `  ${p}`).join('\n')}\nBuild it with: node ${join(root, 'scripts', 'build-native.mjs')}`,
+      { tried },
+    );
+  }
+  try {
+    loaded = { addon: createRequire(import.meta.url)(path) as NativeAddon, path };
+  } catch (cause) {
+    throw new LockstepError(
+      'NATIVE_UNLOADABLE',
+      `${path} cannot be loaded: ${(cause as Error).message}. Build it anew with: node ${join(root, 'scripts', 'build-native.mjs')}`,
+      { path },
+      { cause },
+    );
+  }
+  return loaded;
+}
+
+/**
+ * The instruction set asked for by LOCKSTEP_ISA, '' when it is not set.
+ *
+ * @throws LockstepError ISA_INVALID for an unknown name.
+ */
+export function requestedInstructionSet(): string {
+  const isa = process.env.LOCKSTEP_ISA ?? '';
+  if (isa !== '' && !['avx2', 'avx512', 'avx512-bf16'].includes(isa)) {
+    throw new LockstepError(
+      'ISA_INVALID',
+      `LOCKSTEP_ISA is '${isa}'; expected avx2, avx512 or avx512-bf16 (unset: the best one that the CPU has).`,
+      { isa },
+    );
+  }
+  return isa;
+}

@@ -1,0 +1,24 @@
+/**
+ * Lockstep: reinforcement learning from human or programmatic feedback, from Node.js. Importing it starts nothing; the native
+ * addon is loaded when a model is opened.
+ */
+export { type PpoSettings, ppo } from './algorithms/ppo.js';
+export { LockstepError } from './errors.js';
+export { type Completion, type GenerateSettings, generate, type InputRow } from './inference/generate.js';
+export { type OpenModel, type OpenModelOptions, openModel } from './inference/open-model.js';
+export { type Scored, type ScoreSettings, score } from './inference/score.js';
+export type { Reward, RewardFunction, RewardSample } from './rewards/reward-function.js';
+export {
+  type Config,
+  type ConfigInput,
+  configJsonSchema,
+  defineConfig,
+  loadConfig,
+  parseConfig,
+} from './train/config.js';
+export type { MetricsRow, Sample, TrainEvent } from './train/events.js';
+export { type TrainOptions, train } from './train/train.js';
+export { ActorWorker } from './workers/actor.js';
+export { CriticWorker } from './workers/critic.js';
+export { ReferenceWorker } from './workers/reference.js';
+export { RewardWorker } from './workers/reward.js';

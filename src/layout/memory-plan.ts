@@ -1,0 +1,195 @@
+/**
+ * Where every byte of a model lies, computed before anything is allocated. The addon receives these plans, checks them
+ * against what it needs, and its arenas' high-water marks equal them (test).
+ *
+ * A model has three arenas of its own (weights, gradients, optimizer); activations, keys and values and staging lie in the
+ * workspace of the device, which the calls of all its models use in turn.
+ */
+import type { ModelShape } from './model-shape.js';
+import type { TensorSpec } from './tensor-table.js';
+
+export type Dtype = 'float32' | 'bfloat16';
+
+/** Byte offsets of a tensor's copies in the arenas; an absent copy has no key. */
+export interface TensorPlace {
+  weights: number;
+  master?: number;
+  gradient?: number;
+  gradient2?: number;
+  moment1?: number;
+  moment2?: number;
+}
+
+export interface ModelPlan {
+  places: TensorPlace[];
+  weightsBytes: number;
+  gradientBytes: number;
+  optimizerBytes: number;
+}
+
+/** Buffers of one call in the workspace, in native form. */
+export interface CallPlan {
+  names: string[];
+  offsets: number[];
+  bytes: number[];
+  total: number;
+}
+
+/** How many rows, sequences and pages a call has. Build it with `wholeSequences`. */
+export interface CallSize {
+  rows: number;
+  pages: number;
+}
+
+const alignment = 64;
+/** Positions of keys and values in a page (kernels.h). */
+export const pagePositions = 64;
+/** A block of logits takes about this many bytes: large enough for full-speed products, small enough to stay near the caches. */
+const stagingTarget = 8 << 20;
+
+const align = (bytes: number): number => Math.ceil(bytes / alignment) * alignment;
+const roundUp = (x: number, to: number): number => Math.ceil(x / to) * to;
+const bytesOf = (dtype: Dtype): number => (dtype === 'float32' ? 4 : 2);
+
+/** Places of all tensors: weights in the compute dtype (vectors float32), and for training gradients, moments and masters. */
+export function planModel(table: readonly TensorSpec[], dtype: Dtype, train: boolean): ModelPlan {
+  const plan: ModelPlan = { places: [], weightsBytes: 0, gradientBytes: 0, optimizerBytes: 0 };
+  const take = (arena: 'weightsBytes' | 'gradientBytes' | 'optimizerBytes', bytes: number): number => {
+    const offset = plan[arena];
+    plan[arena] += align(bytes);
+    return offset;
+  };
+  for (const tensor of table) {
+    const full = tensor.elements * 4;
+    const place: TensorPlace = {
+      weights: take('weightsBytes', tensor.kind === 'matrix' ? tensor.elements * bytesOf(dtype) : full),
+    };
+    if (train) {
+      place.gradient = take('gradientBytes', full);
+      if (tensor.tied) place.gradient2 = take('gradientBytes', full);
+      if (dtype === 'bfloat16' && tensor.kind === 'matrix') place.master = take('optimizerBytes', full);
+      place.moment1 = take('optimizerBytes', full);
+      place.moment2 = take('optimizerBytes', full);
+    }
+    plan.places.push(place);
+  }
+  return plan;
+}
+
+/** Rows and pages of whole sequences: each starts at an even row and has pages of its own. */
+export function wholeSequences(lengths: Iterable<number>): CallSize {
+  let rows = 0;
+  let pages = 0;
+  for (const length of lengths) {
+    rows += roundUp(length, 2);
+    pages += Math.ceil(length / pagePositions);
+  }
+  return { rows, pages };
+}
+
+/** The largest call that micro-batches of at most `tokens` (even-padded) rows can make. */
+export function largestCall(tokens: number, sequences: number): CallSize {
+  const rows = roundUp(tokens, 2);
+  return { rows, pages: Math.ceil(rows / pagePositions) + Math.min(sequences, rows / 2) };
+}
+
+class CallPlanner {
+  private readonly plan: CallPlan = { names: [], offsets: [], bytes: [], total: 0 };
+
+  add(name: string, bytes: number): void {
+    if (bytes === 0) return;
+    this.plan.names.push(name);
+    this.plan.offsets.push(this.plan.total);
+    this.plan.bytes.push(bytes);
+    this.plan.total += align(bytes);
+  }
+
+  done(): CallPlan {
+    return this.plan;
+  }
+}
+
+const queryColumns = (s: ModelShape): number => s.heads * s.headWidth;
+const qkvColumns = (s: ModelShape): number => (s.heads + 2 * s.keyValueHeads) * s.headWidth;
+const upColumns = (s: ModelShape): number => (s.activation === 'swiglu' ? 2 : 1) * s.feedForward;
+
+/** Bytes of one page of keys and values in one layer (kernels.h, KvPages). */
+export function pageBytes(s: ModelShape, dtype: Dtype): number {
+  const key = roundUp(s.headWidth, 2) * pagePositions;
+  const value = pagePositions * roundUp(s.headWidth, 16);
+  return s.keyValueHeads * (key + value) * bytesOf(dtype);
+}
+
+/** A block of logits [rows, V] and, for backward in bfloat16, its gradients as an operand; rows even. */
+function stagingBytes(s: ModelShape, dtype: Dtype, rows: number, backward: boolean): number {
+  if (s.head !== 'language') return 0;
+  const perRow = roundUp(s.vocabulary, 16) * (4 + (backward && dtype === 'bfloat16' ? 2 : 0));
+  const block = Math.max(16, Math.floor(stagingTarget / perRow / 16) * 16);
+  return Math.min(roundUp(rows, 2), block) * perRow;
+}
+
+/** Forward and backward over whole sequences. With `recompute` a layer keeps only its input. */
+export function planTraining(s: ModelShape, dtype: Dtype, size: CallSize, recompute: boolean): CallPlan {
+  const planner = new CallPlanner();
+  const { rows, pages } = size;
+  const e = bytesOf(dtype);
+  const stat = rows * (s.norm === 'layer' ? 2 : 1) * 4;
+  for (let l = 0; l <= s.layers; l++) planner.add(`x.${l}`, rows * s.width * 4);
+  for (let l = 0; l < (recompute ? 1 : s.layers); l++) {
+    const add = (name: string, bytes: number): void => planner.add(recompute ? name : `${name}.${l}`, bytes);
+    add('middle', rows * s.width * 4);
+    add('normed1', rows * s.width * e);
+    add('normed2', rows * s.width * e);
+    add('stat1', stat);
+    add('stat2', stat);
+    add('q', rows * queryColumns(s) * e);
+    if (s.headNorm) add('savedQk', rows * (s.heads + s.keyValueHeads) * s.headWidth * e);
+    add('kv', pages * pageBytes(s, dtype));
+    add('attended', rows * queryColumns(s) * e);
+    add('logSumExp', s.heads * rows * 4);
+    add('up', rows * upColumns(s) * e);
+    add('activated', rows * s.feedForward * e);
+  }
+  planner.add('hidden', rows * s.width * e);
+  planner.add('hiddenStat', stat);
+  planner.add('staging', stagingBytes(s, dtype, rows, true));
+  // One float32 and one operand intermediate at a time (transformer.cpp).
+  planner.add('wide', rows * Math.max(qkvColumns(s), s.feedForward, s.width) * 4);
+  planner.add('operand', rows * Math.max(qkvColumns(s), upColumns(s), queryColumns(s)) * e);
+  planner.add('dx', rows * s.width * 4);
+  if (dtype === 'bfloat16') planner.add('dxOperand', rows * s.width * e);
+  return planner.done();
+}
+
+function addInference(planner: CallPlanner, s: ModelShape, dtype: Dtype, rows: number, kvBytes: number): void {
+  const e = bytesOf(dtype);
+  planner.add('x', rows * s.width * 4);
+  planner.add('normed1', rows * s.width * e);
+  planner.add('wide', rows * qkvColumns(s) * 4);
+  planner.add('q', rows * queryColumns(s) * e);
+  planner.add('attended', rows * queryColumns(s) * e);
+  planner.add('activated', rows * s.feedForward * e);
+  planner.add('hidden', rows * s.width * e);
+  planner.add('kv', kvBytes);
+}
+
+/** Forward without backward over whole sequences; all layers use one set of buffers. */
+export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize): CallPlan {
+  const planner = new CallPlanner();
+  addInference(planner, s, dtype, size.rows, size.pages * pageBytes(s, dtype));
+  planner.add('staging', stagingBytes(s, dtype, size.rows, false));
+  return planner.done();
+}
+
+/** Generation: `rows` of a step, `sequences` that run together, `pages` of keys and values in every layer. */
+export function planGeneration(
+  s: ModelShape,
+  dtype: Dtype,
+  size: { rows: number; sequences: number; pages: number },
+): CallPlan {
+  const planner = new CallPlanner();
+  addInference(planner, s, dtype, size.rows, size.pages * s.layers * pageBytes(s, dtype));
+  planner.add('sampledHidden', size.sequences * s.width * bytesOf(dtype));
+  planner.add('logits', size.sequences * s.vocabulary * 4);
+  return planner.done();
+}

@@ -1,0 +1,181 @@
+/** Which metrics make which chart, and what to say about them. Metrics that a run lacks leave no empty chart. */
+import type { MetricsRow } from '../train/events.js';
+import { metricNames, type Series, seriesOf } from './series.js';
+
+export interface ChartSpec {
+  title: string;
+  /** What a reader should look for. */
+  note: string;
+  kind: 'lines' | 'stack';
+  series: Series[];
+  /** Both ends of the value axis include zero. */
+  fromZero?: boolean;
+  /** Not noisy: drawn as it is, without a moving average. */
+  exact?: boolean;
+  unit?: string;
+}
+
+interface ChartDefinition {
+  title: string;
+  note: string;
+  /** Metric and its label; `eval.` twins are added as dots. */
+  metrics: Record<string, string>;
+  fromZero?: boolean;
+  /** Not noisy: drawn as it is, without a moving average. */
+  exact?: boolean;
+  unit?: string;
+}
+
+const definitions: readonly ChartDefinition[] = [
+  {
+    title: 'Reward',
+    note: 'What the policy is paid per response. It should rise, then level off.',
+    metrics: { 'reward.mean': 'reward', 'reward.model': 'reward model', 'cost.mean': 'cost' },
+  },
+  {
+    title: 'Loss',
+    note: 'Of the weights before each update.',
+    metrics: { loss: 'loss' },
+  },
+  {
+    title: 'Accuracy',
+    note: 'Share of pairs in which the chosen answer scores above the rejected one.',
+    metrics: { accuracy: 'accuracy' },
+  },
+  { title: 'Score margin', note: 'Score of the chosen answer minus the rejected one.', metrics: { margin: 'margin' } },
+  {
+    title: 'KL to the reference',
+    note: 'How far the policy has moved from where it started. A run-away curve means that it exploits the reward.',
+    metrics: { 'kl.mean': 'KL' },
+  },
+  {
+    title: 'Value loss',
+    note: 'Error of the critic.',
+    metrics: { 'value.loss': 'value loss' },
+    fromZero: true,
+  },
+  {
+    title: 'Explained variance of values',
+    note: '1: the critic predicts returns perfectly; 0: no better than their mean.',
+    metrics: { 'value.explained': 'explained' },
+  },
+  {
+    title: 'Response length',
+    note: 'Tokens per response. Growth without better answers is reward hacking.',
+    metrics: { 'response.length': 'length' },
+    fromZero: true,
+    unit: 'tokens',
+  },
+  {
+    title: 'Truncated responses',
+    note: 'Share that reached the length limit.',
+    metrics: { 'response.truncated': 'truncated' },
+    fromZero: true,
+  },
+  {
+    title: 'KL of one update',
+    note: 'Between the policy that sampled and the updated one.',
+    metrics: { 'policy.kl': 'KL' },
+  },
+  { title: 'Policy loss', note: 'The clipped surrogate.', metrics: { 'policy.loss': 'policy loss' } },
+  {
+    title: 'Clip fraction',
+    note: 'Share of tokens whose ratio left the clip range. Above 0.3, lower the learning rate.',
+    metrics: { 'policy.clipFraction': 'clipped' },
+    fromZero: true,
+  },
+  {
+    title: 'Entropy',
+    note: 'Of the policy, per token. A collapse to 0 ends exploration.',
+    metrics: { entropy: 'entropy' },
+    fromZero: true,
+  },
+  {
+    title: 'Gradient norm',
+    note: 'Before clipping.',
+    metrics: { 'gradient.norm': 'policy', 'value.gradient.norm': 'critic', 'critic.gradient.norm': 'critic' },
+    fromZero: true,
+  },
+  {
+    title: 'Learning rate',
+    note: 'As scheduled.',
+    metrics: { learningRate: 'learning rate' },
+    fromZero: true,
+    exact: true,
+  },
+  {
+    title: 'Tokens per step',
+    note: 'Trained tokens, prompts included.',
+    metrics: { tokens: 'tokens' },
+    fromZero: true,
+    unit: 'tokens',
+  },
+];
+
+/** `seconds.*` that run over other phases and would be counted twice in a stack. */
+const overlapping = new Set(['step', 'native', 'total']);
+
+/**
+ * Seconds by phase, the longest phase first. What phases leave of `seconds.step` is a phase of its own; a run whose models
+ * are called without phases shows the time in native calls instead.
+ */
+export function phaseSeries(rows: readonly MetricsRow[]): Series[] {
+  const phases = metricNames(rows)
+    .filter((name) => name.startsWith('seconds.') && !overlapping.has(name.slice('seconds.'.length)))
+    .map((name) => seriesOf(rows, name, name.slice('seconds.'.length)));
+  const inner = phases.filter(({ label }) => label !== 'evaluation' && label !== 'checkpoint');
+  const step = seriesOf(rows, 'seconds.step', 'step');
+  const native = seriesOf(rows, 'seconds.native', 'model');
+  const inPhases = inner.reduce((total, series) => total + sum(series), 0);
+  if (inPhases < 0.2 * sum(step) && sum(native) <= sum(step)) inner.push(native);
+  const covered = new Map<number, number>();
+  for (const { points } of inner)
+    for (const { step: at, value } of points) covered.set(at, (covered.get(at) ?? 0) + value);
+  const left = step.points.map(({ step: at, value }) => ({
+    step: at,
+    value: Math.max(0, value - (covered.get(at) ?? 0)),
+  }));
+  const rest: Series = { key: 'seconds.rest', label: inner.length > 0 ? 'rest' : 'step', points: left };
+  return [...new Set([...phases, ...inner, rest])].filter((series) => sum(series) > 0).sort((a, b) => sum(b) - sum(a));
+}
+
+function sum({ points }: Series): number {
+  return points.reduce((total, { value }) => total + value, 0);
+}
+
+/** The charts of a run, in reading order. */
+export function chartsOf(rows: readonly MetricsRow[]): ChartSpec[] {
+  const charts: ChartSpec[] = [];
+  for (const { metrics, ...definition } of definitions) {
+    const series = Object.entries(metrics).flatMap(([key, label]) => [
+      seriesOf(rows, key, label),
+      { ...seriesOf(rows, `eval.${key}`, `${label}, evaluation`), sparse: true },
+    ]);
+    const present = series.filter(({ points }) => points.length > 0);
+    if (present.length > 0) charts.push({ ...definition, kind: 'lines', series: present });
+  }
+  const phases = phaseSeries(rows);
+  if (phases.length > 0) {
+    charts.push({
+      title: 'Time per step',
+      note: 'By phase.',
+      kind: 'stack',
+      series: phases,
+      fromZero: true,
+      unit: 'seconds',
+    });
+  }
+  return charts;
+}
+
+/** The metrics that a summary shows first, by what the run trains. */
+export function headlineMetrics(algorithm: unknown): string[] {
+  switch (algorithm) {
+    case 'sft':
+      return ['loss', 'eval.loss', 'gradient.norm', 'tokens'];
+    case 'reward':
+      return ['loss', 'eval.loss', 'eval.accuracy', 'accuracy', 'gradient.norm'];
+    default:
+      return ['reward.mean', 'kl.mean', 'response.length', 'value.explained', 'entropy', 'policy.clipFraction'];
+  }
+}

@@ -1,0 +1,174 @@
+/**
+ * A run's checkpoint: the trained model at the root, further trained models in folders of their own, and under trainer/ what else
+ * a run needs to go on as if it had never stopped. Nothing in it depends on paths or on time.
+ */
+import { readFile, writeFile } from 'node:fs/promises';
+import { join, resolve } from 'node:path';
+import { parse as parseYaml } from 'yaml';
+import { openCheckpoint, saveModel } from '../checkpoints/hugging-face.js';
+import { loadOptimizerState, saveOptimizerState } from '../checkpoints/state.js';
+import { LockstepError } from '../errors.js';
+import type { ModelShape } from '../layout/model-shape.js';
+import type { Config } from './config.js';
+import type { Role } from './roles.js';
+import type { Task } from './task.js';
+
+interface TrainerState {
+  format: 1;
+  step: number;
+  /** Rows of data consumed: the data's order is a function of it. */
+  position: number;
+  algorithm: Readonly<Record<string, number>>;
+  /** What decides the course of the run. */
+  settings: Settings;
+}
+
+type Settings = Readonly<Record<string, unknown>>;
+
+/** Fills `directory` with the task's state after `step`. */
+export async function saveCheckpoint(task: Task, config: Config, step: number, directory: string): Promise<void> {
+  for (const { role, engine } of task.trained) {
+    const { directory: tokenizerFrom, config: configJson } = role.checkpoint;
+    await saveModel(engine, join(directory, role.folder), { configJson, tokenizerFrom });
+    await saveOptimizerState(engine, join(directory, 'trainer', role.name));
+  }
+  const state: TrainerState = {
+    format: 1,
+    step,
+    position: step * task.rowsPerStep,
+    algorithm: task.state(),
+    settings: settingsOf(config),
+  };
+  await writeFile(join(directory, 'trainer', 'state.json'), `${JSON.stringify(state, null, 2)}\n`);
+}
+
+/** Gives a task, whose models were loaded from `directory`, the rest of its state. */
+export async function restoreCheckpoint(task: Task, directory: string): Promise<void> {
+  for (const { role, engine } of task.trained) {
+    await loadOptimizerState(engine, join(directory, 'trainer', role.name));
+  }
+  task.restore((await readState(directory)).algorithm);
+}
+
+/**
+ * Refuses to continue a run under a configuration that would change its course, or with another model.
+ *
+ * @throws LockstepError RUN_CONFIG_DIFFERS or CHECKPOINT_OTHER_MODEL, naming the key that differs.
+ */
+export async function checkResumable(
+  directory: string,
+  config: Config,
+  roles: readonly Role[],
+  earlier: string | undefined,
+): Promise<void> {
+  const { settings } = await readState(directory);
+  const difference = firstDifference(settings, settingsOf(config)) ?? earlierDifference(earlier, config);
+  if (difference) {
+    throw new LockstepError(
+      'RUN_CONFIG_DIFFERS',
+      `cannot continue ${directory}: ${difference.path} was ${show(difference.before)} and is now ${show(difference.now)}; ` +
+        'set it back, or start a new run in another output',
+      { directory, ...difference },
+    );
+  }
+  for (const role of roles.filter(({ trained }) => trained)) await checkSameModel(join(directory, role.folder), role);
+}
+
+async function checkSameModel(directory: string, role: Role): Promise<void> {
+  const { shape } = await openCheckpoint(directory);
+  const difference = firstDifference(mathematicsOf(shape), mathematicsOf(role.shape));
+  if (!difference) return;
+  throw new LockstepError(
+    'CHECKPOINT_OTHER_MODEL',
+    `${directory} is a checkpoint of another ${role.name} model: its ${difference.path} is ${show(difference.before)}, that of ` +
+      `${role.checkpoint.directory} is ${show(difference.now)}; continue with the model that the run started from`,
+    { directory, ...difference },
+  );
+}
+
+/** What a new head leaves as it was. */
+function mathematicsOf({ head, headBias, tied, padToken, ...trunk }: ModelShape): Settings {
+  return trunk;
+}
+
+async function readState(directory: string): Promise<TrainerState> {
+  const path = join(directory, 'trainer', 'state.json');
+  try {
+    const state = JSON.parse(await readFile(path, 'utf8')) as TrainerState;
+    if (state.format !== 1) throw new Error(`expected format 1, received ${JSON.stringify(state.format)}`);
+    return state;
+  } catch (cause) {
+    throw new LockstepError(
+      'CHECKPOINT_CORRUPT',
+      `cannot read ${path}: ${(cause as Error).message}; remove that checkpoint folder to continue from the one before`,
+      { path },
+      { cause },
+    );
+  }
+}
+
+/**
+ * The part of a configuration that decides what the weights become. Paths are compared by `earlierDifference`; threads, memory and
+ * micro-batches change no bit; how often a run is saved or evaluated and (at a constant rate) how long it goes may change.
+ */
+function settingsOf(config: Config): Settings {
+  const { algorithm, dtype, optimizer, rollout, numerics, seed, steps, data } = config;
+  const varies = (schedule: string | undefined) => schedule !== undefined && schedule !== 'constant';
+  const critic = config.algorithm === 'ppo' ? config.critic.optimizer : undefined;
+  return {
+    algorithm,
+    dtype,
+    optimizer,
+    batch: { sequences: config.batch.sequences },
+    data: { shuffle: data.shuffle, onError: data.onError },
+    numerics,
+    seed,
+    ...(varies(optimizer.schedule) || varies(critic?.schedule) ? { steps } : {}),
+    ...(config.algorithm === 'ppo' ? { rollout, ppo: config.ppo, critic: { optimizer: critic } } : {}),
+  };
+}
+
+/** Models, data and reward as the run folder's config.yaml names them; relative paths are relative to here. */
+function earlierDifference(earlier: string | undefined, config: Config): Difference | undefined {
+  if (earlier === undefined) return undefined;
+  const before = parseYaml(earlier) as Config;
+  return firstDifference(pathsOf(before), pathsOf(config));
+}
+
+function pathsOf(config: Config): Settings {
+  const place = (path: string | undefined) => path && resolve(path);
+  const common = { model: place(config.model), data: { train: place(config.data?.train) } };
+  if (config.algorithm !== 'ppo') return common;
+  return {
+    ...common,
+    reward: { model: place(config.reward?.model), function: place(config.reward?.function) },
+    reference: { model: place(config.reference?.model) },
+    critic: { model: place(config.critic?.model) },
+  };
+}
+
+interface Difference {
+  path: string;
+  before: unknown;
+  now: unknown;
+}
+
+/** The first leaf, in the order of keys, at which two trees differ; an absent key counts as undefined. */
+function firstDifference(before: unknown, now: unknown, path = ''): Difference | undefined {
+  if (isTree(before) && isTree(now)) {
+    for (const key of new Set([...Object.keys(before), ...Object.keys(now)])) {
+      const found = firstDifference(before[key], now[key], path === '' ? key : `${path}.${key}`);
+      if (found) return found;
+    }
+    return undefined;
+  }
+  return Object.is(before, now) ? undefined : { path, before, now };
+}
+
+function isTree(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null;
+}
+
+function show(value: unknown): string {
+  return value === undefined ? 'not set' : JSON.stringify(value);
+}

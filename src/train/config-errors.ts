@@ -1,0 +1,147 @@
+/** Turns the schema's issues into messages that name the key, what was expected, what came, and the nearest known key. */
+import { z } from 'zod';
+import { LockstepError } from '../errors.js';
+import { algorithms, configSchema } from './schema.js';
+
+type Issue = z.core.$ZodIssue;
+type Problem = { code: 'CONFIG_UNKNOWN_KEY' | 'CONFIG_INVALID'; message: string; path: string };
+
+/** One error for all issues: unknown keys first, since they often explain the rest. */
+export function explainIssues(issues: readonly Issue[], input: unknown): LockstepError {
+  const known = knownKeys(input);
+  const problems = issues.flatMap((issue): Problem[] =>
+    issue.code === 'unrecognized_keys'
+      ? issue.keys.map((key) => unknownKey(key, issue.path, known))
+      : [invalidValue(issue, input)],
+  );
+  problems.sort((a, b) => Number(b.code === 'CONFIG_UNKNOWN_KEY') - Number(a.code === 'CONFIG_UNKNOWN_KEY'));
+  const [first] = problems as [Problem];
+  return new LockstepError(first.code, problems.map((problem) => problem.message).join('\n'), {
+    path: first.path,
+    problems: problems.map(({ code, path }) => ({ code, path })),
+  });
+}
+
+function unknownKey(key: string, path: readonly PropertyKey[], known: readonly string[]): Problem {
+  const parent = path.map(String).join('.');
+  const full = parent === '' ? key : `${parent}.${key}`;
+  const siblings = known.filter((name) => name.slice(0, Math.max(0, name.lastIndexOf('.'))) === parent);
+  const guess = nearest(full, siblings) ?? nearest(key, known, lastSegment) ?? undefined;
+  const belongs = elsewhere(full);
+  const hint = belongs
+    ? `it belongs to algorithm: ${belongs}`
+    : guess
+      ? `did you mean ${guess}?`
+      : `known keys here: ${siblings.map(lastSegment).join(', ')}`;
+  return { code: 'CONFIG_UNKNOWN_KEY', message: `${full}: unknown key; ${hint}`, path: full };
+}
+
+function invalidValue(issue: Issue, input: unknown): Problem {
+  const path = issue.path.map(String).join('.');
+  const received = describe(at(input, issue.path));
+  const name = path === '' ? 'configuration' : path;
+  return {
+    code: 'CONFIG_INVALID',
+    message: `${name}: expected ${expectation(issue)}, received ${received}`,
+    path,
+  };
+}
+
+function expectation(issue: Issue): string {
+  switch (issue.code) {
+    case 'invalid_type':
+      return issue.expected === 'int' ? 'a whole number' : article(issue.expected);
+    case 'invalid_value':
+      return issue.values.length === 1 ? String(issue.values[0]) : `one of ${issue.values.join(', ')}`;
+    case 'too_small':
+      if (issue.origin === 'array') return `a list of ${issue.minimum}`;
+      if (issue.origin === 'string') return 'a text that is not empty';
+      return `a number ${issue.inclusive ? '>=' : '>'} ${issue.minimum}`;
+    case 'too_big':
+      if (issue.origin === 'array') return `a list of ${issue.maximum}`;
+      return `a number ${issue.inclusive ? '<=' : '<'} ${issue.maximum}`;
+    case 'invalid_union':
+      if (issue.path.length === 1 && issue.path[0] === 'algorithm') return `one of ${algorithms.join(', ')}`;
+      return issue.errors.map((options) => (options[0] ? expectation(options[0]) : 'another value')).join(' or ');
+    case 'invalid_format':
+      return issue.message.replace(/^expected /, '');
+    default:
+      return issue.message;
+  }
+}
+
+function article(type: string): string {
+  return type === 'array' ? 'a list' : type === 'object' ? 'an object' : `a ${type}`;
+}
+
+function at(input: unknown, path: readonly PropertyKey[]): unknown {
+  return path.reduce<unknown>(
+    (node, key) =>
+      typeof node === 'object' && node !== null ? (node as Record<PropertyKey, unknown>)[key] : undefined,
+    input,
+  );
+}
+
+function describe(value: unknown): string {
+  if (value === undefined) return 'nothing';
+  const text = JSON.stringify(value) ?? String(value);
+  return text.length > 60 ? `${text.slice(0, 57)}...` : text;
+}
+
+interface SchemaNode {
+  properties?: Record<string, SchemaNode & { const?: unknown }>;
+  oneOf?: SchemaNode[];
+}
+
+function branches(): SchemaNode[] {
+  return (z.toJSONSchema(configSchema, { io: 'input' }) as SchemaNode).oneOf!;
+}
+
+function paths(node: SchemaNode, prefix = ''): string[] {
+  return Object.entries(node.properties ?? {}).flatMap(([key, child]) => [
+    prefix + key,
+    ...paths(child, `${prefix}${key}.`),
+  ]);
+}
+
+/** Full names of all keys of the configuration's algorithm. */
+function knownKeys(input: unknown): string[] {
+  const algorithm = at(input, ['algorithm']);
+  const branch = branches().find((node) => node.properties?.algorithm?.const === algorithm);
+  return branch ? paths(branch) : [];
+}
+
+/** The algorithms that know a key which this one does not. */
+function elsewhere(full: string): string | undefined {
+  const owners = branches().filter((node) => paths(node).includes(full));
+  return owners.length > 0 ? owners.map((node) => String(node.properties!.algorithm!.const)).join(', ') : undefined;
+}
+
+function lastSegment(name: string): string {
+  return name.slice(name.lastIndexOf('.') + 1);
+}
+
+/** The candidate at the smallest edit distance, if that is at most half of the longer word. */
+function nearest(word: string, candidates: readonly string[], by = (name: string) => name): string | undefined {
+  let best: string | undefined;
+  let bestDistance = Number.POSITIVE_INFINITY;
+  for (const candidate of candidates) {
+    const distance = editDistance(lastSegment(word).toLowerCase(), lastSegment(by(candidate)).toLowerCase());
+    const limit = Math.max(lastSegment(word).length, lastSegment(candidate).length) / 2;
+    if (distance <= limit && distance < bestDistance) [best, bestDistance] = [candidate, distance];
+  }
+  return best;
+}
+
+/** Levenshtein distance. */
+export function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) {
+      next[j] = Math.min(row[j]! + 1, next[j - 1]! + 1, row[j - 1]! + Number(a[i - 1] !== b[j - 1]));
+    }
+    row = next;
+  }
+  return row[b.length]!;
+}

@@ -1,0 +1,103 @@
+/** The loop: steps, and around them evaluations, rows, texts and checkpoints. It knows no algorithm. */
+import { saveCheckpoint } from './checkpoint.js';
+import type { Config } from './config.js';
+import type { MetricsRow, TrainEvent } from './events.js';
+import type { Recorder } from './recorder.js';
+import type { RunFolder } from './run-folder.js';
+import { learningRateAt } from './schedule.js';
+import type { Outcome, Task } from './task.js';
+
+export interface Run {
+  config: Config;
+  folder: RunFolder;
+  recorder: Recorder;
+  task: Task;
+  signal: AbortSignal | undefined;
+  /** `performance.now()` when the run began. */
+  started: number;
+}
+
+export interface RunWarning {
+  code: string;
+  message: string;
+}
+
+/** Runs the steps after `done`; the last one is always saved, also when the signal ends the run early. */
+export async function* loop(run: Run, done: number): AsyncGenerator<TrainEvent> {
+  const { config, folder, signal } = run;
+  let step = done;
+  let saved = (await folder.checkpoints()).at(-1);
+  if (step === 0 && step < config.steps && !signal?.aborted) yield* evaluateBefore(run);
+  while (step < config.steps && !signal?.aborted) {
+    yield* oneStep(run, ++step);
+    const due = config.checkpoint.every > 0 && step % config.checkpoint.every === 0;
+    if (due || step === config.steps || signal?.aborted) {
+      const event = await save(run, step);
+      saved = { step, directory: event.directory };
+      yield event;
+    }
+  }
+  const output = folder.path;
+  const checkpoint = saved?.directory;
+  if (step >= config.steps) {
+    yield { type: 'done', step, checkpoint: checkpoint!, output, seconds: (performance.now() - run.started) / 1000 };
+  } else {
+    yield { type: 'interrupted', step, ...(checkpoint === undefined ? {} : { checkpoint }), output };
+  }
+}
+
+async function* oneStep(run: Run, step: number): AsyncGenerator<TrainEvent> {
+  const { config, folder, recorder, task } = run;
+  recorder.step = step;
+  const skippedBefore = task.skipped.count;
+  const outcome = await recorder.phase('step', () => task.step(step));
+  const every = config.evaluation.every;
+  const due = every > 0 && (step % every === 0 || step === config.steps);
+  const evaluation = due ? await evaluate(run) : undefined;
+  const skipped = step === 1 ? task.skipped.count : task.skipped.count - skippedBefore;
+  const metrics: MetricsRow = {
+    step,
+    ...outcome.metrics,
+    learningRate: learningRateAt(step, config.optimizer, config.steps),
+    ...(skipped > 0 ? { 'data.skipped': task.skipped.count } : {}),
+    ...evaluation?.metrics,
+    ...recorder.take(),
+  };
+  if (outcome.samples.length > 0) await folder.writeSamples('step', step, outcome.samples);
+  if (evaluation) await folder.writeSamples('eval', step, evaluation.samples);
+  await folder.appendMetrics(metrics);
+  await recorder.flush();
+  if (skipped > 0) {
+    const message = `${task.skipped.count} rows were skipped so far (first: ${task.skipped.first})`;
+    yield { type: 'warning', code: 'DATA_SKIPPED', message, step };
+  }
+  yield { type: 'step', step, steps: config.steps, metrics };
+  if (outcome.samples[0]) yield { type: 'sample', step, sample: outcome.samples[0] };
+  if (evaluation) yield { type: 'evaluation', step, metrics, samples: evaluation.samples };
+}
+
+/** The evaluation of the model as it comes: a row of step 0. */
+async function* evaluateBefore(run: Run): AsyncGenerator<TrainEvent> {
+  if (run.config.evaluation.every === 0) return;
+  const evaluation = await evaluate(run);
+  if (!evaluation) return;
+  const metrics: MetricsRow = { step: 0, ...evaluation.metrics, ...run.recorder.take() };
+  await run.folder.writeSamples('eval', 0, evaluation.samples);
+  await run.folder.appendMetrics(metrics);
+  yield { type: 'evaluation', step: 0, metrics, samples: evaluation.samples };
+}
+
+async function evaluate({ recorder, task }: Run): Promise<Outcome | undefined> {
+  return task.evaluate && recorder.phase('evaluation', () => task.evaluate!());
+}
+
+async function save({ config, folder, recorder, task }: Run, step: number) {
+  const start = performance.now();
+  const directory = await recorder.phase('checkpoint', () =>
+    folder.saveCheckpoint(step, config.checkpoint.keep, (target) => saveCheckpoint(task, config, step, target)),
+  );
+  // The row of this step is written before the checkpoint, so its time is in the event and the trace only.
+  recorder.take();
+  await recorder.flush();
+  return { type: 'checkpoint', step, directory, seconds: (performance.now() - start) / 1000 } as const;
+}

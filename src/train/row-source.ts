@@ -1,0 +1,87 @@
+/** Rows of a data file as what an algorithm learns from, in the order of positions. */
+import { type Dataset, openDataset } from '../data/dataset.js';
+import { badRow, type Row } from '../data/rows.js';
+import { type DataOrder, dataOrder } from '../data/sampler.js';
+import { LockstepError } from '../errors.js';
+import { explainPositionLimit } from '../layout/config.js';
+import type { ModelShape } from '../layout/model-shape.js';
+
+export interface RowSourceOptions {
+  onError: 'stop' | 'skip';
+  shuffle: boolean;
+  seed: number;
+}
+
+/** Rows left out under `onError: skip`, with the first reason. */
+export interface Skipped {
+  count: number;
+  first: string | undefined;
+}
+
+export class RowSource<Item> {
+  readonly #dataset: Dataset;
+  readonly #order: DataOrder;
+  readonly #convert: (row: Row) => Item;
+  readonly #onError: 'stop' | 'skip';
+  readonly skipped: Skipped;
+
+  private constructor(dataset: Dataset, convert: (row: Row) => Item, { onError, shuffle, seed }: RowSourceOptions) {
+    this.#dataset = dataset;
+    this.#order = dataOrder({ length: dataset.length, seed, shuffle });
+    this.#convert = convert;
+    this.#onError = onError;
+    this.skipped = { count: dataset.skipped.count, first: dataset.skipped.errors[0]?.message };
+  }
+
+  /** `convert` throws a LockstepError for a row that cannot be used. */
+  static async open<Item>(
+    path: string,
+    convert: (row: Row) => Item,
+    options: RowSourceOptions,
+  ): Promise<RowSource<Item>> {
+    return new RowSource(await openDataset(path, { onError: options.onError }), convert, options);
+  }
+
+  get length(): number {
+    return this.#dataset.length;
+  }
+
+  /** The rows at positions [position, position + count) of the endless order; rows that are skipped are missing. */
+  async take(position: number, count: number): Promise<Item[]> {
+    const items: Item[] = [];
+    for (let i = position; i < position + count; i++) {
+      const item = this.#use(await this.#dataset.row(this.#order.indexAt(i)));
+      if (item !== undefined) items.push(item);
+    }
+    if (items.length > 0) return items;
+    throw new LockstepError(
+      'DATA_EMPTY',
+      `${this.#dataset.path}: all ${count} rows of a batch were bad and skipped (first: ${this.skipped.first}); mend the data`,
+      { path: this.#dataset.path },
+    );
+  }
+
+  async close(): Promise<void> {
+    await this.#dataset.close();
+  }
+
+  #use(row: Row): Item | undefined {
+    try {
+      return this.#convert(row);
+    } catch (error) {
+      if (this.#onError === 'stop' || !LockstepError.isInstance(error)) throw error;
+      this.skipped.count++;
+      this.skipped.first ??= error.message;
+      return undefined;
+    }
+  }
+}
+
+/** @throws LockstepError DATA_BAD_ROW when a sequence of the row has more tokens than the model has positions. */
+export function checkRowLength(row: Row, tokens: Int32Array, shape: ModelShape): void {
+  if (tokens.length <= shape.maxPositions) return;
+  throw badRow(
+    row.place,
+    `the row has ${tokens.length} tokens, but ${explainPositionLimit(shape)}; shorten or split it`,
+  );
+}

@@ -1,0 +1,91 @@
+/** What keys of a configuration say about each other. The schema has checked each on its own. */
+import { LockstepError } from '../errors.js';
+import type { Config, PpoConfig } from './schema.js';
+
+/** A rule: undefined when it holds, else what is wrong and what to do. */
+type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
+
+const oneRank: Rule<Config>[] = (['pipeline', 'tensor', 'data'] as const).map((key) => ({ parallel }) => {
+  if (parallel[key] === 1) return undefined;
+  return unsupported(`parallel.${key}`, parallel[key], 'this version runs one rank; set it to 1');
+});
+
+const commonRules: Rule<Config>[] = [
+  ...oneRank,
+  ({ parallel }) =>
+    parallel.zero > 0
+      ? unsupported('parallel.zero', parallel.zero, 'ZeRO shards state over data-parallel ranks; set it to 0')
+      : undefined,
+  ({ generation }) =>
+    generation.pipeline > 1 || generation.tensor > 1
+      ? unsupported('generation', generation, 'this version generates on one rank; set pipeline and tensor to 1')
+      : undefined,
+  ({ placement }) =>
+    placement !== 'colocated'
+      ? unsupported('placement', placement, 'all models share one rank in this version; use colocated')
+      : undefined,
+  ({ numerics: { parts } }) =>
+    parts !== 'auto' && (parts & (parts - 1)) !== 0
+      ? contradiction('numerics.parts', `${parts} is not a power of two; use auto, 1, 2, 4 or 8`)
+      : undefined,
+  ({ optimizer, steps }) =>
+    optimizer.warmupSteps > steps
+      ? contradiction('optimizer.warmupSteps', `${optimizer.warmupSteps} is more than steps (${steps})`)
+      : undefined,
+];
+
+const ppoRules: Rule<PpoConfig>[] = [
+  ({ reward }) =>
+    reward.model === undefined && reward.function === undefined
+      ? contradiction('reward', 'ppo needs a reward; set reward.model, reward.function or both')
+      : undefined,
+  ({ batch, rollout }) =>
+    batch.sequences % rollout.samples !== 0
+      ? contradiction(
+          'batch.sequences',
+          `${batch.sequences} responses cannot be ${rollout.samples} per prompt (rollout.samples); use a multiple of it`,
+        )
+      : undefined,
+  ({ batch, ppo }) =>
+    batch.sequences < ppo.miniBatches
+      ? contradiction(
+          'ppo.miniBatches',
+          `${ppo.miniBatches} mini-batches cannot be cut from ${batch.sequences} sequences (batch.sequences); lower it`,
+        )
+      : undefined,
+  ({ rollout }) =>
+    rollout.temperature === 0
+      ? contradiction('rollout.temperature', 'a greedy rollout explores nothing; use a temperature above 0')
+      : undefined,
+  ({ ppo: { kl } }) =>
+    kl.in === 'loss' && kl.estimator === 'k1'
+      ? contradiction('ppo.kl', 'the gradient of k1 as a loss is zero on average; use k2 or k3, or kl.in: reward')
+      : undefined,
+  ({ critic, optimizer, steps }) =>
+    (critic.optimizer.warmupSteps ?? optimizer.warmupSteps) > steps
+      ? contradiction('critic.optimizer.warmupSteps', `${critic.optimizer.warmupSteps} is more than steps (${steps})`)
+      : undefined,
+];
+
+/** @throws LockstepError CONFIG_CONTRADICTION or CONFIG_UNSUPPORTED, listing every rule that fails. */
+export function checkRules(config: Config): void {
+  const failures = [
+    ...commonRules.map((rule) => rule(config)),
+    ...(config.algorithm === 'ppo' ? ppoRules.map((rule) => rule(config)) : []),
+  ].filter((failure) => failure !== undefined);
+  const [first] = failures;
+  if (!first) return;
+  throw new LockstepError(
+    first.unsupported ? 'CONFIG_UNSUPPORTED' : 'CONFIG_CONTRADICTION',
+    failures.map(({ path, problem }) => `${path}: ${problem}`).join('\n'),
+    { path: first.path },
+  );
+}
+
+function contradiction(path: string, problem: string) {
+  return { path, problem };
+}
+
+function unsupported(path: string, received: unknown, advice: string) {
+  return { path, problem: `${JSON.stringify(received)} is not in this version: ${advice}`, unsupported: true };
+}

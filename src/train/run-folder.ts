@@ -1,0 +1,213 @@
+/**
+ * A run's folder: config.yaml (resolved), metrics.jsonl (one row per step), checkpoints/step-000020/, rollouts/, trace.json.
+ * Nothing here knows what is trained.
+ */
+import { type FileHandle, mkdir, open, readdir, readFile, rename, rm, rmdir, writeFile } from 'node:fs/promises';
+import { join, resolve } from 'node:path';
+import { LockstepError } from '../errors.js';
+import type { MetricsRow, Sample } from './events.js';
+import { lockRun, type RunLock } from './lock.js';
+
+const stepPattern = /^step-(\d{6,})$/;
+const leftoverPattern = /^\.(saving|removing|writing)-/;
+
+export class RunFolder {
+  #metrics: FileHandle | undefined;
+
+  private constructor(
+    /** Absolute. */
+    readonly path: string,
+    private readonly lock: RunLock,
+  ) {}
+
+  /**
+   * Makes the folder if need be and takes its lock.
+   *
+   * @throws LockstepError RUN_LOCKED; RUN_EXISTS when it holds a run and `resume` is not set; RUN_FOLDER when it cannot be
+   * made or written.
+   */
+  static async open(output: string, { resume }: { resume: boolean }): Promise<RunFolder> {
+    const path = resolve(output);
+    const lock = await guard(path, async () => {
+      await mkdir(path, { recursive: true });
+      return lockRun(path);
+    });
+    const folder = new RunFolder(path, lock);
+    try {
+      if (!resume && (await folder.holdsRun())) {
+        throw new LockstepError(
+          'RUN_EXISTS',
+          `${path} already holds a run; continue it with --resume, or choose another output`,
+          { output: path },
+        );
+      }
+      if (resume) await folder.removeLeftovers();
+      return folder;
+    } catch (error) {
+      await folder.close();
+      throw error;
+    }
+  }
+
+  /** Whether a run has begun here: its configuration is the first file a run writes. */
+  async holdsRun(): Promise<boolean> {
+    const names = await readdir(this.path);
+    return names.some((name) => ['config.yaml', 'metrics.jsonl', 'checkpoints'].includes(name));
+  }
+
+  /** The resolved configuration of the run that is here. */
+  async config(): Promise<string | undefined> {
+    return readFile(join(this.path, 'config.yaml'), 'utf8').catch(() => undefined);
+  }
+
+  /** Writes the configuration, drops rows and texts past `step`, and opens metrics.jsonl. */
+  async begin(config: string, step: number): Promise<void> {
+    await guard(this.path, async () => {
+      await this.#replace('config.yaml', config);
+      await mkdir(join(this.path, 'checkpoints'), { recursive: true });
+      await mkdir(join(this.path, 'rollouts'), { recursive: true });
+      await this.#dropRowsPast(step);
+      await this.#dropRolloutsPast(step);
+      this.#metrics = await open(join(this.path, 'metrics.jsonl'), 'a');
+    });
+  }
+
+  async appendMetrics(row: MetricsRow): Promise<void> {
+    await guard(this.path, () => this.#metrics!.appendFile(`${JSON.stringify(row)}\n`));
+  }
+
+  /** `kind` is `step` for texts that were trained on, `eval` for an evaluation's. */
+  async writeSamples(kind: 'step' | 'eval', step: number, samples: readonly Sample[]): Promise<void> {
+    const lines = samples.map((sample) => `${JSON.stringify(sample)}\n`).join('');
+    await guard(this.path, () => this.#replace(join('rollouts', `${kind}-${digits(step)}.jsonl`), lines));
+  }
+
+  /** Complete checkpoints, oldest first. */
+  async checkpoints(): Promise<{ step: number; directory: string }[]> {
+    const names = await readdir(join(this.path, 'checkpoints')).catch(() => []);
+    return names
+      .flatMap((name) => {
+        const match = stepPattern.exec(name);
+        return match ? [{ step: Number(match[1]), directory: join(this.path, 'checkpoints', name) }] : [];
+      })
+      .sort((a, b) => a.step - b.step);
+  }
+
+  /**
+   * Fills a directory beside and renames it into place, so that checkpoints/ never holds an incomplete one; then removes
+   * all but the newest `keep`. Returns the checkpoint's directory.
+   */
+  async saveCheckpoint(step: number, keep: number, fill: (directory: string) => Promise<void>): Promise<string> {
+    const name = `step-${digits(step)}`;
+    const saving = join(this.path, `.saving-${name}`);
+    const directory = join(this.path, 'checkpoints', name);
+    try {
+      await rm(saving, { recursive: true, force: true });
+      await mkdir(saving);
+      await fill(saving);
+      await syncTree(saving);
+      await rename(saving, directory);
+      await syncDirectory(join(this.path, 'checkpoints'));
+    } catch (error) {
+      await rm(saving, { recursive: true, force: true }).catch(() => undefined);
+      if (LockstepError.isInstance(error)) throw error;
+      throw new LockstepError(
+        'CHECKPOINT_WRITE_FAILED',
+        `cannot save ${directory}: ${(error as Error).message}; earlier checkpoints are intact: free space or make it writable, then resume`,
+        { directory },
+        { cause: error },
+      );
+    }
+    await this.#metrics?.sync();
+    await this.#retain(keep);
+    return directory;
+  }
+
+  async removeLeftovers(): Promise<void> {
+    for (const name of await readdir(this.path)) {
+      if (leftoverPattern.test(name)) await rm(join(this.path, name), { recursive: true, force: true });
+    }
+  }
+
+  /** Releases the lock; a folder in which nothing was written is removed. */
+  async close(): Promise<void> {
+    await this.#metrics?.close();
+    this.#metrics = undefined;
+    await this.lock.release();
+    await rmdir(this.path).catch(() => undefined);
+  }
+
+  async #retain(keep: number): Promise<void> {
+    const old = (await this.checkpoints()).slice(0, -keep);
+    for (const { step, directory } of old) {
+      const removing = join(this.path, `.removing-step-${digits(step)}`);
+      await rename(directory, removing);
+      await rm(removing, { recursive: true, force: true });
+    }
+  }
+
+  async #dropRowsPast(step: number): Promise<void> {
+    const text = await readFile(join(this.path, 'metrics.jsonl'), 'utf8').catch(() => '');
+    const rows = text.split('\n').filter((line) => {
+      const row = parseRow(line);
+      return row !== undefined && row.step <= step && step > 0;
+    });
+    await this.#replace('metrics.jsonl', rows.map((line) => `${line}\n`).join(''));
+  }
+
+  async #dropRolloutsPast(step: number): Promise<void> {
+    for (const name of await readdir(join(this.path, 'rollouts'))) {
+      const match = /^(?:step|eval)-(\d+)\.jsonl$/.exec(name);
+      if (match && (step === 0 || Number(match[1]) > step)) await rm(join(this.path, 'rollouts', name));
+    }
+  }
+
+  /** Readers see the old text or the new, never a part. */
+  async #replace(name: string, text: string): Promise<void> {
+    const temporary = join(this.path, `.writing-${name.replaceAll('/', '-')}`);
+    await writeFile(temporary, text, { flush: true });
+    await rename(temporary, join(this.path, name));
+  }
+}
+
+function digits(step: number): string {
+  return String(step).padStart(6, '0');
+}
+
+function parseRow(line: string): MetricsRow | undefined {
+  try {
+    const row = JSON.parse(line) as MetricsRow | null;
+    return typeof row?.step === 'number' ? row : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+async function guard<T>(path: string, write: () => Promise<T>): Promise<T> {
+  try {
+    return await write();
+  } catch (error) {
+    if (LockstepError.isInstance(error)) throw error;
+    throw new LockstepError(
+      'RUN_FOLDER',
+      `cannot write the run folder ${path}: ${(error as Error).message}; choose a writable output with free space`,
+      { output: path },
+      { cause: error },
+    );
+  }
+}
+
+/** Makes a tree's files and names durable, so that the rename that follows never outlives its contents. */
+async function syncTree(directory: string): Promise<void> {
+  for (const entry of await readdir(directory, { withFileTypes: true })) {
+    const path = join(directory, entry.name);
+    if (entry.isDirectory()) await syncTree(path);
+    else await syncDirectory(path);
+  }
+  await syncDirectory(directory);
+}
+
+async function syncDirectory(path: string): Promise<void> {
+  const handle = await open(path, 'r');
+  await handle.sync().finally(() => handle.close());
+}

@@ -1,0 +1,40 @@
+/** Rollouts as texts to keep and to score. */
+import type { Tokenizer } from '../data/tokenizer.js';
+import { offsets, type Rollout } from '../workers/batches.js';
+import type { Sample } from './events.js';
+
+export interface Texts {
+  prompt: string;
+  response: string;
+  /** Of the response. */
+  tokens: Int32Array;
+}
+
+/** Prompt and response of every sequence; texts are empty without a tokenizer. */
+export function textsOf(rollout: Rollout, tokenizer: Tokenizer | undefined): Texts[] {
+  const starts = offsets(rollout.lengths);
+  const text = (tokens: Int32Array) => tokenizer?.decode(tokens, { skipSpecialTokens: true }) ?? '';
+  return Array.from(rollout.lengths, (length, row) => {
+    const sequence = rollout.tokens.subarray(starts[row]!, starts[row]! + length);
+    const tokens = sequence.slice(rollout.promptLengths[row]!);
+    return { prompt: text(sequence.subarray(0, rollout.promptLengths[row]!)), response: text(tokens), tokens };
+  });
+}
+
+/** The first `count` sequences as a run folder keeps them: texts, or token ids without a tokenizer. */
+export function samplesOf(
+  rollout: Rollout,
+  tokenizer: Tokenizer | undefined,
+  { scores, count = rollout.lengths.length }: { scores?: ArrayLike<number>; count?: number } = {},
+): Sample[] {
+  return textsOf(rollout, tokenizer)
+    .slice(0, count)
+    .map(({ prompt, response, tokens }, index) => ({
+      index,
+      ...(tokenizer
+        ? { prompt, response }
+        : { promptTokens: Array.from(rollout.prompts[index]!.tokens), responseTokens: Array.from(tokens) }),
+      ...(scores ? { reward: scores[index]! } : {}),
+      finish: rollout.finish[index]!,
+    }));
+}

@@ -1,0 +1,161 @@
+/** Fine-tuning and reward modelling as tasks: one optimizer step per batch of rows. */
+import type { Algorithm, Experience } from '../algorithms/algorithm.js';
+import { pairMetrics } from '../algorithms/metrics.js';
+import { evaluateRewardModel, type Pair, rewardBatch, rewardModel } from '../algorithms/reward-model.js';
+import { evaluateSft, type SftExample, sft, sftBatch } from '../algorithms/sft.js';
+import { checkTokens, toPair, toPrompt, toTrainingExample } from '../data/examples.js';
+import { badRow, type Row } from '../data/rows.js';
+import { scorePosition } from '../data/score-position.js';
+import { ActorWorker } from '../workers/actor.js';
+import { RewardWorker } from '../workers/reward.js';
+import type { Config, RewardConfig, SftConfig } from './config.js';
+import { openEngine, type Role } from './roles.js';
+import { checkRowLength, RowSource } from './row-source.js';
+import { samplesOf } from './samples.js';
+import { learnerSettings, type Outcome, ofEvaluation, type Task, type Workshop } from './task.js';
+
+/** An example, and the prompt that an evaluation lets the model continue. */
+interface SftItem extends SftExample {
+  prompt: { tokens: Int32Array; row: Row['columns'] } | undefined;
+}
+
+export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Task> {
+  const { roles, turns, recorder, tokenizer } = workshop;
+  const [policy] = roles as [Role];
+  const convert = (row: Row): SftItem => sftItem(row, policy, workshop, config.rollout.maxNewTokens);
+  const sources = await openSources(config, convert);
+  const engine = await openEngine(policy, workshop);
+  const actor = turns.wrap(
+    ActorWorker.create(engine, {
+      ...learnerSettings(config),
+      sampling: { ...config.rollout, seed: config.seed, stopTokens: workshop.endTokens },
+      stop: config.rollout.stop,
+      tokenizer,
+      mismatch: config.checks.mismatch,
+    }),
+    { update: 'update', evaluate: 'evaluation', generateForEvaluation: 'generation' },
+    recorder,
+  );
+  return {
+    ...supervised(sources, config, sft(), { actor }, sftBatch, workshop),
+    trained: [{ role: policy, engine }],
+    ...evaluation(sources, config, async (items: SftItem[]): Promise<Outcome> => {
+      const { loss } = await evaluateSft({ actor }, sftBatch(items));
+      const prompts = items.flatMap(({ prompt }) => prompt ?? []).slice(0, config.evaluation.samples);
+      const rollout = prompts.length > 0 ? await actor.generateForEvaluation(prompts) : undefined;
+      return { metrics: ofEvaluation({ loss }), samples: rollout ? samplesOf(rollout, tokenizer) : [] };
+    }),
+    close: () => closeAll(engine, sources),
+  };
+}
+
+export async function rewardTask(config: RewardConfig, workshop: Workshop): Promise<Task> {
+  const { roles, turns, recorder } = workshop;
+  const [role] = roles as [Role];
+  const sources = await openSources(config, (row) => pairOf(row, role, workshop));
+  const engine = await openEngine(role, workshop);
+  const reward = turns.wrap(
+    RewardWorker.createLearner(engine, learnerSettings(config)),
+    { update: 'update', evaluate: 'evaluation' },
+    recorder,
+  );
+  return {
+    ...supervised(sources, config, rewardModel(), { reward }, rewardBatch, workshop),
+    trained: [{ role, engine }],
+    ...evaluation(sources, config, async (pairs: Pair[]) => {
+      const { loss, statistics } = await evaluateRewardModel({ reward }, rewardBatch(pairs));
+      return { metrics: ofEvaluation({ loss, ...pairMetrics(statistics) }), samples: [] };
+    }),
+    close: () => closeAll(engine, sources),
+  };
+}
+
+interface Sources<Item> {
+  train: RowSource<Item>;
+  evaluation: RowSource<Item> | undefined;
+}
+
+/** The training data in its order, and the evaluation data in the file's. */
+export async function openSources<Item>(
+  { data, seed }: Pick<Config, 'data' | 'seed'>,
+  convert: (row: Row) => Item,
+): Promise<Sources<Item>> {
+  const { shuffle, onError } = data;
+  const train = await RowSource.open(data.train, convert, { shuffle, seed, onError });
+  if (data.eval === undefined) return { train, evaluation: undefined };
+  return { train, evaluation: await RowSource.open(data.eval, convert, { shuffle: false, seed, onError }) };
+}
+
+/** Skipped rows and evaluation, for any task over sources. */
+export function evaluation<Item>(
+  { evaluation: source }: Sources<Item>,
+  config: Pick<Config, 'evaluation'>,
+  evaluate: (items: Item[]) => Promise<Outcome>,
+): Pick<Task, 'evaluate'> {
+  if (!source) return {};
+  return { evaluate: async () => evaluate(await source.take(0, Math.min(source.length, config.evaluation.rows))) };
+}
+
+export async function closeAll(...closing: ({ close(): Promise<void> } | Sources<unknown>)[]): Promise<void> {
+  for (const item of closing) {
+    if ('close' in item) await item.close();
+    else {
+      await item.train.close();
+      await item.evaluation?.close();
+    }
+  }
+}
+
+function supervised<Item, Models>(
+  { train }: Sources<Item>,
+  config: Config,
+  algorithm: Algorithm<Models, Experience>,
+  models: Models,
+  pack: (items: Item[]) => Experience,
+  { recorder }: Workshop,
+): Pick<Task, 'rowsPerStep' | 'skipped' | 'step' | 'state' | 'restore'> {
+  const rowsPerStep = config.batch.sequences;
+  return {
+    rowsPerStep,
+    skipped: train.skipped,
+    step: async (step) => {
+      const batch = await recorder.phase('data', async () =>
+        pack(await train.take((step - 1) * rowsPerStep, rowsPerStep)),
+      );
+      const { metrics } = await algorithm.iterate(models, batch, { iteration: step });
+      return { metrics: { ...metrics, tokens: batch.tokens.length }, samples: [] };
+    },
+    state: () => algorithm.state(),
+    restore: (state) => algorithm.restore(state),
+  };
+}
+
+function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop, maxNewTokens: number): SftItem {
+  const { directory } = checkpoint;
+  const { tokens, mask } = toTrainingExample(row, tokenizer, { directory });
+  checkTokens(tokens, shape.vocabulary, row.place);
+  checkRowLength(row, tokens, shape);
+  if (mask.indexOf(1) < 0)
+    throw badRow(row.place, 'the row has no token to learn; expected a response or a mask with ones');
+  const asks = row.kind === 'prompt' && tokenizer !== undefined;
+  const prompt = asks ? toPrompt(row, tokenizer, { directory }).tokens : opening(tokens, mask);
+  const fits = prompt.length > 0 && prompt.length + maxNewTokens <= shape.maxPositions;
+  return { tokens, mask, prompt: fits ? { tokens: prompt, row: row.columns } : undefined };
+}
+
+/** What comes before the first learned token; of a row that is learned throughout, its first third (at most 16 tokens). */
+function opening(tokens: Int32Array, mask: Uint8Array): Int32Array {
+  const first = mask.indexOf(1);
+  return tokens.subarray(0, first > 1 ? first : Math.min(16, Math.ceil(tokens.length / 3)));
+}
+
+function pairOf(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop): Pair {
+  const { chosen, rejected, margin } = toPair(row, tokenizer, { directory: checkpoint.directory });
+  for (const tokens of [chosen, rejected]) {
+    checkTokens(tokens, shape.vocabulary, row.place);
+    checkRowLength(row, tokens, shape);
+  }
+  // Padding behind the token that is scored changes nothing before it.
+  const trimmed = (tokens: Int32Array) => tokens.subarray(0, scorePosition(tokens, shape.padToken) + 1);
+  return { chosen: trimmed(chosen), rejected: trimmed(rejected), margin };
+}

@@ -1,0 +1,65 @@
+/** What the loop knows of training: steps, evaluations, models to save, numbers to carry over. */
+import type { AlgorithmState } from '../algorithms/algorithm.js';
+import type { Tokenizer } from '../data/tokenizer.js';
+import type { Engine } from '../engine/engine.js';
+import type { LearnerSettings } from '../workers/learner.js';
+import type { Config } from './config.js';
+import type { Sample } from './events.js';
+import type { EngineContext, Role } from './roles.js';
+import type { Skipped } from './row-source.js';
+import { learningRateAt, type ScheduleSettings } from './schedule.js';
+import type { Turns } from './turns.js';
+
+export interface Outcome {
+  metrics: Readonly<Record<string, number>>;
+  samples: readonly Sample[];
+}
+
+/** A trained model as checkpoints keep it. */
+export interface TrainedModel {
+  role: Role;
+  engine: Engine;
+}
+
+export interface Task {
+  /** Rows of data that a step consumes; step n reads positions (n-1) x this and on. */
+  readonly rowsPerStep: number;
+  readonly trained: readonly TrainedModel[];
+  readonly skipped: Skipped;
+  /** Step n = 1, 2, ... */
+  step(step: number): Promise<Outcome>;
+  /** Absent without `data.eval`. */
+  evaluate?(): Promise<Outcome>;
+  state(): AlgorithmState;
+  restore(state: AlgorithmState): void;
+  close(): Promise<void>;
+}
+
+/** What tasks are made of. */
+export interface Workshop extends EngineContext {
+  roles: readonly Role[];
+  turns: Turns;
+  tokenizer: Tokenizer | undefined;
+  endTokens: readonly number[];
+}
+
+/** Metrics under the names of an evaluation. */
+export function ofEvaluation(metrics: Readonly<Record<string, number>>): Record<string, number> {
+  return Object.fromEntries(Object.entries(metrics).map(([name, value]) => [`eval.${name}`, value]));
+}
+
+/** How a worker learns under a configuration. */
+export function learnerSettings(
+  { optimizer, batch, seed, steps }: Config,
+  overrides: Partial<{ [Key in keyof Config['optimizer']]: Config['optimizer'][Key] | undefined }> = {},
+): LearnerSettings {
+  const chosen = Object.fromEntries(Object.entries(overrides).filter(([, value]) => value !== undefined));
+  const { learningRate, schedule, warmupSteps, ...adamw } = { ...optimizer, ...chosen } as Config['optimizer'];
+  const rates: ScheduleSettings = { learningRate, schedule, warmupSteps };
+  return {
+    microTokens: batch.microTokens,
+    optimizer: adamw,
+    learningRate: (step) => learningRateAt(step, rates, steps),
+    seed,
+  };
+}

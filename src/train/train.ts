@@ -1,0 +1,106 @@
+/** A training run from configuration to events: opens what it needs, hands it to the loop, and closes it again. */
+import { loadTokenizerIfPresent } from '../data/tokenizer.js';
+import { type Backend, type BackendDevice, nativeBackend } from '../inference/backend.js';
+import { endTokensOf } from '../inference/open-model.js';
+import { checkResumable, restoreCheckpoint } from './checkpoint.js';
+import { type Config, type ConfigInput, parseBytes, parseConfig, printConfig } from './config.js';
+import type { TrainEvent } from './events.js';
+import { loop, type Run, type RunWarning } from './loop.js';
+import { preflight } from './preflight.js';
+import { Recorder } from './recorder.js';
+import { ppoTask } from './rl.js';
+import { foreignTokenizers, type Role, rolesOf } from './roles.js';
+import { RunFolder } from './run-folder.js';
+import { rewardTask, sftTask } from './supervised.js';
+import type { Task, Workshop } from './task.js';
+import { Turns } from './turns.js';
+
+export interface TrainOptions {
+  /** Aborting it ends the run after the present step and a checkpoint. */
+  signal?: AbortSignal;
+  /** Continue the run that the output folder holds. */
+  resume?: boolean;
+  /** What runs the models; default: the native engine. */
+  backend?: Backend;
+}
+
+/**
+ * Trains. The run folder is written as the events come; leaving the iteration early stops the run where it is.
+ *
+ * @throws LockstepError CONFIG_*; RUN_EXISTS, RUN_LOCKED, RUN_FOLDER; MEMORY_BUDGET; RUN_CONFIG_DIFFERS,
+ * CHECKPOINT_OTHER_MODEL; MISMATCH; LOSS_NOT_FINITE; CHECKPOINT_WRITE_FAILED; what models, data and rewards throw.
+ */
+export async function* train(input: Config | ConfigInput, options: TrainOptions = {}): AsyncGenerator<TrainEvent> {
+  const { signal, resume = false, backend = nativeBackend } = options;
+  const started = performance.now();
+  const config = parseConfig(input);
+  const folder = await RunFolder.open(config.output, { resume });
+  const recorder = new Recorder();
+  const open: { close(): Promise<void> }[] = [folder, recorder];
+  try {
+    const latest = (await folder.checkpoints()).at(-1);
+    const roles = await rolesOf(config);
+    const memory = preflight(roles, config);
+    if (latest) await checkResumable(latest.directory, config, roles, await folder.config());
+    const device = await backend.openDevice({ threads: config.threads, memoryBytes: parseBytes(config.memory.device) });
+    open.push(device);
+    const task = await openTask(config, { roles, device, recorder, from: latest?.directory });
+    open.push(task);
+    if (latest) await restoreCheckpoint(task, latest.directory);
+    const step = latest?.step ?? 0;
+    await folder.begin(printConfig(config), step);
+    await recorder.open(folder.path);
+    const run: Run = { config, folder, recorder, task, signal, started };
+    yield {
+      type: 'start',
+      step,
+      steps: config.steps,
+      config,
+      output: folder.path,
+      ...(latest ? { resumedFrom: latest.directory } : {}),
+      memory,
+    };
+    for (const warning of await warnings(config, roles)) yield { type: 'warning', step, ...warning };
+    yield* loop(run, step);
+  } finally {
+    for (const item of open.reverse()) await item.close();
+  }
+}
+
+async function openTask(
+  config: Config,
+  parts: { roles: Role[]; device: BackendDevice; recorder: Recorder; from: string | undefined },
+): Promise<Task> {
+  const { checkpoint } = parts.roles[0]!;
+  const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
+  const endTokens = await endTokensOf(checkpoint, tokenizer);
+  const workshop: Workshop = { ...parts, config, tokenizer, endTokens, turns: new Turns() };
+  switch (config.algorithm) {
+    case 'sft':
+      return sftTask(config, workshop);
+    case 'reward':
+      return rewardTask(config, workshop);
+    case 'ppo':
+      return ppoTask(config, workshop);
+  }
+}
+
+async function warnings(config: Config, roles: readonly Role[]): Promise<RunWarning[]> {
+  const found: RunWarning[] = [];
+  const { topP, topK } = config.rollout;
+  if (config.algorithm === 'ppo' && (topP < 1 || topK > 0)) {
+    found.push({
+      code: 'SAMPLING_BIAS',
+      message:
+        `rollout.topP ${topP} and rollout.topK ${topK} sample from a truncated distribution, but log-probs are those of the model's ` +
+        'own: the policy gradient is biased; use topP 1 and topK 0 for an exact one',
+    });
+  }
+  for (const name of await foreignTokenizers(roles)) {
+    found.push({
+      code: 'TOKENIZER_DIFFERS',
+      message: `the tokenizer.json of the ${name} model differs from the policy's: the same ids may mean other texts to it`,
+    });
+  }
+  return found;
+}

@@ -1,0 +1,121 @@
+/** The policy: generates, scores and learns (HybridFlow, Table 4). */
+import type { TokenBatch } from '../data/batch.js';
+import { packBatch } from '../data/batch.js';
+import { StopStrings } from '../data/stop-strings.js';
+import type { Tokenizer } from '../data/tokenizer.js';
+import type { Engine, Generated, SamplingOptions } from '../engine/engine.js';
+import { LockstepError } from '../errors.js';
+import type { Loss } from '../losses/loss.js';
+import { forwardAll, offsets, type Prompt, type Rollout } from './batches.js';
+import { Canary, type CanaryReport } from './canary.js';
+import { evaluate, type LearningBatch } from './learn.js';
+import { type LearnerSettings, type UpdateOptions, update } from './learner.js';
+
+export interface ActorSettings extends LearnerSettings {
+  sampling: SamplingOptions;
+  /** Strings that end a response; they need the tokenizer. */
+  stop?: readonly string[];
+  tokenizer?: Tokenizer | undefined;
+  /** Which of a rollout's tokens an update checks before its first step: the first mini-batch's, or all. */
+  mismatch: 'first' | 'all';
+}
+
+export type ActorWorker = ReturnType<typeof ActorWorker.create>;
+
+export const ActorWorker = {
+  /** A worker over an engine with a language-model head. */
+  create: (engine: Engine, settings: ActorSettings) => {
+    const forward = { microTokens: settings.microTokens, temperature: settings.temperature ?? 1 };
+    let rollout: Rollout | undefined;
+    let report: CanaryReport = { max: 0, tokens: 0 };
+
+    const sample = async (prompts: readonly Prompt[], iteration: number): Promise<Rollout> => {
+      const stops = stopStrings(settings, prompts.length);
+      const generated = await engine.generate(
+        prompts.map(({ tokens }, i) => ({ prompt: tokens, id: requestId(iteration, i) })),
+        { ...settings.sampling, ...(stops ? { onProgress: (p) => stops.push(p.requests, p.tokens) } : {}) },
+      );
+      return packRollout(
+        prompts,
+        generated.map((result, i) => cutAtStop(result, stops, i)),
+      );
+    };
+
+    return {
+      /** Responses to prompts: a function of the weights, the prompts, the settings, the iteration and the index. */
+      generateSequences: async (prompts: readonly Prompt[], { iteration }: { readonly iteration: number }) => {
+        rollout = await sample(prompts, iteration);
+        return rollout;
+      },
+      /** Like `generateSequences` for iteration 0, which training does not use: the texts of an evaluation. */
+      generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, 0),
+      computeLogprobs: (batch: TokenBatch) => forwardAll(engine, batch, 'logprobs', forward),
+      update: async (batch: LearningBatch, loss: Loss, options: UpdateOptions) => {
+        if (!rollout || batch.tokens !== rollout.tokens) return update(engine, batch, loss, options, settings);
+        const canary = new Canary(rollout);
+        if (settings.mismatch === 'all') {
+          const rows = Int32Array.from(rollout.lengths, (_, row) => row);
+          canary.compare(rollout, rows, await forwardAll(engine, rollout, 'logprobs', forward));
+        }
+        const result = await update(engine, batch, loss, options, settings, canary);
+        report = canary.report();
+        rollout = undefined;
+        return result;
+      },
+      evaluate: (batch: LearningBatch, loss: Loss) => evaluate(engine, batch, loss, settings),
+      /** Of the last update from a rollout. */
+      mismatch: () => report,
+    };
+  },
+};
+
+/** Counter of a response's random stream. */
+function requestId(iteration: number, index: number): number {
+  return iteration * 2 ** 32 + index;
+}
+
+function stopStrings({ stop = [], tokenizer }: ActorSettings, count: number): StopStrings | undefined {
+  if (stop.length === 0) return undefined;
+  if (tokenizer) return new StopStrings(tokenizer, stop, count);
+  throw new LockstepError(
+    'TOKENIZER_MISSING',
+    'rollout.stop holds strings, and the model has no tokenizer.json to find them with; add the tokenizer files or clear it',
+  );
+}
+
+function cutAtStop(generated: Generated, stops: StopStrings | undefined, request: number): Generated {
+  const cut = stops?.finish(request, generated.tokens);
+  if (!cut) return generated;
+  return {
+    tokens: generated.tokens.subarray(0, cut.tokens),
+    logprobs: generated.logprobs.subarray(0, cut.tokens),
+    finish: 'stop',
+  };
+}
+
+/** Packs prompts and responses; the response token at position t has its log-prob and its mask at t - 1. */
+export function packRollout(prompts: readonly Prompt[], generated: readonly Generated[]): Rollout {
+  const sequences = prompts.map(({ tokens }, i) => {
+    const sequence = new Int32Array(tokens.length + generated[i]!.tokens.length);
+    sequence.set(tokens);
+    sequence.set(generated[i]!.tokens, tokens.length);
+    return sequence;
+  });
+  const batch = packBatch(sequences);
+  const starts = offsets(batch.lengths);
+  const logprobs = new Float32Array(batch.tokens.length);
+  const responseMask = new Uint8Array(batch.tokens.length);
+  generated.forEach((result, i) => {
+    const at = starts[i]! + prompts[i]!.tokens.length - 1;
+    logprobs.set(result.logprobs, at);
+    responseMask.fill(1, at, at + result.tokens.length);
+  });
+  return {
+    ...batch,
+    prompts,
+    promptLengths: Int32Array.from(prompts, ({ tokens }) => tokens.length),
+    logprobs,
+    responseMask,
+    finish: generated.map(({ finish }) => (finish === 'length' ? 'length' : 'stop')),
+  };
+}

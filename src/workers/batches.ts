@@ -1,0 +1,54 @@
+/** Shapes in which workers receive and return data; per-token arrays follow the engine's convention (engine.ts). */
+import type { TokenBatch } from '../data/batch.js';
+import { microBatches } from '../data/batch.js';
+import type { Engine, ForwardOutput } from '../engine/engine.js';
+
+/** A prompt as data gives it. */
+export interface Prompt {
+  readonly tokens: Int32Array;
+  /** The columns of the row it came from. */
+  readonly row: Readonly<Record<string, unknown>>;
+}
+
+/** Prompts with sampled responses, packed. */
+export interface Rollout extends TokenBatch {
+  /** One per sequence. */
+  readonly prompts: readonly Prompt[];
+  readonly promptLengths: Int32Array;
+  /** log p of the sampled tokens as the sampler saw it; 0 elsewhere. */
+  readonly logprobs: Float32Array;
+  /** 1 at positions that predict a sampled token. */
+  readonly responseMask: Uint8Array;
+  readonly finish: readonly ('stop' | 'length')[];
+}
+
+export interface ForwardSettings {
+  /** Most tokens of a forward pass. */
+  microTokens: number;
+  /** Of the log-probs; default 1. */
+  temperature?: number;
+}
+
+/** Where each sequence starts in the packed arrays, and the packed length. */
+export function offsets(lengths: ArrayLike<number>): Int32Array {
+  const starts = new Int32Array(lengths.length + 1);
+  for (let row = 0; row < lengths.length; row++) starts[row + 1] = starts[row]! + lengths[row]!;
+  return starts;
+}
+
+/** One output of the model for every token of a batch, in micro-batches, without keeping activations. */
+export async function forwardAll(
+  engine: Engine,
+  { tokens, lengths }: TokenBatch,
+  output: Extract<ForwardOutput, 'logprobs' | 'values'>,
+  { microTokens, temperature = 1 }: ForwardSettings,
+): Promise<Float32Array> {
+  const starts = offsets(lengths);
+  const packed = new Float32Array(tokens.length);
+  for (const { begin, end } of microBatches(lengths, microTokens)) {
+    const part = { tokens: tokens.subarray(starts[begin]!, starts[end]!), lengths: lengths.subarray(begin, end) };
+    const result = await engine.forward(part, { outputs: [output], temperature });
+    packed.set(result[output]!, starts[begin]!);
+  }
+  return packed;
+}

@@ -1,0 +1,207 @@
+/**
+ * The one place that walks epochs x mini-batches x micro-batches: forward, the loss's gradient per token, backward, step.
+ * Normalisers are those of the whole mini-batch, so how it is cut into micro-batches changes no number.
+ */
+import { microBatches } from '../data/batch.js';
+import { shuffledRows } from '../data/sampler.js';
+import type { Engine, ForwardOutput, StepOptions, TokenGradients } from '../engine/engine.js';
+import { LockstepError } from '../errors.js';
+import { type Coupling, evaluateLoss, type Loss, type LossBatch, outputsOf, totalsOf } from '../losses/loss.js';
+import type { Totals } from '../losses/selection.js';
+import { type ForwardSettings, offsets } from './batches.js';
+import type { Canary } from './canary.js';
+
+/** Packed sequences and what the loss reads of them; arrays are over the packed tokens. */
+export interface LearningBatch extends LossBatch {
+  readonly tokens: Int32Array;
+  readonly lengths: Int32Array;
+  /** Rows of one prompt, for losses that couple them; default 1. */
+  readonly groupSize?: number;
+}
+
+export interface LearnOptions extends ForwardSettings {
+  epochs: number;
+  miniBatches: number;
+  /** AdamW with this step's learning rate; `step` is that of the first update made here. */
+  optimizer: StepOptions;
+  /** Order of the rows in epoch e is that of pass `firstPass + e`; without it they stay in order. */
+  shuffle?: { seed: number; firstPass: number };
+  /** Compares the first mini-batch's log-probs before any update. */
+  canary?: Canary;
+}
+
+export interface LearnResult {
+  /** Mean over the mini-batches of the loss at the weights before each one's update. */
+  loss: number;
+  /** Mean over the updates of the gradient norm before clipping. */
+  gradientNorm: number;
+  /** Means over the mini-batches of what the loss reports. */
+  statistics: Record<string, number>;
+  updates: number;
+}
+
+/** @throws LockstepError LOSS_NOT_FINITE before the update that it would spoil; MISMATCH from the canary. */
+export async function learn(
+  engine: Engine,
+  batch: LearningBatch,
+  loss: Loss,
+  options: LearnOptions,
+): Promise<LearnResult> {
+  const { epochs, optimizer } = options;
+  const results: { loss: number; gradientNorm: number; statistics: Record<string, number> }[] = [];
+  for (let epoch = 0; epoch < epochs; epoch++) {
+    for (const rows of miniBatchRows(batch, loss.couples, epoch, options)) {
+      const canary = results.length === 0 ? options.canary : undefined;
+      const { value, statistics } = await accumulate(
+        engine,
+        takeRows(batch, rows),
+        loss,
+        options,
+        canary && { canary, rows },
+      );
+      const { gradientNorm } = await engine.step({ ...optimizer, step: optimizer.step + results.length });
+      checkFinite('gradient norm', gradientNorm);
+      results.push({ loss: value, gradientNorm, statistics });
+    }
+  }
+  return {
+    loss: mean(results.map((result) => result.loss)),
+    gradientNorm: mean(results.map((result) => result.gradientNorm)),
+    statistics: averages(results.map((result) => result.statistics)),
+    updates: results.length,
+  };
+}
+
+/** The loss and its statistics at the present weights, without learning. */
+export async function evaluate(
+  engine: Engine,
+  batch: LearningBatch,
+  loss: Loss,
+  { microTokens, temperature = 1 }: ForwardSettings,
+): Promise<{ loss: number; statistics: Record<string, number>; totals: Totals }> {
+  const totals = totalsOf(batch);
+  const parts: { value: number; statistics: Record<string, number> }[] = [];
+  for (const part of microBatchesOf(batch, loss.couples, microTokens)) {
+    const outputs = await engine.forward(part, { outputs: outputsOf(loss) as ForwardOutput[], temperature });
+    const result = evaluateLoss(loss, part, outputs, totals);
+    parts.push({ value: result.loss, statistics: result.statistics });
+  }
+  const { value, statistics } = addUp(parts);
+  return { loss: value, statistics, totals };
+}
+
+/** Adds the gradients of one mini-batch to the engine's accumulators. */
+async function accumulate(
+  engine: Engine,
+  batch: LearningBatch,
+  loss: Loss,
+  { microTokens, temperature = 1 }: LearnOptions,
+  check: { canary: Canary; rows: Int32Array } | undefined,
+) {
+  const totals = totalsOf(batch);
+  const outputs = outputsOf(loss) as ForwardOutput[];
+  const parts: { value: number; statistics: Record<string, number> }[] = [];
+  let row = 0;
+  for (const part of microBatchesOf(batch, loss.couples, microTokens)) {
+    const result = await engine.forward(part, { outputs, temperature, keep: true });
+    if (check) check.canary.compare(part, check.rows.subarray(row, row + part.lengths.length), result.logprobs!);
+    row += part.lengths.length;
+    const { loss: value, statistics, gradients } = evaluateLoss(loss, part, result, totals);
+    checkFinite('loss', value);
+    await engine.backward(toFloat32(gradients));
+    parts.push({ value, statistics });
+  }
+  return addUp(parts);
+}
+
+/** Keeps these draws apart from those of the data's order. */
+const orderStream = 0x6d696e69;
+
+/** Rows of each mini-batch of an epoch; rows that a loss couples stay together and in order. */
+function miniBatchRows(
+  batch: LearningBatch,
+  couples: Coupling,
+  epoch: number,
+  { miniBatches, shuffle }: LearnOptions,
+): Int32Array[] {
+  const size = unitSize(batch, couples);
+  const units = batch.lengths.length / size;
+  const order = shuffle
+    ? shuffledRows(units, shuffle.seed ^ orderStream, shuffle.firstPass + epoch)
+    : Uint32Array.from({ length: units }, (_, i) => i);
+  const parts = Math.min(miniBatches, units);
+  return Array.from({ length: parts }, (_, m) => {
+    const own = order.subarray(Math.floor((m * units) / parts), Math.floor(((m + 1) * units) / parts));
+    return Int32Array.from({ length: own.length * size }, (_, i) => own[Math.floor(i / size)]! * size + (i % size));
+  });
+}
+
+function unitSize(batch: LearningBatch, couples: Coupling): number {
+  return couples === 'pair' ? 2 : couples === 'group' ? (batch.groupSize ?? 1) : 1;
+}
+
+function microBatchesOf(batch: LearningBatch, couples: Coupling, microTokens: number): LearningBatch[] {
+  const spans = microBatches(batch.lengths, microTokens, { group: unitSize(batch, couples) });
+  if (spans.length === 1) return [batch];
+  return spans.map(({ begin, end }) =>
+    takeRows(
+      batch,
+      Int32Array.from({ length: end - begin }, (_, i) => begin + i),
+    ),
+  );
+}
+
+/** The given rows of a batch, in that order, with their share of every per-token array. */
+export function takeRows(batch: LearningBatch, rows: Int32Array): LearningBatch {
+  const starts = offsets(batch.lengths);
+  const lengths = Int32Array.from(rows, (row) => batch.lengths[row]!);
+  const total = lengths.reduce((sum, length) => sum + length, 0);
+  const take = (source: ArrayLike<number>): Float64Array => {
+    const taken = new Float64Array(total);
+    let at = 0;
+    for (const row of rows) for (let t = starts[row]!; t < starts[row + 1]!; t++) taken[at++] = source[t]!;
+    return taken;
+  };
+  return {
+    tokens: Int32Array.from(take(batch.tokens)),
+    lengths,
+    mask: take(batch.mask),
+    columns: Object.fromEntries(Object.entries(batch.columns).map(([name, column]) => [name, take(column)])),
+    ...(batch.groupSize === undefined ? {} : { groupSize: batch.groupSize }),
+  };
+}
+
+function toFloat32(gradients: { readonly [name: string]: Float64Array | undefined }): TokenGradients {
+  return Object.fromEntries(
+    Object.entries(gradients).flatMap(([name, values]) => (values ? [[name, Float32Array.from(values)]] : [])),
+  );
+}
+
+/** Losses are additive over micro-batches: their normalisers are the mini-batch's. */
+function addUp(parts: readonly { value: number; statistics: Record<string, number> }[]) {
+  const statistics: Record<string, number> = {};
+  let value = 0;
+  for (const part of parts) {
+    value += part.value;
+    for (const [name, amount] of Object.entries(part.statistics)) statistics[name] = (statistics[name] ?? 0) + amount;
+  }
+  return { value, statistics };
+}
+
+function averages(parts: readonly Record<string, number>[]): Record<string, number> {
+  const names = Object.keys(parts[0] ?? {});
+  return Object.fromEntries(names.map((name) => [name, mean(parts.map((part) => part[name]!))]));
+}
+
+function mean(values: readonly number[]): number {
+  return values.reduce((sum, value) => sum + value, 0) / Math.max(values.length, 1);
+}
+
+function checkFinite(what: string, value: number): void {
+  if (Number.isFinite(value)) return;
+  throw new LockstepError(
+    'LOSS_NOT_FINITE',
+    `the ${what} is ${value}; lower optimizer.learningRate, check the data and the reward, or resume from an earlier checkpoint`,
+    { value },
+  );
+}

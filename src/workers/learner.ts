@@ -1,0 +1,54 @@
+/** What the workers that learn share: updates and evaluations of one engine's model. */
+import type { Engine, StepOptions } from '../engine/engine.js';
+import type { Loss } from '../losses/loss.js';
+import type { ForwardSettings } from './batches.js';
+import type { Canary } from './canary.js';
+import { evaluate, type LearningBatch, type LearnResult, learn } from './learn.js';
+
+export interface LearnerSettings extends ForwardSettings {
+  optimizer: Omit<StepOptions, 'learningRate' | 'step'>;
+  /** By iteration, from 1. */
+  learningRate(iteration: number): number;
+  /** Orders the rows of an update's mini-batches. */
+  seed: number;
+}
+
+export interface UpdateOptions {
+  epochs: number;
+  miniBatches: number;
+  /** From 1; with the settings it decides the order of rows, the learning rate and Adam's step. */
+  iteration: number;
+}
+
+/** Learns from one batch; a canary watches the first mini-batch. */
+export function update(
+  engine: Engine,
+  batch: LearningBatch,
+  loss: Loss,
+  { epochs, miniBatches, iteration }: UpdateOptions,
+  { optimizer, learningRate, seed, ...forward }: LearnerSettings,
+  canary?: Canary,
+): Promise<LearnResult> {
+  return learn(engine, batch, loss, {
+    ...forward,
+    epochs,
+    miniBatches,
+    optimizer: {
+      ...optimizer,
+      learningRate: learningRate(iteration),
+      step: (iteration - 1) * epochs * miniBatches + 1,
+    },
+    // One mini-batch has no order to choose, and packed order keeps its sums comparable with any other trainer's.
+    ...(miniBatches > 1 ? { shuffle: { seed, firstPass: (iteration - 1) * epochs } } : {}),
+    ...(canary ? { canary } : {}),
+  });
+}
+
+/** The learner's part of a worker. */
+export function learner(engine: Engine, settings: LearnerSettings) {
+  return {
+    update: (batch: LearningBatch, loss: Loss, options: UpdateOptions) =>
+      update(engine, batch, loss, options, settings),
+    evaluate: (batch: LearningBatch, loss: Loss) => evaluate(engine, batch, loss, settings),
+  };
+}

@@ -1,0 +1,29 @@
+/** The reward model: a number per answer (HybridFlow, Table 4). Being one, it can also be taught from pairs. */
+import type { TokenBatch } from '../data/batch.js';
+import { scorePosition } from '../data/score-position.js';
+import type { Engine } from '../engine/engine.js';
+import { type ForwardSettings, forwardAll, offsets } from './batches.js';
+import { type LearnerSettings, learner } from './learner.js';
+
+export type RewardWorker = ReturnType<typeof RewardWorker.create>;
+
+export const RewardWorker = {
+  /** A frozen reward model over an engine with a score head. */
+  create: (engine: Engine, settings: ForwardSettings) => ({
+    /** Scores of whole sequences, read at the rightmost token that is not padding. */
+    computeRewards: async (batch: TokenBatch): Promise<{ scores: Float64Array }> => {
+      const values = await forwardAll(engine, batch, 'values', settings);
+      const starts = offsets(batch.lengths);
+      const scores = Float64Array.from(batch.lengths, (length, row) => {
+        const tokens = batch.tokens.subarray(starts[row]!, starts[row]! + length);
+        return values[starts[row]! + scorePosition(tokens, engine.shape.padToken)]!;
+      });
+      return { scores };
+    },
+  }),
+  /** A reward model that learns from pairs. */
+  createLearner: (engine: Engine, settings: LearnerSettings) => ({
+    ...RewardWorker.create(engine, settings),
+    ...learner(engine, settings),
+  }),
+};

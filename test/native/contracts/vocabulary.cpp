@@ -1,0 +1,158 @@
+// Contracts of log-probabilities and entropies: blocks of any size, uneven and empty parts, rows without a target.
+#include <limits>
+
+#include "rows.h"
+
+namespace lockstep::contracts {
+namespace {
+
+using kernels::LogSoftmax;
+using kernels::Staging;
+
+struct Statistics {
+  Buffer logprobs, entropies, logZ;
+  explicit Statistics(int64_t rows)
+      : logprobs(static_cast<size_t>(rows) * 4), entropies(static_cast<size_t>(rows) * 4), logZ(static_cast<size_t>(rows) * 4) {}
+  LogSoftmax from(int64_t row) const {
+    return {logprobs.as<float>() + row, entropies.as<float>() + row, logZ.as<float>() + row};
+  }
+};
+
+struct Problem {
+  int64_t rows, width, vocabulary;
+  float inverseTemperature;
+  WeightMatrix w;
+  Matrix hidden;
+  std::vector<int32_t> targets;
+  Buffer dLogprobs, dEntropies;
+  bool hasLogprobs, hasEntropies;
+
+  explicit Problem(Trial& t, bool even) {
+    rows = t.rows(66);
+    if (even) rows += rows % 2;
+    width = t.integer(1, 40);
+    vocabulary = t.chance(0.3) ? t.integer(1, 20) : t.integer(20, 700);
+    t.note("rows", rows);
+    t.note("width", width);
+    t.note("vocabulary", vocabulary);
+    inverseTemperature = t.chance(0.5) ? 1.0f : 1.0f / 0.7f;
+    const auto split = t.chance(0.7) ? kernels::Split::kOut : kernels::Split::kNone;
+    w = t.weight(t.dtype(), drawLayout(t, vocabulary, width, split));
+    hidden = t.matrix(t.dtype(), rows, width, static_cast<float>(t.pick({1, 3, 40})));
+    for (int64_t i = 0; i < rows; ++i) {
+      targets.push_back(t.chance(0.2) ? -1 : static_cast<int32_t>(t.integer(0, vocabulary - 1)));
+    }
+    dLogprobs = t.floats(rows);
+    dEntropies = t.floats(rows, 0.1f);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (t.chance(0.2)) dLogprobs.as<float>()[i] = dEntropies.as<float>()[i] = 0;
+    }
+    hasLogprobs = t.chance(0.8);
+    hasEntropies = t.chance(0.7);
+  }
+  // Memory for a random number of rows, never less than two.
+  Buffer staging(Trial& t, bool backward) const {
+    const int64_t blockRows = t.pick({2, 3, 4, 16, rows + 2});
+    return Buffer(static_cast<size_t>(kernels::vocabularyStagingBytes(blockRows < 2 ? 2 : blockRows, vocabulary, t.dtype(), backward)));
+  }
+  void logprobs(const kernels::Kernels& kernels, Queue& queue, const Statistics& out, const Buffer& memory,
+                int64_t first, int64_t count) const {
+    kernels.logprobs(queue, hidden.operand().slice(first, count), w.weight(), targets.data() + first, inverseTemperature,
+                     out.from(first), {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
+  }
+  void backward(const kernels::Kernels& kernels, Queue& queue, const Statistics& forward, const Matrix& dHidden,
+                const WeightMatrix& dW, const Buffer& memory) const {
+    kernels.logprobsBackward(queue, hidden.operand(), w.weight(), targets.data(), inverseTemperature, forward.from(0),
+                             hasLogprobs ? dLogprobs.as<float>() : nullptr,
+                             hasEntropies ? dEntropies.as<float>() : nullptr, dHidden.view(), dW.gradient(),
+                             {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
+  }
+  double weightAt(int64_t row, int64_t col) const {
+    for (const kernels::Part& part : w.layout->parts) {
+      if (row < part.outBegin || row >= part.outBegin + part.out) continue;
+      const int64_t n = row - part.outBegin, panel = n / 64, width = part.panelWidth(panel), at = part.panelOffset(panel);
+      if (w.dtype == DType::kFloat32) return w.buffer.as<float>()[at + col * width + n % 64];
+      return toFloat(w.buffer.as<BFloat16>()[at + col / 2 * 2 * width + 2 * (n % 64) + col % 2]);
+    }
+    return 0;
+  }
+};
+
+// One row in float64.
+struct Exact {
+  std::vector<double> logp;
+  double entropy = 0, logZ = 0;
+
+  Exact(const Problem& p, int64_t row) {
+    double m = -std::numeric_limits<double>::infinity(), s = 0;
+    for (int64_t v = 0; v < p.vocabulary; ++v) {
+      double x = 0;
+      for (int64_t i = 0; i < p.width; ++i) x += valueAt(p.hidden, row, i) * p.weightAt(v, i);
+      logp.push_back(x * p.inverseTemperature);
+      m = std::max(m, logp.back());
+    }
+    for (const double x : logp) s += std::exp(x - m);
+    logZ = m + std::log(s);
+    for (double& x : logp) {
+      x -= logZ;
+      entropy -= std::exp(x) * x;
+    }
+  }
+};
+
+const Registration kLogprobs("logprobs", 40, [](Trial& t) {
+  Problem p(t, false);
+  const Statistics expected(p.rows);
+  p.logprobs(t.reference(), t.referenceQueue(), expected, p.staging(t, false), 0, p.rows);
+  t.eachQueue([&](Queue& queue) {
+    const Statistics actual(p.rows);
+    const int64_t first = t.integer(0, p.rows);
+    p.logprobs(t.implementation(), queue, actual, p.staging(t, false), 0, first);
+    p.logprobs(t.implementation(), queue, actual, p.staging(t, false), first, p.rows - first);
+    t.compare("logprobs", expected.logprobs, actual.logprobs);
+    t.compare("entropies", expected.entropies, actual.entropies);
+    t.compare("logZ", expected.logZ, actual.logZ);
+  });
+  const int64_t row = t.integer(0, p.rows - 1);
+  const Exact exact(p, row);
+  expectNear(t, "logZ", exact.logZ, expected.logZ.as<float>()[row], 1e-5);
+  expectNear(t, "entropy", exact.entropy, expected.entropies.as<float>()[row], 1e-4);
+  const double logprob = p.targets[row] < 0 ? 0 : exact.logp[p.targets[row]];
+  expectNear(t, "logprob", logprob, expected.logprobs.as<float>()[row], 1e-4);
+});
+
+// dHidden of one element from the gradients of the logits in float64.
+double exactHidden(const Problem& p, int64_t row, int64_t col) {
+  const Exact exact(p, row);
+  const double dLogprob = p.hasLogprobs && p.targets[row] >= 0 ? p.dLogprobs.as<float>()[row] : 0;
+  const double dEntropy = p.hasEntropies ? p.dEntropies.as<float>()[row] : 0;
+  double sum = 0;
+  for (int64_t v = 0; v < p.vocabulary; ++v) {
+    const double prob = std::exp(exact.logp[v]);
+    const double d = dLogprob * ((v == p.targets[row]) - prob) - dEntropy * prob * (exact.logp[v] + exact.entropy);
+    sum += d * p.inverseTemperature * p.weightAt(v, col);
+  }
+  return sum;
+}
+
+const Registration kLogprobsBackward("logprobsBackward", 40, [](Trial& t) {
+  Problem p(t, true);
+  const Statistics forward(p.rows);
+  p.logprobs(t.reference(), t.referenceQueue(), forward, p.staging(t, false), 0, p.rows);
+  Matrix expected = t.matrix(DType::kFloat32, p.rows, p.width);
+  const Matrix blank = expected.clone();
+  const WeightMatrix start = t.weight(DType::kFloat32, *p.w.layout), expectedW = start.clone();
+  p.backward(t.reference(), t.referenceQueue(), forward, expected, expectedW, p.staging(t, true));
+  t.eachQueue([&](Queue& queue) {
+    Matrix dHidden = blank.clone();
+    const WeightMatrix dW = start.clone();
+    p.backward(t.implementation(), queue, forward, dHidden, dW, p.staging(t, true));
+    t.compare("dHidden", expected, dHidden);
+    t.compare("dW", expectedW, dW);
+  });
+  const int64_t row = t.integer(0, p.rows - 1), col = t.integer(0, p.width - 1);
+  expectNear(t, "dHidden", exactHidden(p, row, col), valueAt(expected, row, col), t.dtype() == DType::kFloat32 ? 1e-3 : 3e-2);
+});
+
+}  // namespace
+}  // namespace lockstep::contracts

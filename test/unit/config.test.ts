@@ -1,0 +1,246 @@
+import { mkdtemp, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { describe, expect, it } from 'vitest';
+import { LockstepError } from '../../src/errors.js';
+import {
+  configJsonSchema,
+  defineConfig,
+  loadConfig,
+  parseBytes,
+  parseConfig,
+  printConfig,
+} from '../../src/train/config.js';
+import { editDistance } from '../../src/train/config-errors.js';
+
+const sft = { algorithm: 'sft', model: 'm', data: { train: 'd.jsonl' } };
+const ppo = { algorithm: 'ppo', model: 'm', data: { train: 'd.jsonl' }, reward: { function: './r.ts' } };
+
+function failure(input: unknown): LockstepError {
+  try {
+    parseConfig(input);
+  } catch (error) {
+    expect(LockstepError.isInstance(error)).toBe(true);
+    return error as LockstepError;
+  }
+  throw new Error('the configuration was accepted');
+}
+
+async function file(text: string, name = 'c.yaml'): Promise<string> {
+  const path = join(await mkdtemp(join(tmpdir(), 'lockstep-config-')), name);
+  await writeFile(path, text);
+  return path;
+}
+
+describe('defaults', () => {
+  it('are those of the contract', () => {
+    expect(parseConfig(ppo)).toMatchObject({
+      data: { shuffle: true, onError: 'stop' },
+      dtype: 'bfloat16',
+      optimizer: {
+        learningRate: 1e-6,
+        betas: [0.9, 0.95],
+        epsilon: 1e-8,
+        weightDecay: 0.1,
+        clipNorm: 1,
+        schedule: 'constant',
+        warmupSteps: 0,
+      },
+      batch: { sequences: 64, microTokens: 8192 },
+      rollout: { samples: 1, maxNewTokens: 256, temperature: 1, topP: 1, topK: 0, stop: [], truncation: 'keep' },
+      ppo: {
+        epochs: 1,
+        miniBatches: 4,
+        clip: 0.2,
+        valueClip: 0.2,
+        gamma: 1,
+        lambda: 0.95,
+        klCoefficient: 0.05,
+        kl: { in: 'reward', estimator: 'k1', controller: 'fixed' },
+      },
+      parallel: { pipeline: 1, tensor: 1, data: 1, zero: 0 },
+      generation: { pipeline: 1, tensor: 1 },
+      placement: 'colocated',
+      memory: { device: '8GiB', host: '16GiB' },
+      numerics: { parts: 'auto' },
+      checks: { mismatch: 'first' },
+      evaluation: { every: 50 },
+      steps: 100,
+      seed: 0,
+      checkpoint: { every: 20, keep: 2 },
+    });
+  });
+
+  it('only algorithm, model and data are needed, and a reward for ppo', () => {
+    expect(parseConfig(sft).output).toBe('runs/sft');
+    expect(failure({ ...ppo, reward: undefined }).message).toContain('reward: expected an object, received nothing');
+    expect(failure({ ...ppo, reward: {} }).message).toMatch(/reward: ppo needs a reward/);
+  });
+});
+
+describe('a resolved configuration', () => {
+  it.each([sft, ppo, { ...sft, algorithm: 'reward', memory: { device: 1000 } }])('parses to itself: %j', (input) => {
+    const config = parseConfig(input);
+    expect(parseConfig(config)).toEqual(config);
+  });
+
+  it('printed and loaded is the same object', async () => {
+    const config = parseConfig({
+      ...ppo,
+      optimizer: { learningRate: 3.3e-7 },
+      rollout: { stop: ['\n\nHuman:', ': #'] },
+    });
+    expect(await loadConfig(await file(printConfig(config)))).toEqual(config);
+    expect(await loadConfig(await file(JSON.stringify(config), 'c.json'))).toEqual(config);
+  });
+
+  it('is typed by defineConfig, which changes nothing', () => {
+    const input = defineConfig({ algorithm: 'sft', model: 'm', data: { train: 'd' } });
+    expect(parseConfig(input)).toEqual(parseConfig({ algorithm: 'sft', model: 'm', data: { train: 'd' } }));
+  });
+});
+
+describe('unknown keys', () => {
+  it.each([
+    [{ ...sft, optimiser: {} }, 'optimiser', 'optimizer'],
+    [{ ...sft, optimizer: { learningrate: 1 } }, 'optimizer.learningrate', 'optimizer.learningRate'],
+    [{ ...sft, learningRate: 1 }, 'learningRate', 'optimizer.learningRate'],
+    [{ ...ppo, ppo: { kl: { estimater: 'k3' } } }, 'ppo.kl.estimater', 'ppo.kl.estimator'],
+    [{ ...ppo, ppo: { minibatches: 2 } }, 'ppo.minibatches', 'ppo.miniBatches'],
+  ])('name the nearest known key: %j', (input, key, nearest) => {
+    const error = failure(input);
+    expect(error.code).toBe('CONFIG_UNKNOWN_KEY');
+    expect(error.message).toContain(`${key}: unknown key; did you mean ${nearest}?`);
+  });
+
+  it('of another algorithm say whose they are', () => {
+    expect(failure({ ...sft, ppo: {} }).message).toContain('ppo: unknown key; it belongs to algorithm: ppo');
+  });
+
+  it('without any likeness list what is known there', () => {
+    expect(failure({ ...sft, data: { train: 'd', zzzzzzzz: 1 } }).message).toContain(
+      'known keys here: train, eval, shuffle, onError',
+    );
+  });
+
+  it('are all reported at once', () => {
+    const error = failure({ ...sft, optimiser: {}, batch: { sequence: 3 }, steps: 'many' });
+    expect(error.message.split('\n')).toHaveLength(3);
+  });
+
+  it('include __proto__ from a setting', async () => {
+    await expect(loadConfig(await file(JSON.stringify(sft)), ['__proto__.x=1'])).rejects.toMatchObject({
+      code: 'CONFIG_UNKNOWN_KEY',
+    });
+  });
+});
+
+describe('wrong values', () => {
+  it.each([
+    [{ ...sft, steps: 'many' }, 'steps: expected a number, received "many"'],
+    [{ ...sft, steps: 1.5 }, 'steps: expected a whole number, received 1.5'],
+    [{ ...sft, steps: 0 }, 'steps: expected a number > 0, received 0'],
+    [{ ...sft, dtype: 'float16' }, 'dtype: expected one of float32, bfloat16, received "float16"'],
+    [{ ...sft, optimizer: { betas: [0.9] } }, 'optimizer.betas: expected a list of 2, received [0.9]'],
+    [{ ...sft, optimizer: { betas: [0.9, 1] } }, 'optimizer.betas.1: expected a number < 1, received 1'],
+    [{ ...sft, data: 'd.jsonl' }, 'data: expected an object, received "d.jsonl"'],
+    [{ ...sft, model: '' }, 'model: expected a text that is not empty, received ""'],
+    [{ ...sft, memory: { device: 'much' } }, 'memory.device: expected bytes, such as 8GiB'],
+    [{ ...sft, numerics: { parts: 'none' } }, 'numerics.parts: expected auto or a number, received "none"'],
+    [{ ...sft, algorithm: 'pppo' }, 'algorithm: expected one of sft, reward, ppo, received "pppo"'],
+    [{ ...sft, algorithm: undefined }, 'algorithm: expected one of sft, reward, ppo, received nothing'],
+    [null, 'configuration: expected an object, received null'],
+    [[], 'configuration: expected an object, received []'],
+  ])('say the key, what was expected and what came: %j', (input, message) => {
+    const error = failure(input);
+    expect(error.code).toBe('CONFIG_INVALID');
+    expect(error.message).toContain(message);
+  });
+});
+
+describe('contradictions', () => {
+  it.each([
+    [{ ...ppo, batch: { sequences: 2 } }, '4 mini-batches cannot be cut from 2 sequences'],
+    [{ ...ppo, batch: { sequences: 10 }, rollout: { samples: 4 } }, '10 responses cannot be 4 per prompt'],
+    [{ ...ppo, ppo: { kl: { in: 'loss' } } }, 'use k2 or k3'],
+    [{ ...ppo, rollout: { temperature: 0 } }, 'a greedy rollout explores nothing'],
+    [{ ...sft, steps: 3, optimizer: { warmupSteps: 4 } }, '4 is more than steps (3)'],
+    [{ ...sft, numerics: { parts: 3 } }, '3 is not a power of two'],
+  ])('are refused: %j', (input, message) => {
+    const error = failure(input);
+    expect(error.code).toBe('CONFIG_CONTRADICTION');
+    expect(error.message).toContain(message);
+  });
+
+  it.each([
+    [{ ...sft, parallel: { tensor: 2 } }, 'parallel.tensor: 2 is not in this version'],
+    [{ ...sft, parallel: { zero: 1 } }, 'parallel.zero: 1 is not in this version'],
+    [{ ...sft, generation: { tensor: 2 } }, 'this version generates on one rank'],
+    [{ ...sft, placement: 'split' }, 'use colocated'],
+    [{ ...sft, algorithm: 'grpo' }, "'grpo' is not in this version; this version has sft, reward, ppo"],
+  ])('what this version lacks is refused with what there is: %j', (input, message) => {
+    const error = failure(input);
+    expect(error.code).toBe('CONFIG_UNSUPPORTED');
+    expect(error.message).toContain(message);
+  });
+
+  it('the same KL loss with k3 is accepted', () => {
+    expect(parseConfig({ ...ppo, ppo: { kl: { in: 'loss', estimator: 'k3' } } })).toMatchObject({ algorithm: 'ppo' });
+  });
+});
+
+describe('--set', () => {
+  it('takes YAML scalars at a path, making sections on the way', async () => {
+    const path = await file('algorithm: sft\nmodel: m\ndata: {train: d}\n');
+    const config = await loadConfig(path, [
+      'optimizer.learningRate=1e-3',
+      'data.shuffle=false',
+      'optimizer.betas=[0.8, 0.9]',
+      'output=runs/a=b',
+    ]);
+    expect(config).toMatchObject({
+      optimizer: { learningRate: 1e-3, betas: [0.8, 0.9] },
+      data: { train: 'd', shuffle: false },
+      output: 'runs/a=b',
+    });
+  });
+
+  it('is checked like the file', async () => {
+    const path = await file(JSON.stringify(sft));
+    await expect(loadConfig(path, ['optimizer.lerningRate=1'])).rejects.toThrow('did you mean optimizer.learningRate');
+    await expect(loadConfig(path, ['steps'])).rejects.toMatchObject({ code: 'USAGE_SET' });
+    await expect(loadConfig(path, ['model.path=x'])).rejects.toMatchObject({ code: 'USAGE_SET' });
+  });
+});
+
+describe('configuration files', () => {
+  it('that are missing or no YAML are named', async () => {
+    await expect(loadConfig('/nowhere/c.yaml')).rejects.toMatchObject({ code: 'CONFIG_FILE_MISSING' });
+    await expect(loadConfig(await file('a: [1,'))).rejects.toMatchObject({ code: 'CONFIG_SYNTAX' });
+    await expect(loadConfig(await file('- 1'))).rejects.toMatchObject({ code: 'CONFIG_INVALID' });
+  });
+});
+
+describe('the JSON Schema', () => {
+  it('describes every algorithm and requires only what has no default', () => {
+    const { oneOf } = configJsonSchema() as { oneOf: { required: string[] }[] };
+    expect(oneOf.map((branch) => [...branch.required].sort())).toEqual([
+      ['algorithm', 'data', 'model'],
+      ['algorithm', 'data', 'model'],
+      ['algorithm', 'data', 'model', 'reward'],
+    ]);
+  });
+});
+
+it('sizes are bytes', () => {
+  expect([parseBytes('8GiB'), parseBytes('1.5 KiB'), parseBytes('2GB'), parseBytes(7)]).toEqual([
+    2 ** 33,
+    1536,
+    2e9,
+    7,
+  ]);
+});
+
+it('the edit distance counts insertions, deletions and replacements', () => {
+  expect([editDistance('kitten', 'sitting'), editDistance('', 'abc'), editDistance('same', 'same')]).toEqual([3, 3, 0]);
+});

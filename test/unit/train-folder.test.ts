@@ -1,0 +1,178 @@
+import { spawn } from 'node:child_process';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { hostname, tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { beforeEach, describe, expect, it } from 'vitest';
+import { lockRun } from '../../src/train/lock.js';
+import { Recorder } from '../../src/train/recorder.js';
+import { RunFolder } from '../../src/train/run-folder.js';
+
+let root: string;
+beforeEach(async () => {
+  root = await mkdtemp(join(tmpdir(), 'lockstep-folder-'));
+});
+
+const fill = (text: string) => async (directory: string) => {
+  await mkdir(join(directory, 'trainer'));
+  await writeFile(join(directory, 'trainer', 'state.json'), text);
+};
+
+describe('a run folder', () => {
+  it('keeps rows, texts and the newest checkpoints', async () => {
+    const folder = await RunFolder.open(join(root, 'a', 'run'), { resume: false });
+    await folder.begin('algorithm: sft\n', 0);
+    await folder.appendMetrics({ step: 1, loss: 2 });
+    await folder.writeSamples('eval', 1, [{ index: 0, prompt: 'a', response: 'b', finish: 'stop' }]);
+    for (const step of [1, 2, 3]) await folder.saveCheckpoint(step, 2, fill(`${step}`));
+    expect((await folder.checkpoints()).map(({ step }) => step)).toEqual([2, 3]);
+    await folder.close();
+    expect((await readdir(folder.path)).sort()).toEqual(['checkpoints', 'config.yaml', 'metrics.jsonl', 'rollouts']);
+    expect(await readdir(join(folder.path, 'checkpoints'))).toEqual(['step-000002', 'step-000003']);
+    expect(await readFile(join(folder.path, 'metrics.jsonl'), 'utf8')).toBe('{"step":1,"loss":2}\n');
+    expect(await readdir(join(folder.path, 'rollouts'))).toEqual(['eval-000001.jsonl']);
+  });
+
+  it('that holds a run is refused without resume, and left as it is', async () => {
+    const first = await RunFolder.open(root, { resume: false });
+    await first.begin('x', 0);
+    await first.close();
+    await expect(RunFolder.open(root, { resume: false })).rejects.toMatchObject({ code: 'RUN_EXISTS' });
+    await (await RunFolder.open(root, { resume: true })).close();
+  });
+
+  it('drops on resume what lies past the checkpoint, unfinished lines and leftovers', async () => {
+    const folder = await RunFolder.open(root, { resume: false });
+    await folder.begin('x', 0);
+    for (let step = 0; step <= 5; step++) await folder.appendMetrics({ step, loss: step });
+    for (const step of [0, 2, 4]) await folder.writeSamples('eval', step, []);
+    await folder.close();
+    await writeFile(join(root, 'metrics.jsonl'), `${await readFile(join(root, 'metrics.jsonl'), 'utf8')}{"step":6,"lo`);
+    await mkdir(join(root, '.saving-step-000006'));
+    const again = await RunFolder.open(root, { resume: true });
+    await again.begin('x', 3);
+    await again.appendMetrics({ step: 4, loss: 40 });
+    await again.close();
+    const rows = (await readFile(join(root, 'metrics.jsonl'), 'utf8')).trim().split('\n');
+    expect(rows.map((row) => JSON.parse(row))).toEqual(
+      [0, 1, 2, 3].map((step) => ({ step, loss: step })).concat({ step: 4, loss: 40 }),
+    );
+    expect(await readdir(join(root, 'rollouts'))).toEqual(['eval-000000.jsonl', 'eval-000002.jsonl']);
+    expect(await readdir(root)).not.toContain('.saving-step-000006');
+  });
+
+  it('a failed save leaves no trace and the earlier checkpoint', async () => {
+    const folder = await RunFolder.open(root, { resume: false });
+    await folder.begin('x', 0);
+    await folder.saveCheckpoint(1, 1, fill('1'));
+    const failing = folder.saveCheckpoint(2, 1, async () => {
+      throw Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' });
+    });
+    await expect(failing).rejects.toMatchObject({
+      code: 'CHECKPOINT_WRITE_FAILED',
+      message: expect.stringContaining('no space left'),
+    });
+    expect((await folder.checkpoints()).map(({ step }) => step)).toEqual([1]);
+    expect((await readdir(root)).filter((name) => name.startsWith('.saving'))).toEqual([]);
+    await folder.close();
+  });
+
+  it('in which nothing was written disappears again', async () => {
+    const path = join(root, 'new');
+    await (await RunFolder.open(path, { resume: false })).close();
+    expect(await readdir(root)).toEqual([]);
+  });
+
+  it('that cannot be made is an error with the path', async () => {
+    await writeFile(join(root, 'file'), '');
+    await expect(RunFolder.open(join(root, 'file', 'run'), { resume: false })).rejects.toMatchObject({
+      code: 'RUN_FOLDER',
+      message: expect.stringContaining(join(root, 'file', 'run')),
+    });
+  });
+});
+
+describe('the lock', () => {
+  it('is held by one run at a time, also within a process', async () => {
+    const lock = await lockRun(root);
+    await expect(lockRun(root)).rejects.toMatchObject({
+      code: 'RUN_LOCKED',
+      message: expect.stringContaining(`process ${process.pid}`),
+    });
+    await lock.release();
+    await (await lockRun(root)).release();
+  });
+
+  it('is refused while another process lives, and taken over when it is dead', async () => {
+    const child = spawn(process.execPath, ['-e', 'setTimeout(() => {}, 60000)']);
+    const started = (await readFile(`/proc/${child.pid}/stat`, 'utf8')).split(') ')[1]!.split(' ')[19];
+    const text = JSON.stringify({ pid: child.pid, started, host: hostname() });
+    await writeFile(join(root, '.lock'), text);
+    await expect(lockRun(root)).rejects.toMatchObject({ code: 'RUN_LOCKED' });
+    const gone = new Promise((resolve) => child.once('exit', resolve));
+    child.kill('SIGKILL');
+    await gone;
+    await (await lockRun(root)).release();
+  });
+
+  it('of a process whose number was taken over by another is stale', async () => {
+    await writeFile(join(root, '.lock'), JSON.stringify({ pid: process.pid, started: '1', host: hostname() }));
+    await (await lockRun(root)).release();
+  });
+
+  it('that is garbage is taken over', async () => {
+    await writeFile(join(root, '.lock'), '{"pid":');
+    await (await lockRun(root)).release();
+    await writeFile(join(root, '.lock'), '');
+    await (await lockRun(root)).release();
+    expect(await readdir(root)).toEqual([]);
+  });
+
+  it('goes to exactly one of many that find it stale', async () => {
+    await writeFile(join(root, '.lock'), JSON.stringify({ pid: 2 ** 22 - 1, started: '1', host: hostname() }));
+    const results = await Promise.allSettled(Array.from({ length: 8 }, () => lockRun(root)));
+    expect(results.filter(({ status }) => status === 'fulfilled')).toHaveLength(1);
+  });
+});
+
+describe('the recorder', () => {
+  it('adds up phases per step and writes a trace that parses, also across a kill', async () => {
+    const recorder = new Recorder();
+    await recorder.open(root);
+    recorder.step = 1;
+    await recorder.phase('data', () => new Promise((resolve) => setTimeout(resolve, 20)));
+    await recorder.phase('data', () => new Promise((resolve) => setTimeout(resolve, 20)));
+    const { 'seconds.data': seconds } = recorder.take();
+    expect(seconds).toBeGreaterThan(0.03);
+    expect(recorder.take()).toEqual({});
+    await recorder.flush();
+    const again = new Recorder();
+    await again.open(root);
+    await again.phase('late', () => undefined);
+    await again.close();
+    const events = JSON.parse(await readFile(join(root, 'trace.json'), 'utf8')) as {
+      name: string;
+      ts: number;
+      dur: number;
+    }[];
+    expect(events.map(({ name }) => name)).toEqual(['data', 'data', 'late']);
+    expect(events[2]!.ts).toBeGreaterThanOrEqual(events[1]!.ts + events[1]!.dur);
+    await rm(root, { recursive: true });
+  });
+
+  it('wraps methods of objects with private state', async () => {
+    class Counter {
+      #n = 0;
+      async add(n: number) {
+        this.#n += n;
+        return this.#n;
+      }
+      get n() {
+        return this.#n;
+      }
+    }
+    const recorder = new Recorder();
+    const counter = recorder.wrap(new Counter(), { add: 'adding' });
+    expect([await counter.add(2), await counter.add(3), counter.n]).toEqual([2, 5, 5]);
+    expect(Object.keys(recorder.take())).toEqual(['seconds.adding']);
+  });
+});

@@ -1,0 +1,530 @@
+import { createHash } from 'node:crypto';
+import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join, relative } from 'node:path';
+import { afterEach, beforeAll, describe, expect, it } from 'vitest';
+import type { Config, ConfigInput } from '../../src/train/config.js';
+import type { MetricsRow, TrainEvent } from '../../src/train/events.js';
+import { type TrainOptions, train } from '../../src/train/train.js';
+import { TableEngine, tableBackend, writeTableModel } from './train-fake-engine.js';
+
+let model: string;
+let folder: string;
+
+beforeAll(async () => {
+  model = await writeTableModel();
+  folder = await mkdtemp(join(tmpdir(), 'lockstep-train-'));
+  // A language in which x is followed by x + 1 (of 2..23), and 1 ends.
+  const sentence = (i: number) => Array.from({ length: 5 + (i % 4) }, (_, k) => 2 + ((i + k) % 22)).concat(1);
+  const rows = (count: number, row: (i: number) => unknown) =>
+    Array.from({ length: count }, (_, i) => `${JSON.stringify(row(i))}\n`).join('');
+  await writeFile(
+    join(folder, 'text.jsonl'),
+    rows(30, (i) => ({ tokens: sentence(i) })),
+  );
+  await writeFile(
+    join(folder, 'pairs.jsonl'),
+    rows(20, (i) => ({
+      prompt: [2 + i],
+      chosen: [5, 6, 7],
+      rejected: [9, 8, 3 + (i % 5)],
+      margin: i % 3 === 0 ? 0.5 : 0,
+    })),
+  );
+  await writeFile(
+    join(folder, 'prompts.jsonl'),
+    rows(12, (i) => ({ tokens: [2 + i, 3 + i], wanted: 7 })),
+  );
+  await writeFile(
+    join(folder, 'reward.js'),
+    'export default (samples) => samples.map(({ tokens, row }) => tokens.filter((t) => t === row.wanted).length / tokens.length);\n',
+  );
+});
+
+afterEach(() => {
+  TableEngine.forwardError = 0;
+});
+
+let outputs = 0;
+const newOutput = () => join(folder, `run-${outputs++}`);
+
+function sft(changes: Partial<ConfigInput> = {}): ConfigInput {
+  return {
+    algorithm: 'sft',
+    model,
+    data: { train: join(folder, 'text.jsonl') },
+    dtype: 'float32',
+    optimizer: { learningRate: 0.05, weightDecay: 0.01, clipNorm: 1, schedule: 'cosine', warmupSteps: 2 },
+    batch: { sequences: 8, microTokens: 32 },
+    checkpoint: { every: 3, keep: 2 },
+    steps: 11,
+    seed: 4,
+    output: newOutput(),
+    ...changes,
+  } as ConfigInput;
+}
+
+function reward(changes: Partial<ConfigInput> = {}): ConfigInput {
+  return sft({ algorithm: 'reward', data: { train: join(folder, 'pairs.jsonl') }, ...changes } as Partial<ConfigInput>);
+}
+
+function ppo(changes: Record<string, unknown> = {}): ConfigInput {
+  return sft({
+    algorithm: 'ppo',
+    data: { train: join(folder, 'prompts.jsonl') },
+    optimizer: { learningRate: 0.05, weightDecay: 0 },
+    rollout: { samples: 4, maxNewTokens: 6 },
+    ppo: { epochs: 2, miniBatches: 2, kl: { controller: 'adaptive' } },
+    batch: { sequences: 16, microTokens: 32 },
+    reward: { function: join(folder, 'reward.js') },
+    checks: { mismatch: 'all' },
+    ...changes,
+  } as Partial<ConfigInput>);
+}
+
+async function run(config: ConfigInput, options: TrainOptions = {}): Promise<TrainEvent[]> {
+  const events: TrainEvent[] = [];
+  for await (const event of train(config, { backend: tableBackend, ...options })) events.push(event);
+  return events;
+}
+
+async function metrics(config: ConfigInput): Promise<MetricsRow[]> {
+  const text = await readFile(join(config.output!, 'metrics.jsonl'), 'utf8');
+  return text
+    .trimEnd()
+    .split('\n')
+    .map((line) => JSON.parse(line) as MetricsRow);
+}
+
+/** Digest of every file under a directory, by relative path. */
+async function digests(directory: string, root = directory): Promise<Record<string, string>> {
+  const entries = await readdir(directory, { withFileTypes: true });
+  const parts = await Promise.all(
+    entries.map(async (entry) => {
+      const path = join(directory, entry.name);
+      if (entry.isDirectory()) return digests(path, root);
+      return {
+        [relative(root, path)]: createHash('sha256')
+          .update(await readFile(path))
+          .digest('hex'),
+      };
+    }),
+  );
+  return Object.assign({}, ...parts);
+}
+
+const checkpoints = (config: ConfigInput) => digests(join(config.output!, 'checkpoints'));
+const withoutTimes = (rows: MetricsRow[]) =>
+  rows.map((row) => Object.fromEntries(Object.entries(row).filter(([name]) => !name.startsWith('seconds.'))));
+
+/** Ends the run after `steps` more steps, as an interrupt does. */
+async function interruptAfter(config: ConfigInput, steps: number, resume: boolean): Promise<TrainEvent> {
+  const controller = new AbortController();
+  let last: TrainEvent | undefined;
+  let seen = 0;
+  for await (const event of train(config, { backend: tableBackend, signal: controller.signal, resume })) {
+    last = event;
+    if (event.type === 'step' && ++seen === steps) controller.abort();
+  }
+  return last!;
+}
+
+/** Leaves the run after `count` events, as a crash does: without a checkpoint of its own. */
+async function crashAfter(config: ConfigInput, count: number, resume: boolean): Promise<void> {
+  let seen = 0;
+  for await (const _ of train(config, { backend: tableBackend, resume })) if (++seen === count) return;
+}
+
+describe.each([
+  ['sft', sft],
+  ['reward', reward],
+  ['ppo', ppo],
+] as const)('%s', (_, configure) => {
+  it('has one row per step and saves as often as asked, the last step always', async () => {
+    const config = configure();
+    const events = await run(config);
+    expect(events[0]).toMatchObject({ type: 'start', step: 0, steps: 11 });
+    expect(events.at(-1)).toMatchObject({ type: 'done', step: 11 });
+    expect(events.filter(({ type }) => type === 'checkpoint').map(({ step }) => step)).toEqual([3, 6, 9, 11]);
+    expect((await metrics(config)).map(({ step }) => step)).toEqual([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+    expect(await readdir(join(config.output!, 'checkpoints'))).toEqual(['step-000009', 'step-000011']);
+    for (const row of await metrics(config)) {
+      expect(Object.values(row).every(Number.isFinite)).toBe(true);
+      expect(row).toMatchObject({
+        loss: expect.any(Number),
+        'gradient.norm': expect.any(Number),
+        learningRate: expect.any(Number),
+      });
+      expect(Object.keys(row)).toContain('seconds.step');
+    }
+  });
+
+  it('gives the same bytes for the same configuration, and others for another seed', async () => {
+    const [a, b, c] = [configure(), configure(), configure({ seed: 5 })];
+    await run(a);
+    await run(b);
+    await run(c);
+    expect(await checkpoints(a)).toEqual(await checkpoints(b));
+    expect(withoutTimes(await metrics(a))).toEqual(withoutTimes(await metrics(b)));
+    expect(await checkpoints(c)).not.toEqual(await checkpoints(a));
+  });
+
+  it('interrupted and resumed is the run never stopped', async () => {
+    const whole = configure({ checkpoint: { every: 3, keep: 100 } });
+    await run(whole);
+    const parted = configure({ checkpoint: { every: 3, keep: 100 } });
+    expect(await interruptAfter(parted, 4, false)).toMatchObject({ type: 'interrupted', step: 4 });
+    expect(await interruptAfter(parted, 1, true)).toMatchObject({ type: 'interrupted', step: 5 });
+    const events = await run(parted, { resume: true });
+    expect(events[0]).toMatchObject({ type: 'start', step: 5, resumedFrom: expect.stringContaining('step-000005') });
+    const [a, b] = [await checkpoints(whole), await checkpoints(parted)];
+    for (const [file, digest] of Object.entries(a)) expect([file, b[file]]).toEqual([file, digest]);
+    expect(withoutTimes(await metrics(parted))).toEqual(withoutTimes(await metrics(whole)));
+  });
+
+  it('crashed at any event and resumed is the run never stopped', async () => {
+    const whole = configure();
+    await run(whole);
+    const parted = configure();
+    let resume = false;
+    for (const events of [1, 5, 3, 6]) {
+      await crashAfter(parted, events, resume);
+      resume = true;
+    }
+    await run(parted, { resume: true });
+    expect(await checkpoints(parted)).toEqual(await checkpoints(whole));
+    expect(withoutTimes(await metrics(parted))).toEqual(withoutTimes(await metrics(whole)));
+  });
+
+  it('changes no bit with the size of micro-batches', async () => {
+    const [a, b] = [configure(), configure({ batch: { sequences: 16, microTokens: 4096 } })];
+    const { microTokens: _unused, ...batch } = a.batch!;
+    await run({ ...a, batch: { ...batch, sequences: 16, microTokens: 24 } } as ConfigInput);
+    await run(b);
+    const [x, y] = [await checkpoints(a), await checkpoints(b)];
+    for (const file of Object.keys(x).filter((name) => name.endsWith('.safetensors'))) {
+      expect([file, y[file]]).toEqual([file, x[file]]);
+    }
+  });
+});
+
+describe('learning', () => {
+  it('sft lowers the loss towards that of the language', async () => {
+    const config = sft({ steps: 60, optimizer: { learningRate: 0.05, weightDecay: 0 } });
+    await run(config);
+    const rows = await metrics(config);
+    expect(rows[0]!.loss).toBeGreaterThan(2.5);
+    expect(rows.at(-1)!.loss).toBeLessThan(0.8);
+  });
+
+  it('a reward model learns to order pairs', async () => {
+    const config = reward({ steps: 30, optimizer: { learningRate: 0.05, weightDecay: 0 } });
+    await run(config);
+    const rows = await metrics(config);
+    expect(rows.at(-1)!.loss).toBeLessThan(0.2);
+    expect(rows.at(-1)!['reward.accuracy']).toBe(1);
+  });
+
+  it('ppo raises the reward', async () => {
+    const config = ppo({ steps: 25, batch: { sequences: 48 }, ppo: { epochs: 2, miniBatches: 2, klCoefficient: 0 } });
+    await run(config);
+    const rows = await metrics(config);
+    const mean = (part: MetricsRow[]) => part.reduce((sum, row) => sum + row['reward.mean']!, 0) / part.length;
+    expect(mean(rows.slice(0, 5))).toBeLessThan(0.15);
+    expect(mean(rows.slice(-5))).toBeGreaterThan(0.4);
+  });
+
+  it('ppo learns from a reward model, alone and beside a function', async () => {
+    const scoring = reward({ steps: 20 });
+    await run(scoring);
+    const rewardModel = join(scoring.output!, 'checkpoints', 'step-000020');
+    const alone = ppo({ reward: { model: rewardModel }, steps: 2 });
+    await run(alone);
+    const both = ppo({ reward: { model: rewardModel, function: join(folder, 'reward.js') }, steps: 2 });
+    await run(both);
+    const [a, b] = [(await metrics(alone))[0]!, (await metrics(both))[0]!];
+    const withFunction = (await metrics(await ran(ppo({ steps: 1 }))))[0]!;
+    expect(b['reward.mean']! - a['reward.mean']!).toBeCloseTo(withFunction['reward.mean']!, 5);
+  });
+});
+
+async function ran(config: ConfigInput): Promise<ConfigInput> {
+  await run(config);
+  return config;
+}
+
+describe('a ppo run', () => {
+  it('reports the metrics of the contract', async () => {
+    const [row] = await metrics(await ran(ppo({ steps: 1 })));
+    expect(Object.keys(row!)).toEqual(
+      expect.arrayContaining([
+        'step',
+        'loss',
+        'reward.mean',
+        'reward.model',
+        'kl.mean',
+        'value.loss',
+        'value.explained',
+        'policy.loss',
+        'policy.clipFraction',
+        'policy.kl',
+        'entropy',
+        'response.length',
+        'response.truncated',
+        'gradient.norm',
+        'learningRate',
+        'mismatch.max',
+        'mismatch.tokens',
+        'tokens',
+        'seconds.generation',
+        'seconds.values',
+        'seconds.reference',
+        'seconds.policyUpdate',
+        'seconds.valueUpdate',
+        'seconds.rewardFunction',
+        'seconds.native',
+      ]),
+    );
+  });
+
+  it('compares every sampled token with mismatch: all, and the first mini-batch otherwise', async () => {
+    const [all] = await metrics(await ran(ppo({ steps: 1 })));
+    expect(all).toMatchObject({ 'mismatch.max': 0, 'mismatch.tokens': 16 * all!['response.length']! });
+    const [first] = await metrics(await ran(ppo({ steps: 1, checks: { mismatch: 'first' } })));
+    expect(first!['mismatch.tokens']).toBeGreaterThan(0);
+    expect(first!['mismatch.tokens']).toBeLessThan(all!['mismatch.tokens']!);
+  });
+
+  it('starts every update at ratio 1 with nothing clipped', async () => {
+    const rows = await metrics(await ran(ppo({ steps: 3, ppo: { epochs: 1, miniBatches: 1 } })));
+    for (const row of rows) expect(row).toMatchObject({ 'policy.clipFraction': 0, 'policy.kl': 0 });
+  });
+
+  it.each(['first', 'all'])('stops at the first token that differs (mismatch: %s)', async (mismatch) => {
+    TableEngine.forwardError = 1e-6;
+    await expect(run(ppo({ checks: { mismatch } }))).rejects.toMatchObject({
+      code: 'MISMATCH',
+      details: { sequence: expect.any(Number), position: expect.any(Number), token: expect.any(Number) },
+      message: expect.stringMatching(/sequence \d+, position \d+, token \d+ is -[\d.]+, but the rollout's was -[\d.]+/),
+    });
+  });
+
+  it('keeps texts of rollouts, and of evaluations before and while training', async () => {
+    const config = ppo({
+      steps: 4,
+      data: { train: join(folder, 'prompts.jsonl'), eval: join(folder, 'prompts.jsonl') },
+      evaluation: { every: 2, samples: 3 },
+    });
+    const events = await run(config);
+    expect(events.filter(({ type }) => type === 'evaluation').map(({ step }) => step)).toEqual([0, 2, 4]);
+    expect(await readdir(join(config.output!, 'rollouts'))).toEqual([
+      'eval-000000.jsonl',
+      'eval-000002.jsonl',
+      'eval-000004.jsonl',
+      'step-000001.jsonl',
+      'step-000002.jsonl',
+      'step-000003.jsonl',
+      'step-000004.jsonl',
+    ]);
+    const [before, first, second] = await metrics(config);
+    expect(Object.keys(before!).filter((name) => !name.startsWith('seconds.'))).toEqual([
+      'step',
+      'eval.reward.mean',
+      'eval.reward.model',
+      'eval.response.length',
+      'eval.response.truncated',
+      'eval.response.empty',
+    ]);
+    expect(first).not.toHaveProperty('eval.reward.mean');
+    expect(second).toHaveProperty('eval.reward.mean');
+    const lines = (await readFile(join(config.output!, 'rollouts', 'eval-000000.jsonl'), 'utf8')).trim().split('\n');
+    expect(lines).toHaveLength(3);
+    expect(JSON.parse(lines[1]!)).toMatchObject({
+      index: 1,
+      promptTokens: [3, 4],
+      reward: expect.any(Number),
+      finish: expect.any(String),
+    });
+  });
+
+  it('warns of a truncated sampling distribution', async () => {
+    const events = await run(ppo({ steps: 1, rollout: { samples: 4, maxNewTokens: 3, topP: 0.9 } }));
+    expect(events).toContainEqual(expect.objectContaining({ type: 'warning', code: 'SAMPLING_BIAS' }));
+  });
+
+  it('counts truncated answers, and can leave them out or charge them', async () => {
+    const keep = (await metrics(await ran(ppo({ steps: 1 }))))[0]!;
+    const rollout = { samples: 4, maxNewTokens: 6 };
+    const charged = (
+      await metrics(await ran(ppo({ steps: 1, rollout: { ...rollout, truncation: 'penalise', truncationPenalty: 2 } })))
+    )[0]!;
+    expect(keep['response.truncated']).toBeGreaterThan(0);
+    expect(charged['reward.mean']).toBeCloseTo(keep['reward.mean']! - 2 * keep['response.truncated']!, 6);
+    expect(charged['reward.model']).toBe(keep['reward.model']);
+  });
+
+  it('is stopped by a reward that throws, with the sample named', async () => {
+    await writeFile(join(folder, 'throws.js'), 'export default () => { throw new Error("no idea"); };\n');
+    await expect(run(ppo({ reward: { function: join(folder, 'throws.js') } }))).rejects.toMatchObject({
+      code: 'REWARD_THREW',
+    });
+  });
+
+  it('refuses models of another vocabulary, and a reward model without a score head', async () => {
+    const other = await writeTableModel({ vocab_size: 25 });
+    await expect(run(ppo({ reference: { model: other } }))).rejects.toMatchObject({ code: 'MODEL_VOCABULARY' });
+    await expect(run(ppo({ reward: { model } }))).rejects.toMatchObject({ code: 'MODEL_HEAD' });
+  });
+});
+
+describe('an sft run', () => {
+  it('evaluates before training, every n steps and at the end', async () => {
+    const config = sft({
+      data: { train: join(folder, 'text.jsonl'), eval: join(folder, 'text.jsonl') },
+      evaluation: { every: 5, samples: 2 },
+      rollout: { maxNewTokens: 4 },
+    } as Partial<ConfigInput>);
+    await run(config);
+    const rows = await metrics(config);
+    expect(rows.filter((row) => 'eval.loss' in row).map(({ step }) => step)).toEqual([0, 5, 10, 11]);
+    expect(rows[0]!['eval.loss']).toBeGreaterThan(rows.at(-1)!['eval.loss']!);
+  });
+
+  it('follows the schedule', async () => {
+    const rows = await metrics(await ran(sft({ steps: 3, optimizer: { learningRate: 0.3, schedule: 'linear' } })));
+    expect(rows.map(({ learningRate }) => learningRate)).toEqual([
+      0.3,
+      expect.closeTo(0.2, 12),
+      expect.closeTo(0.1, 12),
+    ]);
+  });
+
+  it('names a row with nothing to learn, a token outside the vocabulary, a row beyond the positions', async () => {
+    const path = join(folder, 'bad.jsonl');
+    for (const [row, code] of [
+      [{ tokens: [3] }, 'DATA_BAD_ROW'],
+      [{ tokens: [3, 24] }, 'TOKEN_OUT_OF_RANGE'],
+      [{ tokens: Array(65).fill(3) }, 'DATA_BAD_ROW'],
+    ] as const) {
+      await writeFile(path, `{"tokens":[1,2,3]}\n${JSON.stringify(row)}\n`);
+      await expect(run(sft({ data: { train: path, shuffle: false } }))).rejects.toMatchObject({
+        code,
+        message: expect.stringContaining('line 2'),
+      });
+    }
+  });
+
+  it('skips bad rows when told to, counts them and says so', async () => {
+    const path = join(folder, 'some-bad.jsonl');
+    await writeFile(path, '{"tokens":[1,2,3]}\n{oops\n{"tokens":[3,99]}\n{"tokens":[4,5,6]}\n');
+    const config = sft({ data: { train: path, onError: 'skip' }, steps: 2 });
+    const events = await run(config);
+    expect(events.find(({ type }) => type === 'warning')).toMatchObject({ code: 'DATA_SKIPPED' });
+    expect((await metrics(config))[0]!['data.skipped']).toBeGreaterThan(1);
+  });
+
+  it('refuses what does not fit, with the arithmetic', async () => {
+    await expect(run(sft({ memory: { device: 1000 } }))).rejects.toMatchObject({
+      code: 'MEMORY_BUDGET',
+      message: expect.stringMatching(/policy: weights[\s\S]*policy: optimizer[\s\S]*workspace/),
+    });
+  });
+
+  it('leaves no folder behind when it cannot begin', async () => {
+    const config = sft({ data: { train: join(folder, 'absent.jsonl') } });
+    await expect(run(config)).rejects.toMatchObject({ code: 'DATA_FILE_MISSING' });
+    expect(await readdir(folder)).not.toContain(config.output!.split('/').at(-1));
+  });
+});
+
+describe('resume', () => {
+  it('refuses a folder that holds a run, unless told to', async () => {
+    const config = await ran(sft({ steps: 2 }));
+    await expect(run(config)).rejects.toMatchObject({ code: 'RUN_EXISTS' });
+    expect((await run(config, { resume: true })).map(({ type }) => type)).toEqual(['start', 'done']);
+  });
+
+  it('goes on for more steps at a constant rate', async () => {
+    const optimizer = { learningRate: 0.01 };
+    const config = await ran(sft({ steps: 3, optimizer }));
+    await run({ ...config, steps: 5 } as ConfigInput, { resume: true });
+    const whole = await ran(sft({ steps: 5, optimizer }));
+    const last = async (c: ConfigInput) => digests(join(c.output!, 'checkpoints', 'step-000005'));
+    expect(await last(config)).toEqual(await last(whole));
+  });
+
+  it.each([
+    [{ optimizer: { learningRate: 0.06 } }, 'optimizer.learningRate was 0.05 and is now 0.06'],
+    [{ seed: 9 }, 'seed was 4 and is now 9'],
+    [{ steps: 12 }, 'steps was 11 and is now 12'],
+    [{ batch: { sequences: 4 } }, 'batch.sequences was 8 and is now 4'],
+    [{ algorithm: 'reward', data: { train: 'pairs.jsonl' } }, 'algorithm was "sft" and is now "reward"'],
+  ])('refuses another configuration and names the key: %j', async (change, message) => {
+    const config = sft();
+    await interruptAfter(config, 1, false);
+    const changed = { ...config, ...change, optimizer: { ...config.optimizer, ...(change as Config).optimizer } };
+    await expect(run(changed as ConfigInput, { resume: true })).rejects.toMatchObject({
+      code: 'RUN_CONFIG_DIFFERS',
+      message: expect.stringContaining(message),
+    });
+  });
+
+  it('refuses other data, and a checkpoint of another model', async () => {
+    const config = sft();
+    await interruptAfter(config, 1, false);
+    const moved = { ...config, data: { train: join(folder, 'prompts.jsonl') } } as ConfigInput;
+    await expect(run(moved, { resume: true })).rejects.toThrow(/data\.train was/);
+    const wider = sft({ model: await writeTableModel({ hidden_size: 16 }), output: newOutput() });
+    await interruptAfter(wider, 1, false);
+    const yaml = join(wider.output!, 'config.yaml');
+    await writeFile(yaml, (await readFile(yaml, 'utf8')).replace(/^model: .*$/m, `model: ${model}`));
+    await expect(run({ ...wider, model } as ConfigInput, { resume: true })).rejects.toMatchObject({
+      code: 'CHECKPOINT_OTHER_MODEL',
+      message: expect.stringContaining('width is 16'),
+    });
+  });
+
+  it('from nothing at all begins at the beginning', async () => {
+    const config = sft({ steps: 2 });
+    const events = await run(config, { resume: true });
+    expect(events[0]).toMatchObject({ type: 'start', step: 0 });
+    expect(events.at(-1)).toMatchObject({ type: 'done' });
+  });
+
+  it('says which state file is damaged', async () => {
+    const config = sft();
+    await interruptAfter(config, 1, false);
+    await writeFile(join(config.output!, 'checkpoints', 'step-000001', 'trainer', 'state.json'), '{');
+    await expect(run(config, { resume: true })).rejects.toMatchObject({ code: 'CHECKPOINT_CORRUPT' });
+  });
+});
+
+describe('checkpoints', () => {
+  it('hold nothing that depends on paths or on time', async () => {
+    const config = await ran(ppo({ steps: 1 }));
+    const root = join(config.output!, 'checkpoints', 'step-000001');
+    for (const file of Object.keys(await digests(root))) {
+      const text = (await readFile(join(root, file))).toString('latin1');
+      expect(text).not.toContain(folder);
+      expect(text).not.toContain(model);
+    }
+  });
+
+  it('of a ppo run hold policy and critic as Hugging Face folders', async () => {
+    const config = await ran(ppo({ steps: 1 }));
+    const root = join(config.output!, 'checkpoints', 'step-000001');
+    const architectures = async (path: string) =>
+      JSON.parse(await readFile(join(root, path, 'config.json'), 'utf8')).architectures;
+    expect([await architectures('.'), await architectures('critic')]).toEqual([
+      ['LlamaForCausalLM'],
+      ['LlamaForTokenClassification'],
+    ]);
+    expect((await readdir(join(root, 'trainer'))).sort()).toEqual(['critic', 'policy', 'state.json']);
+  });
+
+  it('of a reward run are sequence classifiers with one label', async () => {
+    const config = await ran(reward({ steps: 2 }));
+    const json = JSON.parse(await readFile(join(config.output!, 'checkpoints', 'step-000002', 'config.json'), 'utf8'));
+    expect(json.architectures).toEqual(['LlamaForSequenceClassification']);
+  });
+});
