@@ -13,7 +13,9 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-size_t roundUpTo(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+size_t roundUpTo(size_t bytes, size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
 
 }  // namespace
 

@@ -60,11 +60,13 @@ bool spin(const Done& done) {
 
 }  // namespace
 
-void flushDenormals() { _mm_setcsr(_mm_getcsr() | kFlushToZero | kDenormalsAreZero); }
+void flushDenormals() {
+  _mm_setcsr(_mm_getcsr() | kFlushToZero | kDenormalsAreZero);
+}
 
-// `generation` numbers the runs: a worker waits for it to pass the last one it has seen. `pending` counts the workers that
-// have not finished the current run. A side that parks says so first (sleepers, callerParked), so that the other side makes
-// a system call only when somebody sleeps.
+// `generation` numbers the runs: a worker waits for it to pass the last one it has seen. `pending` counts the workers
+// that have not finished the current run. A side that parks says so first (sleepers, callerParked), so that the other
+// side makes a system call only when somebody sleeps.
 struct ThreadPool::State {
   alignas(64) std::atomic<uint32_t> generation{0};
   std::atomic<uint32_t> sleepers{0};
@@ -115,7 +117,8 @@ struct ThreadPool::State {
 
 ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()), threads_(threads) {
   if (threads < 1 || threads > kMaxThreads) {
-    throw Error("THREADS_INVALID", "threads: expected 1.." + std::to_string(kMaxThreads) + ", got " + std::to_string(threads));
+    throw Error("THREADS_INVALID",
+                "threads: expected 1.." + std::to_string(kMaxThreads) + ", got " + std::to_string(threads));
   }
   liveThreads.fetch_add(threads);
   for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this, i] { state_->work(i); });
@@ -139,7 +142,11 @@ void ThreadPool::run(void (*function)(void*, int), void* context) {
   s.awaitWorkers();
 }
 
-int64_t ThreadPool::takeIndex() { return state_->index.fetch_add(1, std::memory_order_relaxed); }
-void ThreadPool::resetIndex() { state_->index.store(0, std::memory_order_relaxed); }
+int64_t ThreadPool::takeIndex() {
+  return state_->index.fetch_add(1, std::memory_order_relaxed);
+}
+void ThreadPool::resetIndex() {
+  state_->index.store(0, std::memory_order_relaxed);
+}
 
 }  // namespace lockstep

@@ -24,7 +24,6 @@ export function writtenConfig(original: Readonly<Record<string, unknown>>, shape
   for (const key of dropped) delete config[key];
   if (shape.head === 'language') config.tie_word_embeddings = shape.tied;
   else Object.assign(config, { id2label: { 0: 'LABEL_0' }, label2id: { LABEL_0: 0 } });
-  if (shape.head === 'score') config.pad_token_id = shape.padToken;
   if (shape.head === 'value' && !shape.headBias) config.token_classification_bias = false;
   config['dtype' in original ? 'dtype' : 'torch_dtype'] = 'float32';
 

@@ -1,4 +1,5 @@
 /** What `generate` and `score` share: the model that flags describe, and the rows to feed it. */
+import { stat } from 'node:fs/promises';
 import { LockstepError } from '../errors.js';
 import type { InputRow } from '../inference/generate.js';
 import type { OpenModelOptions } from '../inference/open-model.js';
@@ -37,6 +38,30 @@ export async function inputRows(input: Input, sources: string): Promise<AsyncIte
   if (file === undefined) {
     throw new LockstepError('USAGE_VALUE', `there is nothing to read; give ${sources}`);
   }
+  const path = file === '-' ? '/dev/stdin' : file;
   const { readRows } = await import('../data/dataset.js');
-  return readRows(file === '-' ? '/dev/stdin' : file);
+  const seekable = await stat(path).then(
+    (entry) => entry.isFile() || entry.isDirectory(),
+    () => true,
+  );
+  return seekable ? readRows(path) : pipedRows(path);
+}
+
+/** Rows of a pipe or terminal, which can only be read on. */
+async function* pipedRows(path: string): AsyncGenerator<InputRow> {
+  const { parseLine, scanLines } = await import('../data/jsonl.js');
+  const { badRow } = await import('../data/rows.js');
+  let rows = 0;
+  for await (const { bytes, line } of scanLines(path)) {
+    const place = { file: path, line };
+    let columns: InputRow['columns'];
+    try {
+      columns = parseLine(bytes);
+    } catch (error) {
+      throw badRow(place, (error as Error).message);
+    }
+    rows += 1;
+    yield { columns, place };
+  }
+  if (rows === 0) throw new LockstepError('DATA_EMPTY', `${path} has no rows; write at least one`, { path });
 }

@@ -1,6 +1,6 @@
 /** Which metrics make which chart, and what to say about them. Metrics that a run lacks leave no empty chart. */
 import type { MetricsRow } from '../train/events.js';
-import { metricNames, type Series, seriesOf } from './series.js';
+import { metricNames, type Series, seriesOf, total } from './series.js';
 
 export interface ChartSpec {
   title: string;
@@ -126,8 +126,8 @@ export function phaseSeries(rows: readonly MetricsRow[]): Series[] {
   const inner = phases.filter(({ label }) => label !== 'evaluation' && label !== 'checkpoint');
   const step = seriesOf(rows, 'seconds.step', 'step');
   const native = seriesOf(rows, 'seconds.native', 'model');
-  const inPhases = inner.reduce((total, series) => total + sum(series), 0);
-  if (inPhases < 0.2 * sum(step) && sum(native) <= sum(step)) inner.push(native);
+  const inPhases = inner.reduce((seconds, series) => seconds + total(series), 0);
+  if (inPhases < 0.2 * total(step) && total(native) <= total(step)) inner.push(native);
   const covered = new Map<number, number>();
   for (const { points } of inner)
     for (const { step: at, value } of points) covered.set(at, (covered.get(at) ?? 0) + value);
@@ -136,11 +136,9 @@ export function phaseSeries(rows: readonly MetricsRow[]): Series[] {
     value: Math.max(0, value - (covered.get(at) ?? 0)),
   }));
   const rest: Series = { key: 'seconds.rest', label: inner.length > 0 ? 'rest' : 'step', points: left };
-  return [...new Set([...phases, ...inner, rest])].filter((series) => sum(series) > 0).sort((a, b) => sum(b) - sum(a));
-}
-
-function sum({ points }: Series): number {
-  return points.reduce((total, { value }) => total + value, 0);
+  return [...new Set([...phases, ...inner, rest])]
+    .filter((series) => total(series) > 0)
+    .sort((a, b) => total(b) - total(a));
 }
 
 /** The charts of a run, in reading order. */

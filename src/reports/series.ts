@@ -59,7 +59,12 @@ export function summarise({ points }: Series): SeriesSummary | undefined {
   };
 }
 
-export function mean(points: readonly Point[]): number {
+/** Sum of the values. */
+export function total({ points }: Series): number {
+  return points.reduce((sum, { value }) => sum + value, 0);
+}
+
+function mean(points: readonly Point[]): number {
   return points.reduce((sum, { value }) => sum + value, 0) / points.length;
 }
 

@@ -2,7 +2,7 @@
 import { headlineMetrics, phaseSeries } from './catalogue.js';
 import { type Hint, healthHints } from './health.js';
 import type { RunRecord } from './run-record.js';
-import { mean, metricNames, type SeriesSummary, seriesOf, summarise } from './series.js';
+import { metricNames, type SeriesSummary, seriesOf, summarise, total } from './series.js';
 
 export interface RunSummary {
   run: string;
@@ -14,7 +14,7 @@ export interface RunSummary {
   complete: boolean;
   /** Sum of all phases of all steps. */
   seconds: number;
-  /** Mean seconds a step, by phase. */
+  /** Mean seconds a step, by phase; what happens now and then is spread over all steps. */
   phases: Record<string, number>;
   metrics: Record<string, SeriesSummary>;
   headline: string[];
@@ -31,6 +31,7 @@ export function summariseRun(run: RunRecord): RunSummary {
     if (summary) metrics[name] = summary;
   }
   const phases = phaseSeries(run.rows);
+  const stepRows = run.rows.filter((row) => row.step > 0).length;
   const algorithm = typeof run.config.algorithm === 'string' ? run.config.algorithm : 'unknown';
   return {
     run: run.folder,
@@ -39,8 +40,8 @@ export function summariseRun(run: RunRecord): RunSummary {
     step,
     steps,
     complete: step >= steps && step > 0,
-    seconds: phases.reduce((sum, { points }) => sum + points.reduce((part, { value }) => part + value, 0), 0),
-    phases: Object.fromEntries(phases.map(({ label, points }) => [label, mean(points)])),
+    seconds: phases.reduce((sum, each) => sum + total(each), 0),
+    phases: Object.fromEntries(phases.map((each) => [each.label, total(each) / Math.max(1, stepRows)])),
     metrics,
     headline: headlineMetrics(algorithm).filter((name) => name in metrics),
     hints: healthHints(run),

@@ -151,3 +151,49 @@ describe('lockstep doctor', () => {
     expect(forced.stdout).toContain("LOCKSTEP_ISA is 'sse2'");
   });
 });
+
+describe('an interrupt', () => {
+  /** A process that works until its signal aborts, ends in order after 300 ms, and exits as a command would. */
+  const script = `
+    const { Interrupts } = await import(${JSON.stringify(join(root, 'dist', 'cli', 'interrupts.js'))});
+    const { Terminal } = await import(${JSON.stringify(join(root, 'dist', 'cli', 'terminal.js'))});
+    const interrupts = new Interrupts(new Terminal());
+    await interrupts.during('finishing', async (signal) => {
+      const busy = setInterval(() => {}, 1000);
+      process.stdout.write('working\\n');
+      await new Promise((done) => signal.addEventListener('abort', done));
+      await new Promise((done) => setTimeout(done, 300));
+      process.stdout.write('saved\\n');
+      clearInterval(busy);
+    });
+    process.exit(interrupts.exitCode ?? 0);`;
+
+  async function interrupted(...signals: NodeJS.Signals[]) {
+    const child = spawn(process.execPath, ['--input-type=module', '-e', script]);
+    let [stdout, stderr] = ['', ''];
+    child.stderr.on('data', (chunk: Buffer) => {
+      stderr += String(chunk);
+      const next = signals.shift();
+      if (next) child.kill(next);
+    });
+    child.stdout.on('data', (chunk: Buffer) => {
+      if (stdout === '') child.kill(signals.shift());
+      stdout += String(chunk);
+    });
+    const code = await new Promise((done) => child.on('close', done));
+    return { code, stdout, stderr };
+  }
+
+  test.each([
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const)('%s lets the work end in order and exits with %d', async (signal, code) => {
+    const stderr = `${signal}: finishing; again ends at once\n`;
+    expect(await interrupted(signal)).toEqual({ code, stdout: 'working\nsaved\n', stderr });
+  });
+
+  test('a second one ends at once', async () => {
+    expect(await interrupted('SIGINT', 'SIGINT')).toMatchObject({ code: 130, stdout: 'working\n' });
+    expect(await interrupted('SIGINT', 'SIGTERM')).toMatchObject({ code: 143, stdout: 'working\n' });
+  });
+});

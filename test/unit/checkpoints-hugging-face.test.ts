@@ -150,10 +150,10 @@ describe('a checkpoint that does not fit', () => {
     [
       'a tensor of another rank',
       (tensors) => {
-        tensors[1]!.shape = [8, 1];
+        tensors[2]!.shape = [8];
       },
       'CHECKPOINT_TENSOR_SHAPE',
-      /has shape \[8, 1\]/,
+      /has shape \[8\]; config.json asks for \[8, 8\]/,
     ],
   ])('%s is named', async (_, change, code, message) => {
     expect(await failure(plan(checkpoint(llama, change)))).toMatchObject({

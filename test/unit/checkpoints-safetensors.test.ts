@@ -70,6 +70,11 @@ describe('a file that lies is CHECKPOINT_CORRUPT, named with its tensor', () => 
       /tensor "a": 8 bytes do not hold F32/,
     ],
     [
+      'huge counts whose product is 0 in 64 bits',
+      rawSafetensors({ a: entry([2 ** 33, 2 ** 31], 0, 0) }, 0),
+      /0 bytes do not hold/,
+    ],
+    [
       'a shape that is no list of counts',
       rawSafetensors({ a: entry([-2], 0, 8) }, 8),
       /tensor "a": its shape is \[-2\]/,

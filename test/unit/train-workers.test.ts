@@ -13,6 +13,7 @@ import { ActorWorker, packRollout } from '../../src/workers/actor.js';
 import { forwardAll, offsets } from '../../src/workers/batches.js';
 import { Canary } from '../../src/workers/canary.js';
 import { evaluate, learn, takeRows } from '../../src/workers/learn.js';
+import { update } from '../../src/workers/learner.js';
 import { RewardWorker } from '../../src/workers/reward.js';
 import { TableEngine } from './train-fake-engine.js';
 
@@ -156,6 +157,15 @@ describe('learn', () => {
       code: 'LOSS_NOT_FINITE',
     });
     expect(steps).toEqual([]);
+  });
+
+  it('an update numbers its steps and its rate by the iteration, so that nothing else need be remembered', async () => {
+    const { engine: fake, steps } = recording(engine());
+    const settings = { microTokens: 9, optimizer, learningRate: (iteration: number) => iteration / 10, seed: 1 };
+    await update(fake, batch, crossEntropy(), { epochs: 2, miniBatches: 2, iteration: 3 }, settings);
+    expect(steps.map(({ options }) => [options.step, options.learningRate])).toEqual(
+      [9, 10, 11, 12].map((n) => [n, 0.3]),
+    );
   });
 
   it('more mini-batches than rows make one of each row', async () => {

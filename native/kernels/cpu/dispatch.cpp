@@ -26,10 +26,12 @@ bool selfCheck();
 namespace {
 
 // __builtin_cpu_supports also checks that the operating system saves the registers.
-bool hasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool hasAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 bool hasAvx512() {
-  return hasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return hasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool hasAvx512BFloat16() {
   unsigned int a = 0, b = 0, c = 0, d = 0;
@@ -60,11 +62,15 @@ const Kernels& cpuKernels(const char* isa) {
     const bool usable = candidate.present() && candidate.selfCheck();
     if (usable) return candidate.table();
     if (asked) {
-      throw Error("ISA_UNSUPPORTED", "LOCKSTEP_ISA=" + std::string(isa) + (candidate.present() ? ": its arithmetic fails the self-check on this CPU" : std::string(": this CPU lacks ") + candidate.lacking) +
+      throw Error("ISA_UNSUPPORTED", "LOCKSTEP_ISA=" + std::string(isa) +
+                                         (candidate.present() ? ": its arithmetic fails the self-check on this CPU"
+                                                              : std::string(": this CPU lacks ") + candidate.lacking) +
                                          "; unset it to use the best instruction set there is");
     }
   }
-  if (isa[0] != '\0') throw Error("ISA_UNSUPPORTED", "unknown instruction set '" + std::string(isa) + "'; expected avx2, avx512 or avx512-bf16");
+  if (isa[0] != '\0')
+    throw Error("ISA_UNSUPPORTED",
+                "unknown instruction set '" + std::string(isa) + "'; expected avx2, avx512 or avx512-bf16");
   throw Error("ISA_UNSUPPORTED", "this CPU lacks AVX2 and FMA, which Lockstep needs");
 }
 

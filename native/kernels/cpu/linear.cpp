@@ -1,165 +1,272 @@
-// Matrix products with prepacked weights: y = x W^T and dx = dy W.
+// y = x W^T, with bias, with an activation. Many rows take the blocked product; few rows read the panels as they lie,
+// once.
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/product.h"
+#include "kernels/cpu/linear_block.h"
+#include "kernels/math.h"
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
+
 namespace {
 
-const float* at(const Weight& w, int64_t element) {
-  return reinterpret_cast<const float*>(static_cast<const char*>(w.data) + element * static_cast<int64_t>(bytesOf(w.dtype)));
-}
+// Up to so many rows the panels are read in place: staging them would cost more than it gives.
+constexpr int64_t kFewRows = 64;
 
-// Which part and which panel of it a running panel number is.
-struct PanelOfPart {
-  const Part* part;
-  int64_t panel;
+// x W^T.
+struct Forward {
+  Operand x;
+  const Weight& w;
+
+  const Part& part(int64_t p) const { return w.layout->parts[p]; }
+  int64_t parts() const { return static_cast<int64_t>(w.layout->parts.size()); }
+  int64_t leaves() const { return w.layout->split == Split::kIn ? parts() : 1; }
+  int64_t columnParts() const { return w.layout->split == Split::kIn ? 1 : parts(); }
+  int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).in); }
+  int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
+  bool staged() const { return !asPairSteps(w.dtype); }
+  Form form() const { return staged() ? Form::kRows : Form::kPairPanel; }
+
+  void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
+    const int64_t k = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
+    packRows(x, row, rows, part(leaf).inBegin + k, smaller(count, part(leaf).in - k), to);
+  }
+  PanelView panel(int64_t leaf, int64_t p, int64_t column) const {
+    return panelAt(w, part(leaves() == 1 ? p : leaf), column);
+  }
+  const float* right(int64_t leaf, const Group& group, int64_t first, int64_t steps, float* stage,
+                     int64_t& step) const {
+    const PanelView from = panel(leaf, group.part, group.column);
+    if (!staged()) {
+      step = from.width;
+      return from.data + first * from.width;
+    }
+    stagePanel(w.dtype, from, first, steps, group.vectors, stage);
+    step = 16 * group.vectors;
+    return stage;
+  }
+  int64_t strips() const {
+    return countStrips(columnParts(), [&](int64_t p) { return part(p).out; });
+  }
+  void strip(int64_t index, Strip& strip) const {
+    cutStrip(
+        index, columnParts(), [&](int64_t p) { return part(p).out; }, [&](int64_t p) { return part(p).outBegin; },
+        strip);
+  }
 };
 
-template <class Count>
-PanelOfPart locate(const WeightLayout& layout, int64_t number, const Count& panelsOf) {
-  for (const Part& part : layout.parts) {
-    const int64_t count = panelsOf(part);
-    if (number < count) return {&part, number};
-    number -= count;
-  }
-  return {nullptr, 0};
-}
+// The same, in strips that hold a range of gate columns and the up columns that belong to them.
+struct GatedForward : Forward {
+  static constexpr int64_t kGates = kStripColumns / 2;
 
-// The right operand of y = x W^T: the panels as they are. Parts of `in` are leaves; parts of `out` follow one another.
-struct ForwardRight {
-  const Weight& w;
-  bool leaves;  // split along in
-
-  Leaf leaf(int64_t l) const {
-    if (leaves) return {w.layout->parts[static_cast<size_t>(l)].inBegin, w.layout->parts[static_cast<size_t>(l)].in};
-    return {0, w.layout->in};
-  }
-  PanelOfPart find(int64_t panel, int64_t l) const {
-    if (leaves) return {&w.layout->parts[static_cast<size_t>(l)], panel};
-    return locate(*w.layout, panel, [](const Part& part) { return part.panels(); });
-  }
-  OutputPanel panel(int64_t p) const {
-    const PanelOfPart at = find(p, 0);
-    return {at.part->outBegin + at.panel * kPanel, least(kPanel, at.part->out - at.panel * kPanel)};
-  }
-  int64_t panels() const {
+  int64_t stripsOf(int64_t p) const { return (part(p).out / 2 + kGates - 1) / kGates; }
+  int64_t strips() const {
     int64_t count = 0;
-    for (const Part& part : w.layout->parts) count = leaves ? part.panels() : count + part.panels();
+    for (int64_t p = 0; p < parts(); ++p) count += stripsOf(p);
     return count;
   }
-  const float* prepare(int64_t panel, int64_t l, int64_t begin, int64_t count, Format format, float* buffer, int64_t* step) const {
-    const PanelOfPart found = find(panel, l);
-    const int64_t width = found.part->panelWidth(found.panel);
-    *step = width;
-    const float* from = at(w, found.part->panelOffset(found.panel) + begin * width);
-    if (format.dtype == DType::kFloat32 || format.steps == Steps::kPairs) return from;
-    widenPanel(from, width, (count + 1) / 2, static_cast<int>(width / 16), buffer);
-    return buffer;
+  void strip(int64_t index, Strip& strip) const {
+    int64_t p = 0;
+    for (; index >= stripsOf(p); ++p) index -= stripsOf(p);
+    const int64_t half = part(p).out / 2;
+    strip.begin = index * kGates;
+    strip.end = smaller(strip.begin + kGates, half);
+    strip.add(p, strip.begin, strip.end, part(p).outBegin);
+    strip.second = strip.columns + (half + strip.begin) % 16;
+    strip.add(p, half + strip.begin, half + strip.end, part(p).outBegin);
   }
 };
 
-// Rows n, n + 1, n + 2, n + 3 (columns of the panel) by columns k .. k + 3 (rows of the panel), transposed.
-struct Block {
-  __m128 n[4];
-};
+// --- few rows
+// -------------------------------------------------------------------------------------------------------------
 
-LOCKSTEP_INLINE Block transposed(__m128 a, __m128 b, __m128 c, __m128 d) {
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  return {{a, b, c, d}};
-}
+constexpr int64_t kFewStride = kPanel + 16;  // of a panel's accumulators
+constexpr int64_t kPrefetchDwords = 1024;    // how far ahead of a sweep over a whole panel width: 4 KiB
 
-LOCKSTEP_INLINE __m128 evenOf(__m128i pairs) { return _mm_castsi128_ps(_mm_slli_epi32(pairs, 16)); }
-LOCKSTEP_INLINE __m128 oddOf(__m128i pairs) { return _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(static_cast<int>(0xffff0000u)))); }
+// x, packed once for all panels: per leaf and block of kDepth steps, rows of kLeftStride.
+struct FewRows {
+  const Forward& product;
+  int64_t rows;
 
-// The right operand of dx = dy W: panels of 64 columns of W, made by transposing blocks of the packed ones. Parts of `out` are
-// leaves; parts of `in` follow one another.
-struct InputRight {
-  const Weight& w;
-  bool leaves;  // split along out
-
-  static int64_t blocks(const Part& part) { return (part.in + kPanel - 1) / kPanel; }
-  Leaf leaf(int64_t l) const {
-    if (leaves) return {w.layout->parts[static_cast<size_t>(l)].outBegin, w.layout->parts[static_cast<size_t>(l)].out};
-    return {0, w.layout->out};
-  }
-  PanelOfPart find(int64_t panel, int64_t l) const {
-    if (leaves) return {&w.layout->parts[static_cast<size_t>(l)], panel};
-    return locate(*w.layout, panel, blocks);
-  }
-  OutputPanel panel(int64_t p) const {
-    const PanelOfPart at = find(p, 0);
-    return {at.part->inBegin + at.panel * kPanel, least(kPanel, at.part->in - at.panel * kPanel)};
-  }
-  int64_t panels() const {
-    if (leaves) return (w.layout->in + kPanel - 1) / kPanel;
+  static int64_t blocks(int64_t steps) { return steps > kDepth ? (steps + kDepth - 1) / kDepth : 1; }
+  int64_t blockFloats() const { return rows * kLeftStride; }
+  int64_t leftFloats() const {
     int64_t count = 0;
-    for (const Part& part : w.layout->parts) count += blocks(part);
+    for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) count += blocks(product.steps(leaf)) * blockFloats();
     return count;
   }
-  const float* prepare(int64_t panel, int64_t l, int64_t begin, int64_t count, Format format, float* buffer, int64_t* step) const {
-    const PanelOfPart found = find(panel, l);
-    const Part& part = *found.part;
-    const int64_t firstColumn = found.panel * kPanel, columns = least(kPanel, part.inPadded() - firstColumn), width = roundUp(least(kPanel, part.in - firstColumn), 16);
-    *step = width;
-    if (columns % 16 != 0) std::memset(buffer, 0, static_cast<size_t>(format.of(count) * width) * 4);
-    for (int64_t n = 0; n < count; n += 4) {
-      const int64_t q = (begin + n) / kPanel, panelWidth = part.panelWidth(q), inPanel = (begin + n) % kPanel;
-      const int64_t rows = least(4, roundUp(count, 2) - n);
-      for (int64_t k = 0; k < columns; k += 4) {
-        const int64_t element = part.panelOffset(q) + (firstColumn + k) * panelWidth;
-        store(buffer, read(element, panelWidth, inPanel, columns - k), n, rows, k, least(4, columns - k), width, count, format);
-      }
-    }
-    return buffer;
+  int64_t levelFloats() const { return rows * kFewStride; }
+  size_t bytes() const {
+    return static_cast<size_t>(leftFloats() + (treeLevels(product.leaves()) + 1) * levelFloats()) * sizeof(float);
   }
-
- private:
-  // 4 columns of the panel from `inPanel`, 4 rows from the one at `element` (2 when no more are left).
-  LOCKSTEP_MEMBER Block read(int64_t element, int64_t width, int64_t inPanel, int64_t left) const {
-    if (w.dtype == DType::kFloat32) {
-      const float* p = at(w, element) + inPanel;
-      const __m128 zero = _mm_setzero_ps();
-      return transposed(_mm_loadu_ps(p), _mm_loadu_ps(p + width), left > 2 ? _mm_loadu_ps(p + 2 * width) : zero, left > 2 ? _mm_loadu_ps(p + 3 * width) : zero);
-    }
-    const float* p = at(w, element) + inPanel;  // pairs
-    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m128i second = left > 2 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + width)) : _mm_setzero_si128();
-    return transposed(evenOf(first), oddOf(first), evenOf(second), oddOf(second));
-  }
-
-  LOCKSTEP_MEMBER static void storeSome(float* to, __m128 x, int64_t columns) {
-    if (columns == 4) return _mm_storeu_ps(to, x);
-    _mm_storel_pi(reinterpret_cast<__m64*>(to), x);
-  }
-
-  LOCKSTEP_MEMBER void store(float* buffer, const Block& block, int64_t n, int64_t rows, int64_t k, int64_t columns, int64_t width, int64_t count, Format format) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      const __m128 row = n + i < count ? block.n[i] : _mm_setzero_ps();
-      if (format.dtype == DType::kFloat32) {
-        if (n + i < count) storeSome(buffer + (n + i) * width + k, row, columns);
-      } else if (format.steps == Steps::kPlain) {
-        storeSome(buffer + ((n + i) ^ 1) * width + k, row, columns);
-      } else if (i % 2 == 1) {
-        const __m128i even = _mm_srli_epi32(_mm_castps_si128(block.n[i - 1]), 16);
-        const __m128i odd = _mm_and_si128(_mm_castps_si128(row), _mm_set1_epi32(static_cast<int>(0xffff0000u)));
-        storeSome(buffer + (n + i) / 2 * width + k, _mm_castsi128_ps(_mm_or_si128(even, odd)), columns);
+  void pack(float* to) const {
+    for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) {
+      const int64_t steps = product.steps(leaf);
+      for (int64_t first = 0; first < steps || first == 0; first += kDepth, to += blockFloats()) {
+        product.pack(leaf, first, smaller(kDepth, steps - first), 0, rows, to);
       }
     }
   }
 };
+
+// All rows against one block of steps of a panel of `vectors` vectors. Every row tile but the first finds the panel
+// cached.
+inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors) {
+  const int64_t tiles = tileCount(rows);
+  const TileCall base = call;
+  for (int64_t v = 0; v < vectors;) {
+    const int width = panelVectors(tileBegin(rows, 1), vectors - v);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = tileBegin(rows, i), at = begin * kFewStride + 16 * v;
+      call.left = base.left + begin * kLeftStride;
+      call.right = base.right + 16 * v;
+      call.prefetch = i > 0 ? 0 : width == 4 ? kPrefetchDwords : base.steps * base.rightStep;
+      call.from = base.from == nullptr ? nullptr : base.from + at;
+      call.levels = base.levels + at;
+      call.to = base.to + at;
+      runTile(form, static_cast<int>(tileBegin(rows, i + 1) - begin), width, call);
+    }
+    v += width;
+  }
+}
+
+// A panel's accumulators, finished, kFewStride apart.
+inline const float* multiplyPanel(const FewRows& few, const float* left, int64_t p, int64_t column, int64_t vectors,
+                                  float* levels) {
+  const Forward& product = few.product;
+  const DType dtype = product.w.dtype;
+  const bool pairPanel = dtype == DType::kBFloat16;
+  const int64_t leaves = product.leaves(), stepsPerPanelRow = pairPanel && !kPairArithmetic ? 2 : 1;
+  float* const result = levels + treeLevels(leaves) * few.levelFloats();
+  for (int64_t leaf = 0; leaf < leaves; ++leaf) {
+    const int64_t steps = product.steps(leaf), blocks = FewRows::blocks(steps);
+    const PanelView panel = product.panel(leaf, p, column);
+    for (int64_t block = 0; block < blocks; ++block, left += few.blockFloats()) {
+      const bool last = block == blocks - 1;
+      TileCall call{};
+      call.left = left;
+      call.right = panel.data + block * kDepth / stepsPerPanelRow * panel.width;
+      call.rightStep = panel.width;
+      call.steps = smaller(kDepth, steps - block * kDepth) / stepsPerPanelRow;
+      call.from = block == 0 ? nullptr : result;
+      call.levels = levels;
+      call.levelStride = few.levelFloats();
+      call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
+      call.to = last ? levels + call.levelCount * few.levelFloats() : result;
+      call.stride = kFewStride;
+      sweepPanel(pairPanel ? Form::kPairPanel : Form::kRows, call, few.rows, vectors);
+    }
+  }
+  return result;
+}
+
+template <class Put>
+void multiplyFewRows(Queue& queue, const Forward& product, const float* bias, const Put& put) {
+  const FewRows few{product, product.x.rows};
+  const size_t bytes = few.bytes();
+  float* const left = static_cast<float*>(queue.scratch(0, bytes));
+  few.pack(left);
+  int64_t panels = 0;
+  for (int64_t p = 0; p < product.columnParts(); ++p) panels += product.part(p).panels();
+  const int64_t tasks = queue.threads() == 1 ? 1 : smaller(panels, 4 * queue.threads());
+  deal(queue, tasks, product.fmas(few.rows), [&](int64_t task, int thread) {
+    float* const levels = static_cast<float*>(queue.scratch(thread, bytes)) + few.leftFloats();
+    int64_t begin = panels * task / tasks, end = panels * (task + 1) / tasks;
+    for (int64_t p = 0; p < product.columnParts() && end > 0; ++p) {
+      const Part& part = product.part(p);
+      for (int64_t panel = begin; panel < smaller(end, part.panels()); ++panel) {
+        const int64_t column = panel * kPanel, width = part.panelWidth(panel);
+        Strip strip;
+        strip.count = 1;
+        strip.groups[0] = {p, column, 0, part.outBegin + column, smaller(kPanel, part.out - column), 0};
+        const float* result = multiplyPanel(few, left, p, column, width / 16, levels);
+        finishBlock(result, kFewStride, strip, 0, few.rows, bias, put);
+      }
+      begin = begin > part.panels() ? begin - part.panels() : 0;
+      end -= part.panels();
+    }
+  });
+}
+
+// put(row, column, value + bias, count) for every vector of the product.
+template <class Put>
+void multiplyRows(Queue& queue, const Forward& product, const float* bias, const Put& put) {
+  if (product.x.rows <= kFewRows) return multiplyFewRows(queue, product, bias, put);
+  multiply(queue, product, product.x.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
+    finishBlock(result, kStripStride, strip, row, rows, bias, put);
+  });
+}
+
+// --- activations
+// ----------------------------------------------------------------------------------------------------------
+
+// silu(gate) * up of one vector: pre-activations at column `gate` and half a part further of W's rows.
+struct Gate {
+  Operand y, saved;
+  const float* bias;
+
+  LOCKSTEP_MEMBER void operator()(int64_t row, const Part& part, int64_t column, Vec gate, Vec up,
+                                  int64_t count) const {
+    const int64_t gateColumn = part.outBegin + column, upColumn = gateColumn + part.out / 2;
+    if (bias != nullptr) {
+      gate = gate + loadUpTo(bias + gateColumn, count);
+      up = up + loadUpTo(bias + upColumn, count);
+    }
+    if (!saved.empty()) {
+      putOperand(saved, row, gateColumn, gate, count);
+      putOperand(saved, row, upColumn, up, count);
+    }
+    putOperand(y, row, part.outBegin / 2 + column, silu(gate) * up, count);
+  }
+};
+
+void gatedBlocks(Queue& queue, const GatedForward& product, const Gate& gate) {
+  multiply(queue, product, product.x.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
+    const Part& part = product.part(strip.groups[0].part);
+    for (int64_t r = 0; r < rows; ++r, result += kStripStride) {
+      for (int64_t c = strip.begin; c < strip.end; c += 16) {
+        const float* at = result + (c - strip.begin);
+        gate(row + r, part, c, loadu(at), loadu(at + strip.second), smaller(16, strip.end - c));
+      }
+    }
+  });
+}
+
+// Few rows: the pre-activations of all columns first, then the gates, row by row.
+void gatedFewRows(Queue& queue, const Forward& product, const Gate& gate) {
+  const int64_t rows = product.x.rows, stride = roundUp(product.w.layout->out, 16) + 16;
+  float* const pre = static_cast<float*>(queue.shared(static_cast<size_t>(rows * stride) * sizeof(float)));
+  multiplyFewRows(queue, product, nullptr, [&](int64_t row, int64_t column, Vec value, int64_t count) {
+    storeUpTo(pre + row * stride + column, value, count);
+  });
+  deal(queue, rows, rows * product.w.layout->out * 8, [&](int64_t row, int) {
+    for (int64_t p = 0; p < product.parts(); ++p) {
+      const Part& part = product.part(p);
+      const float* at = pre + row * stride + part.outBegin;
+      const int64_t half = part.out / 2;
+      for (int64_t c = 0; c < half; c += 16) {
+        gate(row, part, c, loadu(at + c), loadUpTo(at + half + c, part.out - half - c), smaller(16, half - c));
+      }
+    }
+  });
+}
 
 }  // namespace
 
 void linear(Queue& queue, Operand x, const Weight& w, const float* bias, Output y) {
-  const ForwardRight right{w, w.layout->split == Split::kIn};
-  const int64_t leaves = right.leaves ? static_cast<int64_t>(w.layout->parts.size()) : 1;
-  runProduct(queue, Product<ForwardRight>{x, leaves, right.panels(), right, {&y, bias}}, w.layout->elements);
+  multiplyRows(queue, Forward{x, w}, bias,
+               [&](int64_t row, int64_t column, Vec value, int64_t count) { put(y, row, column, value, count); });
 }
 
-void linearBackwardInput(Queue& queue, Operand dy, const Weight& w, Output dx) {
-  const InputRight right{w, w.layout->split == Split::kOut};
-  const int64_t leaves = right.leaves ? static_cast<int64_t>(w.layout->parts.size()) : 1;
-  runProduct(queue, Product<InputRight>{dy, leaves, right.panels(), right, {&dx, nullptr}}, w.layout->elements);
+void activatedLinear(Queue& queue, Operand x, const Weight& w, const float* bias, Activation activation, Operand y,
+                     Operand saved) {
+  if (activation == Activation::kGeluTanh) {
+    return multiplyRows(queue, Forward{x, w}, bias, [&](int64_t row, int64_t column, Vec value, int64_t count) {
+      if (!saved.empty()) putOperand(saved, row, column, value, count);
+      putOperand(y, row, column, geluTanh(value), count);
+    });
+  }
+  const Gate gate{y, saved, bias};
+  if (x.rows <= kFewRows) return gatedFewRows(queue, Forward{x, w}, gate);
+  gatedBlocks(queue, GatedForward{{x, w}}, gate);
 }
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA

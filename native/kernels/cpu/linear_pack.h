@@ -11,25 +11,31 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 
 namespace {
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-LOCKSTEP_INLINE bool asPairSteps(DType dtype) { return kPairArithmetic && dtype == DType::kBFloat16; }
+LOCKSTEP_INLINE bool asPairSteps(DType dtype) {
+  return kPairArithmetic && dtype == DType::kBFloat16;
+}
 // Steps of a chain of `count` elements: an odd count of bfloat16 is padded by one zero.
 LOCKSTEP_INLINE int64_t chainSteps(DType dtype, int64_t count) {
   if (dtype == DType::kFloat32) return count;
   return asPairSteps(dtype) ? (count + 1) / 2 : (count + 1) / 2 * 2;
 }
 // Elements of a step.
-LOCKSTEP_INLINE int64_t stepElements(DType dtype) { return asPairSteps(dtype) ? 2 : 1; }
+LOCKSTEP_INLINE int64_t stepElements(DType dtype) {
+  return asPairSteps(dtype) ? 2 : 1;
+}
 
 template <class T>
 LOCKSTEP_INLINE Vec loadUpTo(const T* p, int64_t count) {
   return count >= 16 ? loadu(p) : loadPartial(p, count);
 }
 
-// Left operand in rows: `count` elements of rows row .. row + rows - 1 from column `col`, to + r * kLeftStride. Writes whole
-// vectors: up to 15 floats past the last step.
-LOCKSTEP_INLINE void packRows(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t count, float* to) {
+// Left operand in rows: `count` elements of rows row .. row + rows - 1 from column `col`, to + r * kLeftStride. Writes
+// whole vectors: up to 15 floats past the last step.
+inline void packRows(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t count, float* to) {
   for (int64_t r = 0; r < rows; ++r, to += kLeftStride) {
     if (x.dtype == DType::kFloat32) {
       const float* from = x.row<float>(row + r) + col;
@@ -63,7 +69,7 @@ struct StepRows {
 // Left operand in steps: columns col .. col + cols - 1, tile by tile; tile i at to + i * kStepTileStride, a step every
 // kLeftStep floats.
 constexpr int64_t kStepTileStride = kDepth * kLeftStep + 16;
-LOCKSTEP_INLINE void packSteps(const StepRows& from, int64_t steps, int64_t col, int64_t cols, float* to) {
+inline void packSteps(const StepRows& from, int64_t steps, int64_t col, int64_t cols, float* to) {
   const int64_t tiles = tileCount(cols), left = from.x.cols - col;
   for (int64_t k = 0; k < steps; ++k) {
     for (int64_t i = 0; i < tiles; ++i) {
@@ -74,7 +80,7 @@ LOCKSTEP_INLINE void packSteps(const StepRows& from, int64_t steps, int64_t col,
 }
 
 // Right operand from rows: `vectors` vectors of columns, of which `count` columns exist.
-LOCKSTEP_INLINE void stageSteps(const StepRows& from, int64_t steps, int64_t col, int64_t count, int vectors, float* to) {
+inline void stageSteps(const StepRows& from, int64_t steps, int64_t col, int64_t count, int vectors, float* to) {
   for (int64_t k = 0; k < steps; ++k) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t exist = count - 16 * v;
@@ -91,12 +97,13 @@ struct PanelView {
 
 LOCKSTEP_INLINE PanelView panelAt(const Weight& w, const Part& part, int64_t column) {
   const int64_t panel = column / kPanel;
-  const char* base = static_cast<const char*>(w.data) + part.panelOffset(panel) * static_cast<int64_t>(bytesOf(w.dtype));
+  const char* base =
+      static_cast<const char*>(w.data) + part.panelOffset(panel) * static_cast<int64_t>(bytesOf(w.dtype));
   return {reinterpret_cast<const float*>(base) + column % kPanel, part.panelWidth(panel)};
 }
 
 // Right operand from a panel, steps first .. first + steps - 1 in chain order.
-LOCKSTEP_INLINE void stagePanel(DType dtype, PanelView panel, int64_t first, int64_t steps, int vectors, float* to) {
+inline void stagePanel(DType dtype, PanelView panel, int64_t first, int64_t steps, int vectors, float* to) {
   if (dtype == DType::kFloat32) {
     const float* from = panel.data + first * panel.width;
     for (int64_t k = 0; k < steps; ++k, from += panel.width) {
@@ -114,8 +121,8 @@ LOCKSTEP_INLINE void stagePanel(DType dtype, PanelView panel, int64_t first, int
   }
 }
 
-// 16 columns of W (from `column` of the part) against 16 rows of W (from `row`): lane i of r[n] is W[row + n][column + i],
-// zero past the end of the part's columns.
+// 16 columns of W (from `column` of the part) against 16 rows of W (from `row`): lane i of r[n] is W[row + n][column +
+// i], zero past the end of the part's columns.
 LOCKSTEP_INLINE void loadTransposed(const Weight& w, const Part& part, int64_t row, int64_t column, Vec (&r)[16]) {
   const PanelView panel = panelAt(w, part, row);
   if (w.dtype == DType::kFloat32) {
@@ -135,7 +142,8 @@ LOCKSTEP_INLINE void loadTransposed(const Weight& w, const Part& part, int64_t r
   transpose(r);
 }
 
-// The same in pairs of rows: lane i of r[j] is the pair (W[row + 2j][column + i], W[row + 2j + 1][column + i]), 32 rows.
+// The same in pairs of rows: lane i of r[j] is the pair (W[row + 2j][column + i], W[row + 2j + 1][column + i]), 32
+// rows.
 LOCKSTEP_INLINE void loadTransposedPairs(const Weight& w, const Part& part, int64_t row, int64_t column, Vec (&r)[16]) {
   const PanelView panel = panelAt(w, part, row);
   const bool wide = row % kPanel + 16 < panel.width;
@@ -155,8 +163,8 @@ LOCKSTEP_INLINE void loadTransposedPairs(const Weight& w, const Part& part, int6
 }
 
 // Right operand from W transposed: rows of the part are steps, its columns are columns. `first` is a multiple of 32.
-LOCKSTEP_INLINE void stageTransposed(const Weight& w, const Part& part, int64_t first, int64_t steps, int64_t column,
-                                     int vectors, float* to) {
+inline void stageTransposed(const Weight& w, const Part& part, int64_t first, int64_t steps, int64_t column,
+                            int vectors, float* to) {
   const int64_t stride = 16 * vectors;
   const bool pairs = asPairSteps(w.dtype);
   const int64_t swap = w.dtype == DType::kBFloat16 && !pairs ? 1 : 0;

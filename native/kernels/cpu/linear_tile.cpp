@@ -4,14 +4,15 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 
 namespace {
 
-constexpr bool leftInSteps(Form form) { return form == Form::kSteps || form == Form::kPairSteps; }
+constexpr bool leftInSteps(Form form) {
+  return form == Form::kSteps || form == Form::kPairSteps;
+}
 
 // Adds one step (one element, or one pair) to every chain of the tile.
 template <Form kForm, int R, int V>
 LOCKSTEP_INLINE void step(Vec (&acc)[R][V], const float* left, const float* right) {
   constexpr int64_t kRow = leftInSteps(kForm) ? 1 : kLeftStride;
-  constexpr bool kPairs =
-      kForm == Form::kPairSteps || (kForm == Form::kPairPanel && kPairArithmetic);
+  constexpr bool kPairs = kForm == Form::kPairSteps || (kForm == Form::kPairPanel && kPairArithmetic);
   if constexpr (kPairs) {
     Pairs b[V];
 #pragma GCC unroll 4
@@ -107,10 +108,20 @@ constexpr TileFunction tileOrNull() {
 template <Form kForm, int V>
 constexpr TileFunction kTiles[15] = {
     nullptr,
-    tileOrNull<kForm, V, 1>(),  tileOrNull<kForm, V, 2>(),  tileOrNull<kForm, V, 3>(),  tileOrNull<kForm, V, 4>(),
-    tileOrNull<kForm, V, 5>(),  tileOrNull<kForm, V, 6>(),  tileOrNull<kForm, V, 7>(),  tileOrNull<kForm, V, 8>(),
-    tileOrNull<kForm, V, 9>(),  tileOrNull<kForm, V, 10>(), tileOrNull<kForm, V, 11>(), tileOrNull<kForm, V, 12>(),
-    tileOrNull<kForm, V, 13>(), tileOrNull<kForm, V, 14>(),
+    tileOrNull<kForm, V, 1>(),
+    tileOrNull<kForm, V, 2>(),
+    tileOrNull<kForm, V, 3>(),
+    tileOrNull<kForm, V, 4>(),
+    tileOrNull<kForm, V, 5>(),
+    tileOrNull<kForm, V, 6>(),
+    tileOrNull<kForm, V, 7>(),
+    tileOrNull<kForm, V, 8>(),
+    tileOrNull<kForm, V, 9>(),
+    tileOrNull<kForm, V, 10>(),
+    tileOrNull<kForm, V, 11>(),
+    tileOrNull<kForm, V, 12>(),
+    tileOrNull<kForm, V, 13>(),
+    tileOrNull<kForm, V, 14>(),
 };
 
 // Left operands in rows meet panels, whose tiles may be four vectors wide; staged operands are cut for the tall tile.
@@ -127,9 +138,12 @@ TileFunction tileFor(int rows, int vectors) {
 
 TileFunction tileFor(Form form, int rows, int vectors) {
   switch (form) {
-    case Form::kRows: return tileFor<Form::kRows>(rows, vectors);
-    case Form::kPairPanel: return tileFor<Form::kPairPanel>(rows, vectors);
-    case Form::kSteps: return tileFor<Form::kSteps>(rows, vectors);
+    case Form::kRows:
+      return tileFor<Form::kRows>(rows, vectors);
+    case Form::kPairPanel:
+      return tileFor<Form::kPairPanel>(rows, vectors);
+    case Form::kSteps:
+      return tileFor<Form::kSteps>(rows, vectors);
     case Form::kPairSteps:
       if constexpr (kPairArithmetic) return tileFor<Form::kPairSteps>(rows, vectors);
   }

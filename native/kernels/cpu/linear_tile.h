@@ -1,14 +1,15 @@
-// The register tile of the matrix products: R rows by V vectors of 16 columns of chains (kernels.h). Which tile computes an
-// element, and where its accumulator waits between two calls, never changes its chain or its tree.
+// The register tile of the matrix products: R rows by V vectors of 16 columns of chains (kernels.h). Which tile
+// computes an element, and where its accumulator waits between two calls, never changes its chain or its tree.
 #pragma once
 
 #include "kernels/cpu/simd.h"
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
 
-// Registers: R V accumulators, V of the right operand, one broadcast. AVX-512 has 32 registers of one Vec: 14 x 2 needs 2
-// loads and 14 broadcasts for 28 FMAs. AVX2 has 16 registers of half a Vec: 6 x 1 needs 2 loads and 6 broadcasts for 12
-// FMAs. Few rows take wider tiles instead, so that enough chains hide the latency of FMA and a panel is read in one sweep.
+// Registers: R V accumulators, V of the right operand, one broadcast. AVX-512 has 32 registers of one Vec: 14 x 2 needs
+// 2 loads and 14 broadcasts for 28 FMAs. AVX2 has 16 registers of half a Vec: 6 x 1 needs 2 loads and 6 broadcasts for
+// 12 FMAs. Few rows take wider tiles instead, so that enough chains hide the latency of FMA and a panel is read in one
+// sweep.
 #ifdef __AVX512F__
 constexpr int kTileRows = 14, kTileVectors = 2;
 constexpr int kRowsOfWidth[5] = {0, 4, 14, 0, 6};  // most rows of a tile of 1, 2, 4 vectors
@@ -18,14 +19,14 @@ constexpr int kRowsOfWidth[5] = {0, 6, 2, 0, 1};
 #endif
 constexpr int64_t kTileColumns = 16 * kTileVectors;
 
-// Steps of a chain that are held in cache at once, in float32 elements or in bfloat16 pairs. The right operand of a tile,
-// kDepth x 32 x 4 bytes, fills the first-level cache while the rows of the left one stream through.
+// Steps of a chain that are held in cache at once, in float32 elements or in bfloat16 pairs. The right operand of a
+// tile, kDepth x 32 x 4 bytes, fills the first-level cache while the rows of the left one stream through.
 constexpr int64_t kDepth = 256;
-// Rows of a packed left operand are this far apart: a constant, so that every row is an offset from one pointer, and one
-// cache line more than kDepth, so that rows do not share a set.
+// Rows of a packed left operand are this far apart: a constant, so that every row is an offset from one pointer, and
+// one cache line more than kDepth, so that rows do not share a set.
 constexpr int64_t kLeftStride = kDepth + 16;
-// The left operand of a weight gradient has its steps in memory order, one cache line each.
-constexpr int64_t kLeftStep = 16;
+// The left operand of a weight gradient has its steps one after another, each padded to a whole number of loads.
+constexpr int64_t kLeftStep = kTileRows > 8 ? 16 : 8;
 
 enum class Form : uint8_t {
   kRows,       // left operand in rows, right float32: one element a step, staged in chain order or a panel as it lies
@@ -64,8 +65,11 @@ LOCKSTEP_INLINE int panelVectors(int64_t rows, int64_t vectors) {
   return vectors >= 2 && rows <= kRowsOfWidth[2] ? 2 : 1;
 }
 
-// Rows are dealt evenly, two by two, to as few tiles as can hold them: tile i of `rows` rows begins at tileBegin(rows, i).
-LOCKSTEP_INLINE int64_t tileCount(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+// Rows are dealt evenly, two by two, to as few tiles as can hold them: tile i of `rows` rows begins at tileBegin(rows,
+// i).
+LOCKSTEP_INLINE int64_t tileCount(int64_t rows) {
+  return (rows + kTileRows - 1) / kTileRows;
+}
 LOCKSTEP_INLINE int64_t tileBegin(int64_t rows, int64_t i) {
   const int64_t tiles = tileCount(rows);
   return i == tiles ? rows : (rows + 1) / 2 * i / tiles * 2;

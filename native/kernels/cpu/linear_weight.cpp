@@ -1,12 +1,13 @@
-// dW += dy^T x, straight into the gradient's panels: rows of a tile are columns of x, its columns are the 64 rows of W of a
-// panel, its chain runs over tokens from the accumulator.
+// dW += dy^T x, straight into the gradient's panels: rows of a tile are columns of x, its columns are the 64 rows of W
+// of a panel, its chain runs over tokens from the accumulator.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/product.h"
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
 namespace {
 
-// Tokens of one pass: a panel of dy is 256 KiB, a tile's piece of x 24 KiB, and the gradient is read and written once a pass.
+// Tokens of one pass: a panel of dy is 256 KiB, a tile's piece of x 24 KiB, and the gradient is read and written once a
+// pass.
 constexpr int64_t kTokens = 1024;
 
 // x as tiles of 6 columns, [tile][steps][6], for the columns of one part of `in` after the other.
@@ -40,8 +41,10 @@ struct LeftTiles {
     float* out = tiles(group, steps);
     for (int64_t t = 0; t < count; t += 2) {
       for (int64_t tile = first; tile < last; ++tile) {
-        const int64_t column = leaf.begin + tile * kTileRows, width = least(kTileRows, leaf.begin + leaf.count - column);
-        packPair(begin + t, column, width, out + (tile * steps + (format.steps == Steps::kPairs ? t / 2 : t)) * kTileRows);
+        const int64_t column = leaf.begin + tile * kTileRows,
+                      width = least(kTileRows, leaf.begin + leaf.count - column);
+        packPair(begin + t, column, width,
+                 out + (tile * steps + (format.steps == Steps::kPairs ? t / 2 : t)) * kTileRows);
       }
     }
   }
@@ -56,7 +59,8 @@ struct LeftTiles {
     }
     const BFloat16 *even = x.row<BFloat16>(t) + column, *odd = x.row<BFloat16>(t + 1) + column;
     if (format.steps == Steps::kPairs) {
-      for (int64_t i = 0; i < width; ++i) to[i] = std::bit_cast<float>(uint32_t{even[i].bits} | uint32_t{odd[i].bits} << 16);
+      for (int64_t i = 0; i < width; ++i)
+        to[i] = std::bit_cast<float>(uint32_t{even[i].bits} | uint32_t{odd[i].bits} << 16);
     } else {
       for (int64_t i = 0; i < width; ++i) to[i] = toFloat(odd[i]);
       for (int64_t i = 0; i < width; ++i) to[kTileRows + i] = toFloat(even[i]);
@@ -65,7 +69,8 @@ struct LeftTiles {
 };
 
 // Columns column .. column + columns - 1 of dy as steps of width 16 * vectors.
-void packRight(Operand dy, int64_t begin, int64_t count, int64_t column, int64_t columns, int vectors, Format format, float* out) {
+void packRight(Operand dy, int64_t begin, int64_t count, int64_t column, int64_t columns, int vectors, Format format,
+               float* out) {
   const int64_t width = 16 * vectors;
   for (int64_t t = begin; t < begin + count; t += 2) {
     eachVector(columns, [&](int64_t j, auto lanes) {
@@ -74,7 +79,8 @@ void packRight(Operand dy, int64_t begin, int64_t count, int64_t column, int64_t
         storeu(out + width + j, load(dy.row<float>(t + 1) + column + j, lanes));
         return;
       }
-      const Vec even = load(dy.row<BFloat16>(t) + column + j, lanes), odd = load(dy.row<BFloat16>(t + 1) + column + j, lanes);
+      const Vec even = load(dy.row<BFloat16>(t) + column + j, lanes),
+                odd = load(dy.row<BFloat16>(t + 1) + column + j, lanes);
       if (format.steps == Steps::kPairs) {
         storePairs(out + j, makePairs(even, odd));
       } else {
@@ -87,18 +93,22 @@ void packRight(Operand dy, int64_t begin, int64_t count, int64_t column, int64_t
 }
 
 // One panel of one part over the tokens begin .. begin + count - 1.
-void panelGradient(const LeftTiles& left, Operand dy, const Part& part, int64_t group, int64_t panel, int64_t begin, int64_t count, float* dW, float* buffer) {
+void panelGradient(const LeftTiles& left, Operand dy, const Part& part, int64_t group, int64_t panel, int64_t begin,
+                   int64_t count, float* dW, float* buffer) {
   const int64_t width = part.panelWidth(panel), steps = left.format.of(count);
-  packRight(dy, begin, count, part.outBegin + panel * kPanel, least(kPanel, part.out - panel * kPanel), static_cast<int>(width / 16), left.format, buffer);
+  packRight(dy, begin, count, part.outBegin + panel * kPanel, least(kPanel, part.out - panel * kPanel),
+            static_cast<int>(width / 16), left.format, buffer);
   const float* a = left.tiles(group, steps);
   float* c = dW + part.panelOffset(panel);
   for (int64_t k = 0; k < part.in; k += kTileRows, a += steps * kTileRows) {
     const int rows = static_cast<int>(least(kTileRows, part.in - k));
     const Left from{a, 1, kTileRows};
     if (left.format.steps == Steps::kPairs) {
-      tileRows<Steps::kPairs>(rows, from, {buffer, width}, steps, static_cast<int>(width / 16), c + k * width, width, false);
+      tileRows<Steps::kPairs>(rows, from, {buffer, width}, steps, static_cast<int>(width / 16), c + k * width, width,
+                              false);
     } else {
-      tileRows<Steps::kPlain>(rows, from, {buffer, width}, steps, static_cast<int>(width / 16), c + k * width, width, false);
+      tileRows<Steps::kPlain>(rows, from, {buffer, width}, steps, static_cast<int>(width / 16), c + k * width, width,
+                              false);
     }
   }
 }
@@ -138,7 +148,8 @@ void linearBackwardWeight(Queue& queue, Operand dy, Operand x, WeightGradient dW
       for (size_t p = 0; p < layout.parts.size(); ++p) {
         const Part& part = layout.parts[p];
         if (number < part.panels()) {
-          panelGradient(left, dy, part, layout.split == Split::kIn ? static_cast<int64_t>(p) : 0, number, begin, count, dW.data, buffer);
+          panelGradient(left, dy, part, layout.split == Split::kIn ? static_cast<int64_t>(p) : 0, number, begin, count,
+                        dW.data, buffer);
           return;
         }
         number -= part.panels();

@@ -1,10 +1,10 @@
-// Sixteen float32 lanes, `Vec`: one register with AVX-512, two with AVX2. The fast kernels are written against this file
-// only. Every function is force-inlined and lives in the namespace of its instruction set, so the linker can never put a
-// copy compiled for AVX-512 in the place of one that must run without it.
+// Sixteen float32 lanes, `Vec`: one register with AVX-512, two with AVX2. The fast kernels are written against this
+// file only. Every function is force-inlined and lives in the namespace of its instruction set, so the linker can never
+// put a copy compiled for AVX-512 in the place of one that must run without it.
 //
-// Conventions: load/store need 64-byte alignment, loadu/storeu none; loadPartial/storePartial touch the first `count` lanes
-// only (0..16; the other lanes load as zero). FTZ and DAZ are set on the thread. Comparison and minimum/maximum follow the
-// instructions: maximum(a, b) = a > b ? a : b, so the right operand wins when either is NaN.
+// Conventions: load/store need 64-byte alignment, loadu/storeu none; loadPartial/storePartial touch the first `count`
+// lanes only (0..16; the other lanes load as zero). FTZ and DAZ are set on the thread. Comparison and minimum/maximum
+// follow the instructions: maximum(a, b) = a > b ? a : b, so the right operand wins when either is NaN.
 #pragma once
 
 // GCC 12 takes the deliberately undefined operands inside its own intrinsics for uninitialized variables.
@@ -49,40 +49,78 @@ LOCKSTEP_INLINE Mask firstLanes(int64_t count) {
   return {static_cast<__mmask16>(count >= kLanes ? 0xffffu : (1u << count) - 1u)};
 }
 
-LOCKSTEP_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
-LOCKSTEP_INLINE Vec load(const float* p) { return {_mm512_load_ps(p)}; }
-LOCKSTEP_INLINE Vec loadu(const float* p) { return {_mm512_loadu_ps(p)}; }
+LOCKSTEP_INLINE Vec zero() {
+  return {_mm512_setzero_ps()};
+}
+LOCKSTEP_INLINE Vec load(const float* p) {
+  return {_mm512_load_ps(p)};
+}
+LOCKSTEP_INLINE Vec loadu(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
 LOCKSTEP_INLINE Vec loadPartial(const float* p, int64_t count) {
   return {_mm512_maskz_loadu_ps(firstLanes(count).m, p)};
 }
-LOCKSTEP_INLINE void store(float* p, Vec a) { _mm512_store_ps(p, a.v); }
-LOCKSTEP_INLINE void storeu(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+LOCKSTEP_INLINE void store(float* p, Vec a) {
+  _mm512_store_ps(p, a.v);
+}
+LOCKSTEP_INLINE void storeu(float* p, Vec a) {
+  _mm512_storeu_ps(p, a.v);
+}
 LOCKSTEP_INLINE void storePartial(float* p, Vec a, int64_t count) {
   _mm512_mask_storeu_ps(p, firstLanes(count).m, a.v);
 }
 
-LOCKSTEP_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-LOCKSTEP_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-LOCKSTEP_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-LOCKSTEP_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+LOCKSTEP_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+LOCKSTEP_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+LOCKSTEP_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+LOCKSTEP_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
 // a b + c, rounded once.
-LOCKSTEP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-LOCKSTEP_INLINE Vec squareRoot(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
-LOCKSTEP_INLINE Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-LOCKSTEP_INLINE Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+LOCKSTEP_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+LOCKSTEP_INLINE Vec squareRoot(Vec a) {
+  return {_mm512_sqrt_ps(a.v)};
+}
+LOCKSTEP_INLINE Vec minimum(Vec a, Vec b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+LOCKSTEP_INLINE Vec maximum(Vec a, Vec b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
 
-LOCKSTEP_INLINE Mask lessEqual(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
-LOCKSTEP_INLINE Mask lessThan(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
-LOCKSTEP_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
-LOCKSTEP_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
-LOCKSTEP_INLINE bool any(Mask m) { return m.m != 0; }
+LOCKSTEP_INLINE Mask lessEqual(Vec a, Vec b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)};
+}
+LOCKSTEP_INLINE Mask lessThan(Vec a, Vec b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+LOCKSTEP_INLINE Mask equal(Vec a, Vec b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
+}
+LOCKSTEP_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(m.m, no.v, yes.v)};
+}
+LOCKSTEP_INLINE bool any(Mask m) {
+  return m.m != 0;
+}
 // Bit l is lane l.
-LOCKSTEP_INLINE uint32_t bits(Mask m) { return m.m; }
+LOCKSTEP_INLINE uint32_t bits(Mask m) {
+  return m.m;
+}
 
 // The bits of p plus the lowest nine bits of t shifted into sign and exponent.
 LOCKSTEP_INLINE Vec addToExponent(Vec p, Vec t) {
-  return {_mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
+  return {
+      _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
 }
 
 // Tree ((l, l+8), (l, l+4), (l, l+2), (l, l+1)).
@@ -99,7 +137,8 @@ LOCKSTEP_INLINE float lanesMaximum(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
 
-// Round to nearest even; denormals flush to a zero of their sign; NaN stays NaN: toBFloat16 of core/dtype.h, 16 at a time.
+// Round to nearest even; denormals flush to a zero of their sign; NaN stays NaN: toBFloat16 of core/dtype.h, 16 at a
+// time.
 LOCKSTEP_INLINE __m256i roundToBf16(Vec a) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(a.v);
@@ -117,17 +156,25 @@ LOCKSTEP_INLINE __m256i roundToBf16(Vec a) {
 LOCKSTEP_INLINE Vec widen(__m256i h) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-LOCKSTEP_INLINE Vec loadu(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+LOCKSTEP_INLINE Vec loadu(const BFloat16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 LOCKSTEP_INLINE Vec loadPartial(const BFloat16* p, int64_t count) {
   return widen(_mm256_maskz_loadu_epi16(firstLanes(count).m, p));
 }
-LOCKSTEP_INLINE void storeu(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), roundToBf16(a)); }
+LOCKSTEP_INLINE void storeu(BFloat16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), roundToBf16(a));
+}
 LOCKSTEP_INLINE void storePartial(BFloat16* p, Vec a, int64_t count) {
   _mm256_mask_storeu_epi16(p, firstLanes(count).m, roundToBf16(a));
 }
 
-LOCKSTEP_INLINE Pairs loadPairs(const void* p) { return {_mm512_loadu_si512(p)}; }
-LOCKSTEP_INLINE void storePairs(void* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
+LOCKSTEP_INLINE Pairs loadPairs(const void* p) {
+  return {_mm512_loadu_si512(p)};
+}
+LOCKSTEP_INLINE void storePairs(void* p, Pairs a) {
+  _mm512_storeu_si512(p, a.v);
+}
 // The first `count` pairs; the other lanes are zero (load) or untouched (store).
 LOCKSTEP_INLINE Pairs loadPairsPartial(const void* p, int64_t count) {
   return {_mm512_maskz_loadu_epi32(firstLanes(count).m, p)};
@@ -135,8 +182,12 @@ LOCKSTEP_INLINE Pairs loadPairsPartial(const void* p, int64_t count) {
 LOCKSTEP_INLINE void storePairsPartial(void* p, Pairs a, int64_t count) {
   _mm512_mask_storeu_epi32(p, firstLanes(count).m, a.v);
 }
-LOCKSTEP_INLINE Pairs broadcastPair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
-LOCKSTEP_INLINE Vec even(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+LOCKSTEP_INLINE Pairs broadcastPair(uint32_t pair) {
+  return {_mm512_set1_epi32(static_cast<int>(pair))};
+}
+LOCKSTEP_INLINE Vec even(Pairs a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))};
+}
 LOCKSTEP_INLINE Vec odd(Pairs a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
@@ -145,8 +196,12 @@ LOCKSTEP_INLINE Pairs makePairs(Vec even, Vec odd) {
   const __m512i low = _mm512_cvtepu16_epi32(roundToBf16(even));
   return {_mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(roundToBf16(odd)), 16))};
 }
-LOCKSTEP_INLINE Vec asFloats(Pairs a) { return {_mm512_castsi512_ps(a.v)}; }
-LOCKSTEP_INLINE Pairs asPairs(Vec a) { return {_mm512_castps_si512(a.v)}; }
+LOCKSTEP_INLINE Vec asFloats(Pairs a) {
+  return {_mm512_castsi512_ps(a.v)};
+}
+LOCKSTEP_INLINE Pairs asPairs(Vec a) {
+  return {_mm512_castps_si512(a.v)};
+}
 
 // fma(a.even, b.even, fma(a.odd, b.odd, acc)).
 LOCKSTEP_INLINE Vec dotPair(Vec acc, Pairs a, Pairs b) {
@@ -217,7 +272,9 @@ LOCKSTEP_INLINE Vec oddLanes(Vec a, Vec b) {
   return {_mm512_permutex2var_ps(a.v, index, b.v)};
 }
 // Lanes 2i and 2i + 1 exchanged.
-LOCKSTEP_INLINE Vec swapNeighbours(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+LOCKSTEP_INLINE Vec swapNeighbours(Vec a) {
+  return {_mm512_permute_ps(a.v, 0xb1)};
+}
 
 #else  // AVX2
 
@@ -239,9 +296,15 @@ LOCKSTEP_INLINE Mask firstLanes(int64_t count) {
   return {_mm256_castsi256_ps(firstOfEight(count)), _mm256_castsi256_ps(firstOfEight(count - 8))};
 }
 
-LOCKSTEP_INLINE Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-LOCKSTEP_INLINE Vec load(const float* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
-LOCKSTEP_INLINE Vec loadu(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+LOCKSTEP_INLINE Vec zero() {
+  return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+LOCKSTEP_INLINE Vec load(const float* p) {
+  return {_mm256_load_ps(p), _mm256_load_ps(p + 8)};
+}
+LOCKSTEP_INLINE Vec loadu(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 LOCKSTEP_INLINE Vec loadPartial(const float* p, int64_t count) {
   return {_mm256_maskload_ps(p, firstOfEight(count)), _mm256_maskload_ps(p + 8, firstOfEight(count - 8))};
 }
@@ -258,16 +321,30 @@ LOCKSTEP_INLINE void storePartial(float* p, Vec a, int64_t count) {
   _mm256_maskstore_ps(p + 8, firstOfEight(count - 8), a.hi);
 }
 
-LOCKSTEP_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-LOCKSTEP_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-LOCKSTEP_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-LOCKSTEP_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+LOCKSTEP_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+LOCKSTEP_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+LOCKSTEP_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+LOCKSTEP_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 LOCKSTEP_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
-LOCKSTEP_INLINE Vec squareRoot(Vec a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
-LOCKSTEP_INLINE Vec minimum(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
-LOCKSTEP_INLINE Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+LOCKSTEP_INLINE Vec squareRoot(Vec a) {
+  return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)};
+}
+LOCKSTEP_INLINE Vec minimum(Vec a, Vec b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+LOCKSTEP_INLINE Vec maximum(Vec a, Vec b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
 
 LOCKSTEP_INLINE Mask lessEqual(Vec a, Vec b) {
   return {_mm256_cmp_ps(a.lo, b.lo, _CMP_LE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LE_OQ)};
@@ -284,11 +361,12 @@ LOCKSTEP_INLINE Vec select(Mask m, Vec yes, Vec no) {
 LOCKSTEP_INLINE uint32_t bits(Mask m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
 }
-LOCKSTEP_INLINE bool any(Mask m) { return bits(m) != 0; }
+LOCKSTEP_INLINE bool any(Mask m) {
+  return bits(m) != 0;
+}
 
 LOCKSTEP_INLINE __m256 addToExponentOfEight(__m256 p, __m256 t) {
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
 }
 LOCKSTEP_INLINE Vec addToExponent(Vec p, Vec t) {
   return {addToExponentOfEight(p.lo, t.lo), addToExponentOfEight(p.hi, t.hi)};
@@ -328,13 +406,17 @@ LOCKSTEP_INLINE Vec widen(__m256i h) {
   const __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
-LOCKSTEP_INLINE Vec loadu(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+LOCKSTEP_INLINE Vec loadu(const BFloat16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 LOCKSTEP_INLINE Vec loadPartial(const BFloat16* p, int64_t count) {
   alignas(32) uint16_t lanes[16] = {};
   for (int64_t i = 0; i < count && i < kLanes; ++i) lanes[i] = p[i].bits;
   return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
 }
-LOCKSTEP_INLINE void storeu(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), roundToBf16(a)); }
+LOCKSTEP_INLINE void storeu(BFloat16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), roundToBf16(a));
+}
 LOCKSTEP_INLINE void storePartial(BFloat16* p, Vec a, int64_t count) {
   alignas(32) uint16_t lanes[16];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), roundToBf16(a));
@@ -375,9 +457,15 @@ LOCKSTEP_INLINE Pairs makePairs(Vec even, Vec odd) {
   return {_mm256_or_si256(_mm256_srli_epi32(roundEight(even.lo), 16), _mm256_and_si256(roundEight(odd.lo), high)),
           _mm256_or_si256(_mm256_srli_epi32(roundEight(even.hi), 16), _mm256_and_si256(roundEight(odd.hi), high))};
 }
-LOCKSTEP_INLINE Vec asFloats(Pairs a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
-LOCKSTEP_INLINE Pairs asPairs(Vec a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
-LOCKSTEP_INLINE Vec dotPair(Vec acc, Pairs a, Pairs b) { return fma(even(a), even(b), fma(odd(a), odd(b), acc)); }
+LOCKSTEP_INLINE Vec asFloats(Pairs a) {
+  return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
+}
+LOCKSTEP_INLINE Pairs asPairs(Vec a) {
+  return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
+LOCKSTEP_INLINE Vec dotPair(Vec acc, Pairs a, Pairs b) {
+  return fma(even(a), even(b), fma(odd(a), odd(b), acc));
+}
 
 LOCKSTEP_INLINE Pairs loadPairsOf(const BFloat16* p, int64_t count) {
   alignas(32) BFloat16 elements[32] = {};
@@ -398,8 +486,12 @@ LOCKSTEP_INLINE __m256i lowOfEight(__m256i a, __m256i b) {
 LOCKSTEP_INLINE __m256i highOfEight(__m256i a, __m256i b) {
   return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
 }
-LOCKSTEP_INLINE Pairs lowHalves(Pairs a, Pairs b) { return {lowOfEight(a.lo, b.lo), lowOfEight(a.hi, b.hi)}; }
-LOCKSTEP_INLINE Pairs highHalves(Pairs a, Pairs b) { return {highOfEight(a.lo, b.lo), highOfEight(a.hi, b.hi)}; }
+LOCKSTEP_INLINE Pairs lowHalves(Pairs a, Pairs b) {
+  return {lowOfEight(a.lo, b.lo), lowOfEight(a.hi, b.hi)};
+}
+LOCKSTEP_INLINE Pairs highHalves(Pairs a, Pairs b) {
+  return {highOfEight(a.lo, b.lo), highOfEight(a.hi, b.hi)};
+}
 
 // 8 x 8, in place.
 LOCKSTEP_INLINE void transposeEight(__m256 (&r)[8]) {
@@ -448,13 +540,21 @@ LOCKSTEP_INLINE __m256 evenOfEight(__m256 a, __m256 b) {
 LOCKSTEP_INLINE __m256 oddOfEight(__m256 a, __m256 b) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8));
 }
-LOCKSTEP_INLINE Vec evenLanes(Vec a, Vec b) { return {evenOfEight(a.lo, a.hi), evenOfEight(b.lo, b.hi)}; }
-LOCKSTEP_INLINE Vec oddLanes(Vec a, Vec b) { return {oddOfEight(a.lo, a.hi), oddOfEight(b.lo, b.hi)}; }
-LOCKSTEP_INLINE Vec swapNeighbours(Vec a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
+LOCKSTEP_INLINE Vec evenLanes(Vec a, Vec b) {
+  return {evenOfEight(a.lo, a.hi), evenOfEight(b.lo, b.hi)};
+}
+LOCKSTEP_INLINE Vec oddLanes(Vec a, Vec b) {
+  return {oddOfEight(a.lo, a.hi), oddOfEight(b.lo, b.hi)};
+}
+LOCKSTEP_INLINE Vec swapNeighbours(Vec a) {
+  return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
+}
 
 #endif
 
 // a <= b ? x : y per lane; y where a or b is NaN.
-LOCKSTEP_INLINE Vec selectLessEqual(Vec a, Vec b, Vec x, Vec y) { return select(lessEqual(a, b), x, y); }
+LOCKSTEP_INLINE Vec selectLessEqual(Vec a, Vec b, Vec x, Vec y) {
+  return select(lessEqual(a, b), x, y);
+}
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA

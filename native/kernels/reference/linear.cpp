@@ -38,9 +38,15 @@ float tree(int64_t begin, int64_t count, const Leaf& leaf) {
 
 void output(const Output& y, int64_t t, int64_t n, float value) {
   switch (y.kind) {
-    case Output::Kind::kStore: y.f32.row(t)[n] = value; break;
-    case Output::Kind::kRound: store(y.operand, t, n, value); break;
-    case Output::Kind::kAdd: y.f32.row(t)[n] = y.residual.row(t)[n] + value; break;
+    case Output::Kind::kStore:
+      y.f32.row(t)[n] = value;
+      break;
+    case Output::Kind::kRound:
+      store(y.operand, t, n, value);
+      break;
+    case Output::Kind::kAdd:
+      y.f32.row(t)[n] = y.residual.row(t)[n] + value;
+      break;
   }
 }
 
@@ -119,7 +125,8 @@ void linearBackwardWeight(Queue&, Operand dy, Operand x, WeightGradient dW, floa
     for (int64_t i = 0; i < layout.in; ++i) {
       float& element = dW.data[float32Index(layout, n, i)];
       element = chain(
-          dy.dtype, dy.rows, element, [&](int64_t t) { return load(dy, t, n); }, [&](int64_t t) { return load(x, t, i); });
+          dy.dtype, dy.rows, element, [&](int64_t t) { return load(dy, t, n); },
+          [&](int64_t t) { return load(x, t, i); });
     }
     for (int64_t t = 0; t < dy.rows && dBias != nullptr; ++t) dBias[n] = dBias[n] + load(dy, t, n);
   }

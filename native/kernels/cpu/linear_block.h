@@ -1,0 +1,241 @@
+// The blocked matrix product behind linear and its gradient to the input: strips of columns times blocks of rows, each
+// computed from packed operands in cache, chain after chain and leaf after leaf of the tree, then handed to a finish.
+#pragma once
+
+#include "core/queue.h"
+#include "kernels/cpu/linear_pack.h"
+
+namespace lockstep::kernels::LOCKSTEP_ISA {
+
+namespace {
+
+// Neighbouring columns of a product that one tile width covers.
+struct Group {
+  int64_t part;    // of the weight
+  int64_t column;  // first column within the part
+  int64_t at;      // where they stand in the block's accumulators
+  int64_t output;  // column of the output matrix
+  int64_t count;   // of the 16 * vectors columns, how many exist
+  int vectors;
+};
+
+// A strip's staged right operand (kDepth x 304 x 4 bytes) and the packed left operand share the second-level cache.
+constexpr int64_t kStripColumns = 256;
+constexpr int64_t kStripSlack = 48;  // columns that a strip cut at odd places may cover on top
+constexpr int64_t kLeftRows = 16 * kTileRows;  // rows packed at a time
+constexpr int64_t kBlockRows = 448;  // rows for which a strip's right operand is staged once
+constexpr int64_t kStripStride = kStripColumns + kStripSlack;
+constexpr int kMaxGroups = static_cast<int>(kStripStride / 16);
+
+struct Strip {
+  Group groups[kMaxGroups];
+  int count = 0;
+  int64_t columns = 0;
+  // Of a strip that pairs gate with up columns: the gate columns (begin .. end - 1 of the part stand at 0) and where
+  // the accumulators of the up columns begin.
+  int64_t begin = 0, end = 0, second = 0;
+
+  // Columns begin .. end - 1 of a part, cut at panels and tile widths. Begins at a multiple of 16 at or before `begin`.
+  void add(int64_t part, int64_t begin, int64_t end, int64_t output) {
+    for (int64_t c = begin / 16 * 16; c < end;) {
+      const int64_t room = smaller((kPanel - c % kPanel) / 16, (end - c + 15) / 16);
+      const int vectors = room >= kTileVectors ? kTileVectors : 1;
+      groups[count++] = {part, c, columns, output + c, smaller(16 * vectors, end - c), vectors};
+      columns += 16 * vectors;
+      c += 16 * vectors;
+    }
+  }
+};
+
+// Strip `index` of the columns of `parts` parts, counted in tile widths; size(p) columns in part p, output(p) the
+// first.
+template <class Size, class Output>
+LOCKSTEP_INLINE void cutStrip(int64_t index, int64_t parts, const Size& size, const Output& output, Strip& strip) {
+  int64_t first = index * (kStripColumns / kTileColumns), left = kStripColumns / kTileColumns;
+  for (int64_t p = 0; p < parts && left > 0; ++p) {
+    const int64_t units = (size(p) + kTileColumns - 1) / kTileColumns, some = smaller(left, units - first);
+    if (some > 0) {
+      strip.add(p, first * kTileColumns, smaller((first + some) * kTileColumns, size(p)), output(p));
+      left -= some;
+    }
+    first = first > units ? first - units : 0;
+  }
+}
+template <class Size>
+LOCKSTEP_INLINE int64_t countStrips(int64_t parts, const Size& size) {
+  int64_t units = 0;
+  for (int64_t p = 0; p < parts; ++p) units += (size(p) + kTileColumns - 1) / kTileColumns;
+  return (units * kTileColumns + kStripColumns - 1) / kStripColumns;
+}
+
+// A tree of leaves: level l of the tree holds the sum of 2^l finished leaves.
+LOCKSTEP_INLINE int treeLevels(int64_t leaves) {
+  return __builtin_ctzll(static_cast<uint64_t>(leaves));
+}
+
+// Scratch of one thread, in floats: staged right operand, packed left operand, and the accumulators of every level.
+struct BlockScratch {
+  float* right;
+  float* left;
+  float* levels;
+
+  static constexpr int64_t kRightFloats = kDepth * kStripStride;
+  static constexpr int64_t kLeftFloats = kLeftRows * kLeftStride;
+  static constexpr int64_t kLevelFloats = kBlockRows * kStripStride;
+  static size_t bytes(int levels) {
+    return static_cast<size_t>(kRightFloats + kLeftFloats + (levels + 1) * kLevelFloats) * sizeof(float);
+  }
+  explicit BlockScratch(void* memory)
+      : right(static_cast<float*>(memory)), left(right + kRightFloats), levels(left + kLeftFloats) {}
+};
+
+// Runs the tiles of `rows` packed rows against every group of the strip. `call` carries what all tiles share; `offset`
+// is where the rows stand in the accumulators.
+inline void runTiles(Form form, TileCall call, const float* left, int64_t rows, const Strip& strip,
+                     const float* const* rights, const int64_t* rightSteps, float* from, float* to, int64_t offset) {
+  const int64_t tiles = tileCount(rows);
+  const float* levels = call.levels;
+  for (int g = 0; g < strip.count; ++g) {
+    const Group& group = strip.groups[g];
+    call.right = rights[g];
+    call.rightStep = rightSteps[g];
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = tileBegin(rows, i), at = (offset + begin) * kStripStride + group.at;
+      call.left = left + begin * kLeftStride;
+      call.from = from == nullptr ? nullptr : from + at;
+      call.levels = levels + at;
+      call.to = to + at;
+      runTile(form, static_cast<int>(tileBegin(rows, i + 1) - begin), group.vectors, call);
+    }
+  }
+}
+
+// Rows row .. row + rows - 1 (at most kBlockRows) of a strip. Returns the finished accumulators, kStripStride apart.
+// A product says: leaves(); steps(leaf); pack(leaf, first, steps, row, rows, to); and
+// right(leaf, group, first, steps, stage, rightStep): where the right operand lies, staged into `stage` or not.
+template <class Product>
+const float* multiplyBlock(const Product& product, const Strip& strip, int64_t row, int64_t rows,
+                           BlockScratch scratch) {
+  const int64_t leaves = product.leaves();
+  float* const result = scratch.levels + treeLevels(leaves) * BlockScratch::kLevelFloats;
+  const float* rights[kMaxGroups];
+  int64_t rightSteps[kMaxGroups];
+  for (int64_t leaf = 0; leaf < leaves; ++leaf) {
+    const int64_t steps = product.steps(leaf);
+    const int64_t blocks = steps > kDepth ? (steps + kDepth - 1) / kDepth : 1;
+    const int64_t depth = smaller(roundUp((steps + blocks - 1) / blocks, 32), kDepth);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * depth, count = smaller(depth, steps - first);
+      float* stage = scratch.right;
+      for (int g = 0; g < strip.count; ++g) {
+        rights[g] = product.right(leaf, strip.groups[g], first, count, stage, rightSteps[g]);
+        stage += kDepth * 16 * strip.groups[g].vectors;
+      }
+      const bool last = block == blocks - 1;
+      TileCall call{};
+      call.steps = count;
+      call.stride = kStripStride;
+      call.levels = scratch.levels;
+      call.levelStride = BlockScratch::kLevelFloats;
+      call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
+      float* to = last ? scratch.levels + call.levelCount * BlockScratch::kLevelFloats : result;
+      for (int64_t r = 0; r < rows; r += kLeftRows) {
+        const int64_t some = smaller(kLeftRows, rows - r);
+        product.pack(leaf, first, count, row + r, some, scratch.left);
+        runTiles(product.form(), call, scratch.left, some, strip, rights, rightSteps, block == 0 ? nullptr : result, to,
+                 r);
+      }
+    }
+  }
+  return result;
+}
+
+// Products below this many FMAs run on the caller alone: waking a thread would cost more.
+constexpr int64_t kTinyProduct = 50'000;
+
+// body(task, thread) for every task.
+template <class Body>
+void deal(Queue& queue, int64_t tasks, int64_t fmas, const Body& body) {
+  if (fmas < kTinyProduct) {
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    return;
+  }
+  queue.pool().forEach(tasks, body);
+}
+
+// Blocks of rows: as tall as possible, but enough of them that every thread finds work.
+LOCKSTEP_INLINE int64_t rowBlocks(int64_t rows, int64_t strips, int threads) {
+  const int64_t fewest = (rows + kBlockRows - 1) / kBlockRows, most = (rows + kLeftRows / 2 - 1) / (kLeftRows / 2);
+  const int64_t wanted = threads == 1 ? 1 : (4 * threads + strips - 1) / strips;
+  return wanted <= fewest ? fewest : smaller(wanted, most);
+}
+
+// All rows of a product. finish(accumulators, strip, row, rows) takes a finished block; product.strip(i, strip) fills
+// the i-th of product.strips().
+template <class Product, class Finish>
+void multiply(Queue& queue, const Product& product, int64_t rows, const Finish& finish) {
+  const size_t bytes = BlockScratch::bytes(treeLevels(product.leaves()));
+  const int64_t strips = product.strips(), blocks = rowBlocks(rows, strips, queue.threads());
+  queue.scratch(0, bytes);
+  deal(queue, strips * blocks, product.fmas(rows), [&](int64_t task, int thread) {
+    const int64_t block = task % blocks, begin = rows * block / blocks / 2 * 2;
+    const int64_t end = block == blocks - 1 ? rows : rows * (block + 1) / blocks / 2 * 2;
+    if (begin == end) return;
+    Strip strip;
+    product.strip(task / blocks, strip);
+    const float* result = multiplyBlock(product, strip, begin, end - begin, BlockScratch(queue.scratch(thread, bytes)));
+    finish(result, strip, begin, end - begin);
+  });
+}
+
+// --- where results go
+// -----------------------------------------------------------------------------------------------------
+
+template <class T>
+LOCKSTEP_INLINE void storeUpTo(T* p, Vec x, int64_t count) {
+  if (count >= 16) {
+    storeu(p, x);
+  } else {
+    storePartial(p, x, count);
+  }
+}
+
+LOCKSTEP_INLINE void putOperand(const Operand& y, int64_t row, int64_t col, Vec x, int64_t count) {
+  if (y.dtype == DType::kFloat32) {
+    storeUpTo(y.row<float>(row) + col, x, count);
+  } else {
+    storeUpTo(y.row<BFloat16>(row) + col, x, count);
+  }
+}
+
+LOCKSTEP_INLINE void put(const Output& y, int64_t row, int64_t col, Vec x, int64_t count) {
+  switch (y.kind) {
+    case Output::Kind::kStore:
+      return storeUpTo(y.f32.row(row) + col, x, count);
+    case Output::Kind::kRound:
+      return putOperand(y.operand, row, col, x, count);
+    case Output::Kind::kAdd:
+      return storeUpTo(y.f32.row(row) + col, loadUpTo(y.residual.row(row) + col, count) + x, count);
+  }
+}
+
+// put(row, column, value + bias, count) for every existing vector of a finished block.
+template <class Put>
+LOCKSTEP_INLINE void finishBlock(const float* accumulators, int64_t stride, const Strip& strip, int64_t row,
+                                 int64_t rows, const float* bias, const Put& put) {
+  for (int64_t r = 0; r < rows; ++r, accumulators += stride) {
+    for (int g = 0; g < strip.count; ++g) {
+      const Group& group = strip.groups[g];
+      for (int64_t c = 0; c < group.count; c += 16) {
+        const int64_t count = smaller(16, group.count - c);
+        Vec value = loadu(accumulators + group.at + c);
+        if (bias != nullptr) value = value + loadUpTo(bias + group.output + c, count);
+        put(row + r, group.output + c, value, count);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace lockstep::kernels::LOCKSTEP_ISA

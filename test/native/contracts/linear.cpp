@@ -1,0 +1,178 @@
+// The matrix products: every split, uneven and empty parts, rows around the thresholds, strides, aliases.
+#include <algorithm>
+
+#include "harness.h"
+
+namespace lockstep::contracts {
+namespace {
+
+using kernels::Activation;
+using kernels::Output;
+using kernels::Split;
+using kernels::WeightLayout;
+
+// At most so many multiplications a trial: the reference runs them one by one.
+constexpr int64_t kBudget = 3'000'000;
+
+struct Shape {
+  int64_t rows, out, in;
+};
+
+Shape drawShape(Trial& t) {
+  const auto size = [&](int64_t most) {
+    const int64_t around =
+        t.pick({15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 128, 129, 160, 255, 256, 257, 320, 513, 600});
+    return std::min(most, t.chance(0.4) ? t.integer(1, 80) : around);
+  };
+  Shape s{};
+  s.rows = t.chance(0.1) ? t.pick({223, 224, 225, 448, 450}) : t.rows();
+  s.out = size(kBudget / s.rows);
+  s.in = size(std::max<int64_t>(1, kBudget / s.rows / s.out));
+  return s;
+}
+
+WeightLayout drawLayout(Trial& t, int64_t out, int64_t in, int64_t unit = 1) {
+  const int64_t parts = t.pick({1, 2, 4, 8});
+  const Split split = parts == 1 ? Split::kNone : t.chance(0.5) ? Split::kOut : Split::kIn;
+  const int64_t total = split == Split::kIn ? in : out;
+  const std::vector<int64_t> sizes = t.partSizes(total, parts, split == Split::kIn ? 1 : unit);
+  t.note("out", out);
+  t.note("in", in);
+  t.note(split == Split::kIn ? "parts of in" : "parts of out", sizes);
+  return WeightLayout::make(out, in, split, sizes);
+}
+
+// Where a product goes, its memory and how to name it.
+struct Target {
+  Matrix y, residual;
+  Output::Kind kind;
+  bool inPlace;
+
+  static Target draw(Trial& t, int64_t rows, int64_t cols) {
+    const Output::Kind kind = static_cast<Output::Kind>(t.integer(0, 2));
+    t.note("output", static_cast<int64_t>(kind));
+    const DType dtype = kind == Output::Kind::kRound ? t.dtype() : DType::kFloat32;
+    return {t.matrix(dtype, rows, cols), t.matrix(DType::kFloat32, rows, cols), kind, t.chance(0.5)};
+  }
+  Target clone() const { return {y.clone(), residual, kind, inPlace}; }
+  Output output() const {
+    if (kind == Output::Kind::kStore) return Output::store(y.view());
+    if (kind == Output::Kind::kRound) return Output::round(y.operand());
+    return Output::add(inPlace ? y.view() : residual.view(), y.view());
+  }
+};
+
+const Registration kLinear("linear", 60, [](Trial& t) {
+  const Shape s = drawShape(t);
+  t.note("rows", s.rows);
+  const WeightMatrix w = t.weight(t.dtype(), drawLayout(t, s.out, s.in));
+  const Matrix x = t.matrix(t.dtype(), s.rows, s.in);
+  const Buffer bias = t.floats(s.out);
+  const float* biasOrNull = t.chance(0.5) ? bias.as<float>() : nullptr;
+  const Target fresh = Target::draw(t, s.rows, s.out), expected = fresh.clone();
+  t.reference().linear(t.referenceQueue(), x.operand(), w.weight(), biasOrNull, expected.output());
+  t.eachQueue([&](Queue& queue) {
+    const Target actual = fresh.clone();
+    t.implementation().linear(queue, x.operand(), w.weight(), biasOrNull, actual.output());
+    t.compare("y", expected.y, actual.y);
+
+    const int64_t first = t.integer(0, s.rows - 1), count = t.integer(1, s.rows - first);
+    const Matrix whole = t.matrix(DType::kFloat32, s.rows, s.out), part = t.matrix(DType::kFloat32, count, s.out);
+    t.implementation().linear(queue, x.operand(), w.weight(), biasOrNull, Output::store(whole.view()));
+    t.implementation().linear(queue, x.operand().slice(first, count), w.weight(), biasOrNull,
+                              Output::store(part.view()));
+    t.compareRows("y", whole, first, part);
+  });
+});
+
+void activatedCase(Trial& t, Activation activation) {
+  Shape s = drawShape(t);
+  if (activation == Activation::kSwiGlu) s.out += s.out % 2;
+  t.note("rows", s.rows);
+  // Gate and up rows of a part are equally many; the parts of W hold both.
+  const int64_t parts = t.pick({1, 2, 4, 8}), unit = activation == Activation::kSwiGlu ? 2 : 1;
+  const std::vector<int64_t> sizes = t.partSizes(s.out, parts, unit);
+  t.note("out", s.out);
+  t.note("in", s.in);
+  t.note("parts of out", sizes);
+  const WeightMatrix w =
+      t.weight(t.dtype(), WeightLayout::make(s.out, s.in, parts == 1 ? Split::kNone : Split::kOut, sizes));
+  const Matrix x = t.matrix(t.dtype(), s.rows, s.in, 2);
+  const Buffer bias = t.floats(s.out, 3);
+  const float* biasOrNull = t.chance(0.5) ? bias.as<float>() : nullptr;
+  const bool saves = t.chance(0.5);
+  const Matrix y = t.matrix(t.dtype(), s.rows, s.out / unit), saved = t.matrix(t.dtype(), s.rows, s.out);
+  const Matrix expectedY = y.clone(), expectedSaved = saved.clone();
+  t.reference().activatedLinear(t.referenceQueue(), x.operand(), w.weight(), biasOrNull, activation,
+                                expectedY.operand(), saves ? expectedSaved.operand() : Operand{});
+  t.eachQueue([&](Queue& queue) {
+    const Matrix actualY = y.clone(), actualSaved = saved.clone();
+    t.implementation().activatedLinear(queue, x.operand(), w.weight(), biasOrNull, activation, actualY.operand(),
+                                       saves ? actualSaved.operand() : Operand{});
+    t.compare("y", expectedY, actualY);
+    t.compare("saved", expectedSaved, actualSaved);
+
+    const int64_t first = t.integer(0, s.rows - 1), count = t.integer(1, s.rows - first);
+    const Matrix part = t.matrix(t.dtype(), count, s.out / unit);
+    t.implementation().activatedLinear(queue, x.operand().slice(first, count), w.weight(), biasOrNull, activation,
+                                       part.operand(), {});
+    t.compareRows("y", actualY, first, part);
+  });
+}
+
+const Registration kSwiGlu("activatedLinear.swiglu", 50, [](Trial& t) { activatedCase(t, Activation::kSwiGlu); });
+const Registration kGelu("activatedLinear.gelu", 30, [](Trial& t) { activatedCase(t, Activation::kGeluTanh); });
+
+const Registration kBackwardInput("linearBackwardInput", 60, [](Trial& t) {
+  const Shape s = drawShape(t);
+  t.note("rows", s.rows);
+  const WeightMatrix w = t.weight(t.dtype(), drawLayout(t, s.out, s.in));
+  const Matrix dy = t.matrix(t.dtype(), s.rows, s.out);
+  const Target fresh = Target::draw(t, s.rows, s.in), expected = fresh.clone();
+  t.reference().linearBackwardInput(t.referenceQueue(), dy.operand(), w.weight(), expected.output());
+  t.eachQueue([&](Queue& queue) {
+    const Target actual = fresh.clone();
+    t.implementation().linearBackwardInput(queue, dy.operand(), w.weight(), actual.output());
+    t.compare("dx", expected.y, actual.y);
+
+    const int64_t first = t.integer(0, s.rows - 1), count = t.integer(1, s.rows - first);
+    const Matrix whole = t.matrix(DType::kFloat32, s.rows, s.in), part = t.matrix(DType::kFloat32, count, s.in);
+    t.implementation().linearBackwardInput(queue, dy.operand(), w.weight(), Output::store(whole.view()));
+    t.implementation().linearBackwardInput(queue, dy.operand().slice(first, count), w.weight(),
+                                           Output::store(part.view()));
+    t.compareRows("dx", whole, first, part);
+  });
+});
+
+const Registration kBackwardWeight("linearBackwardWeight", 60, [](Trial& t) {
+  Shape s = drawShape(t);
+  s.rows += s.rows % 2;
+  t.note("rows", s.rows);
+  const WeightMatrix fresh = t.weight(DType::kFloat32, drawLayout(t, s.out, s.in));
+  const Matrix dy = t.matrix(t.dtype(), s.rows, s.out), x = t.matrix(t.dtype(), s.rows, s.in);
+  const Buffer bias = t.floats(s.out);
+  const bool biased = t.chance(0.5);
+  const WeightMatrix expected = fresh.clone();
+  const Buffer expectedBias = bias.clone();
+  t.reference().linearBackwardWeight(t.referenceQueue(), dy.operand(), x.operand(), expected.gradient(),
+                                     biased ? expectedBias.as<float>() : nullptr);
+  t.eachQueue([&](Queue& queue) {
+    const WeightMatrix actual = fresh.clone();
+    const Buffer actualBias = bias.clone();
+    float* const dBias = biased ? actualBias.as<float>() : nullptr;
+    // Two micro-batches, cut between pairs of rows, accumulate as one.
+    const int64_t cut = t.integer(0, s.rows / 2) * 2;
+    const auto accumulate = [&](int64_t begin, int64_t count) {
+      if (count == 0) return;
+      t.implementation().linearBackwardWeight(queue, dy.operand().slice(begin, count), x.operand().slice(begin, count),
+                                              actual.gradient(), dBias);
+    };
+    accumulate(0, cut);
+    accumulate(cut, s.rows - cut);
+    t.compare("dW", expected, actual);
+    t.compare("dBias", expectedBias, actualBias);
+  });
+});
+
+}  // namespace
+}  // namespace lockstep::contracts
