@@ -3,6 +3,7 @@
  * addon is loaded when a model is opened.
  */
 export { type PpoSettings, ppo } from './algorithms/ppo.js';
+export { createDevice, createEngine } from './checkpoints/load-model.js';
 export { LockstepError } from './errors.js';
 export { type Completion, type GenerateSettings, generate, type InputRow } from './inference/generate.js';
 export { type OpenModel, type OpenModelOptions, openModel } from './inference/open-model.js';

@@ -7,7 +7,7 @@ namespace lockstep::binding {
 
 Napi::Function DeviceWrap::define(Napi::Env env) {
   return DefineClass(env, "Device",
-                     {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close")});
+                     {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close"), InstanceMethod<&DeviceWrap::bench>("bench")});
 }
 
 DeviceWrap::DeviceWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DeviceWrap>(info) {

@@ -19,6 +19,7 @@ class DeviceWrap : public Napi::ObjectWrap<DeviceWrap> {
  private:
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
+  Napi::Value bench(const Napi::CallbackInfo&);
 
   std::shared_ptr<Rank> rank_;
 };

@@ -48,10 +48,15 @@ void Rank::close() {
 }
 
 Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  if (closed_) {  // the door is gone: nothing may touch it
+    const auto refused = Napi::Promise::Deferred::New(env);
+    refused.Reject(toJavaScript(env, "CLOSED", "the device is closed").Value());
+    return refused.Promise();
+  }
   auto* call = new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
   const Napi::Promise promise = call->deferred.Promise();
   if (pending_++ == 0) door_.Ref(env);
-  const bool accepted = thread_.post([call] {
+  thread_.post([call] {
     try {
       call->work();
     } catch (const Error& error) {
@@ -68,11 +73,6 @@ Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::functio
     // Refused only when the environment is going away: nobody waits then, and its values may not be touched.
     call->rank->door_.NonBlockingCall(call, [](Napi::Env env, Napi::Function, Call* done) { complete(env, done); });
   });
-  if (!accepted) {
-    call->code = "CLOSED";
-    call->message = "the device is closed";
-    complete(env, call);
-  }
   return promise;
 }
 

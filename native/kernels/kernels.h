@@ -41,8 +41,9 @@ struct Output {
 enum class Activation : uint8_t { kSwiGlu, kGeluTanh };
 
 // Packed sequences of one call. Rows of sequence b are rowBegin[b] .. rowBegin[b] + length[b] - 1 and stand at absolute
-// positions offset[b] .. offset[b] + length[b] - 1. In training every sequence starts at an even row and offset is 0; the
-// padding rows between sequences belong to none and are zero in every operand.
+// positions offset[b] .. offset[b] + length[b] - 1; sequences ascend by row. In training every sequence starts at an even row
+// and offset is 0; the padding rows between sequences belong to none and are zero in every operand (operations that are given
+// the sequences write those zeros).
 struct Sequences {
   int64_t count = 0;
   const int32_t* rowBegin = nullptr;  // [B]
@@ -201,23 +202,27 @@ struct Kernels {
   void (*layerNormBackward)(Queue&, View<const float> x, const float* gain, const float* mean, const float* inverseStd, View<const float> dy, View<float> dx, float* dGain, float* dBias);
 
   // --- attention -----------------------------------------------------------------------------------------------------------
-  // From qkv [T, columns] float32 (QkvLayout): head norm, rotation by `positions`, rounding; queries go to q [T, H K] in head
-  // order, keys and values into the pages of their sequence. savedQk (empty unless training with a head norm) keeps q and k
-  // before the norm, rounded: [T, (H + G) K], query heads then key heads.
+  // From qkv [T, columns] float32 (QkvLayout): head norm x r gain (as rmsNorm, over K), rotation by absolute position, rounding;
+  // queries go to q [T, H K] in head order, keys and values into the pages of their sequence, zeros into the padding of their
+  // slots. With (x, y) = elements i and i + K / 2: x' = fma(x, cos, -(y sin)), y' = fma(y, cos, x sin). savedQk (empty unless
+  // training with a head norm) keeps q and k before the norm, rounded: [T, (H + G) K], query heads then key heads.
   void (*qkvPrepare)(Queue&, const QkvLayout&, View<const float> qkv, const Sequences&, const HeadNorm&, const Rope&, Operand q, const KvPages&, Operand savedQk);
   // out [T, H K] = softmax(scale q k^T) v, rounded. Keys are visited in pages of 64 at absolute positions, in order:
   //   s_j = scale * chain over K; m' = max(m, max_j s_j); a = exp(m - m'); e_j = exp(s_j - m');
-  //   l = l a + lanes sum of e_j (64 slots, invisible ones 0); o = chain over j from o a of (rounded e_j) v_j.
-  // out = o / l. Invisible keys are never read into the result (pages may hold NaN). The first page: m = -inf, l = 0, o = 0
+  //   l = fma(l, a, lanes sum of e_j) (64 slots, invisible ones 0); o = chain over j from o a of (rounded e_j) v_j.
+  // out = o / l. Invisible keys are never read into the result (pages may hold NaN); of a half-visible bfloat16 pair the
+  // invisible half is zero times zero, a wholly invisible one is no step of the chain. The first page: m = -inf, l = 0, o = 0
   // and no rescaling. logSumExp [H, T] (m + log l; may be null) is kept for backward.
   void (*attention)(Queue&, const AttentionShape&, Operand q, const KvPages&, const Sequences&, Operand out, View<float> logSumExp);
   // Training only (offset 0). p_ij = exp(scale q_i k_j - logSumExp_i); delta_i = lanes sum of dOut_i * out_i;
-  // dS_ij = p_ij (dP_ij - delta_i) scale, dP = chain over K of dOut v. p and dS are rounded as operands.
+  // dS_ij = (p_ij (dP_ij - delta_i)) scale with p unrounded, dP = chain over K of dOut v. p and dS are rounded as operands.
   // dq_i: chain over j in key order. dk_j, dv_j: per query head a chain over i in order, continued over the query heads of a
   // part that share the key/value head; parts that share it are joined by the balanced tree.
   // dqkv [T, columns] float32 (QkvLayout); padding rows are written as zero.
   void (*attentionBackward)(Queue&, const QkvLayout&, Operand q, const KvPages&, const Sequences&, Operand out, View<const float> logSumExp, Operand dOut, View<float> dqkv);
-  // Through rotation and head norm: dqkvOut = round(...). Gains' gradients: chains over t, then heads, ascending.
+  // Through rotation and head norm: dqkvOut = round(...). dx = fma(dx', cos, dy' sin), dy = fma(dy', cos, -(dx' sin)); the norm
+  // as in rmsNormBackward, with r recomputed from savedQk and dx stored as r fma(-c, x, dy gain), c = dot (r r) / K. Gains'
+  // gradients: chains over t, then heads, ascending, of dy (x r). A row whose position is negative is padding: zeros.
   void (*qkvPrepareBackward)(Queue&, const QkvLayout&, View<const float> dqkv, const int32_t* positions, const HeadNorm&, const Rope&, Operand savedQk, Operand dqkvOut, float* dQueryGain, float* dKeyGain);
 
   // --- vocabulary ------------------------------------------------------------------------------------------------------
@@ -228,8 +233,9 @@ struct Kernels {
   // entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and zero gradients.
   // logits = hidden W^T, x = logit * inverseTemperature. Per part: m = max x,
   // s = lanes sum of exp(x - m), u = lanes sum of exp(x - m)(x - m), over the part's columns in order; parts are merged by
-  // the tree: (m, s, u) with m = max(m1, m2), d_i = m_i - m, s = s1 e^d1 + s2 e^d2, u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2);
-  // an empty part is passed over. x - m is held at -100 from below (e^-100 = 0), so a logit of -inf adds nothing to u.
+  // the tree: (m, s, u) with m = max(m1, m2), d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2).
+  // m starts at the lowest float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a
+  // logit of -inf and an empty part add nothing.
   void (*logprobs)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature, LogSoftmax out, Staging);
   // dlogit_v = inverseTemperature * (dLogprob (1[v = target] - p_v) - dEntropy p_v (log p_v + H)), rounded as an operand;
   // dHidden [T, D] float32 stored as linearBackwardInput does, dW += as linearBackwardWeight does. T is even.

@@ -35,7 +35,7 @@ LOCKSTEP_INLINE V broadcast(float x) {
   }
 }
 
-// e^x within 1 ulp. 0 below -87.33 (where the result would be a denormal) and at -inf; inf above 88.7228; NaN at NaN.
+// e^x within 1.1 ulp. 0 below -87.33 (where the result would be a denormal) and at -inf; inf above 88.7228; NaN at NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2; n is found by adding 1.5 * 2^23, which leaves it in the low bits of t.
 template <class V>
 LOCKSTEP_INLINE V exp(V x) {

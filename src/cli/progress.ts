@@ -93,9 +93,9 @@ function bar(share: number, width = 16): string {
 }
 
 function named(metrics: MetricsRow): [string, number][] {
-  return Object.entries(shownMetrics).flatMap(([key, label]) =>
-    metrics[key] === undefined ? [] : [[label, metrics[key]] as [string, number]],
-  );
+  return Object.entries(shownMetrics)
+    .filter(([key]) => metrics[key] !== undefined && !(key === 'loss' && 'reward.mean' in metrics))
+    .map(([key, label]) => [label, metrics[key]!]);
 }
 
 function evaluationMetrics(metrics: MetricsRow): [string, number][] {

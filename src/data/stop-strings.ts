@@ -1,4 +1,5 @@
 /** Ends generations at strings: watches texts as tokens arrive and cuts them at the first stop string. */
+import { generatedStream } from './generated-text.js';
 import type { Tokenizer, TokenStream } from './tokenizer.js';
 
 /** Where a text ended. */
@@ -27,7 +28,7 @@ export class StopStrings {
   constructor(tokenizer: Tokenizer, stops: readonly string[], count: number) {
     this.#stops = stops;
     this.#watched = Array.from({ length: count }, () => ({
-      stream: tokenizer.stream(),
+      stream: generatedStream(tokenizer),
       text: '',
       tokens: 0,
       cut: undefined,

@@ -85,6 +85,11 @@ export class Tokenizer {
     this.chatTemplate = files.template === undefined ? undefined : new ChatTemplate(files.template, names, directory);
   }
 
+  /** Whether an id stands for a token; a model's vocabulary may be larger than its tokenizer's. */
+  has(id: number): boolean {
+    return this.tokens[id] !== undefined;
+  }
+
   /** The id of a token's exact content, or undefined. */
   idOf(content: string): number | undefined {
     const id = this.specialTokens.get(content) ?? this.tokens.indexOf(content);

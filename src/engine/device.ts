@@ -120,9 +120,10 @@ export function rethrow<T>(run: () => T): T {
   }
 }
 
-export async function rethrowAsync<T>(promise: Promise<T>): Promise<T> {
+/** `run` may throw at once (a closed model) or reject. */
+export async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
   try {
-    return await promise;
+    return await run();
   } catch (error) {
     throw toLockstepError(error);
   }

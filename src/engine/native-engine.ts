@@ -46,9 +46,9 @@ export interface EngineOptions {
 }
 
 /** Rows of one step of generation: prompt chunks and decoding rows together. */
-const generationRows = 512;
+export const generationRows = 512;
 /** Sequences that generate together, at most. */
-const generationSequences = 256;
+export const generationSequences = 256;
 
 interface TensorHome {
   index: number;
@@ -121,7 +121,7 @@ export class NativeEngine implements Engine {
 
   /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
   async load(items: NativeLoad[]): Promise<void> {
-    await rethrowAsync(this.native.load(items));
+    await rethrowAsync(() => this.native.load(items));
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
@@ -134,7 +134,7 @@ export class NativeEngine implements Engine {
       ? planTraining(this.shape, this.dtype, size, this.recompute)
       : planScoring(this.shape, this.dtype, size);
     this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
-    return rethrowAsync(
+    return rethrowAsync(() =>
       this.native.forward({
         tokens: batch.tokens,
         lengths: batch.lengths,
@@ -147,13 +147,13 @@ export class NativeEngine implements Engine {
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
-    await rethrowAsync(this.native.backward(gradients));
+    await rethrowAsync(() => this.native.backward(gradients));
   }
 
   async step(options: StepOptions): Promise<StepResult> {
     const { betas, ...rest } = options;
     return {
-      gradientNorm: await rethrowAsync(this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
+      gradientNorm: await rethrowAsync(() => this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
     };
   }
 
@@ -180,7 +180,7 @@ export class NativeEngine implements Engine {
     const abort = (): void => handle.abort();
     options.signal?.addEventListener('abort', abort, { once: true });
     try {
-      const { results, ...statistics } = await rethrowAsync(handle.promise);
+      const { results, ...statistics } = await rethrowAsync(() => handle.promise);
       if (thrown) throw thrown.error;
       options.signal?.throwIfAborted();
       this.lastGeneration = statistics;
@@ -244,22 +244,22 @@ export class NativeEngine implements Engine {
 
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
     const { pieces, columns, transposed } = this.home(name);
-    const rows = await rethrowAsync(this.native.readRows({ space, columns, pieces }));
+    const rows = await rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
     return transposed ? transpose(rows, rows.length / columns, columns) : rows;
   }
 
   async writeTensor(name: string, data: Float32Array, space: ParameterSpace = 'weights'): Promise<void> {
     const { pieces, columns, transposed } = this.home(name);
     const rows = transposed ? transpose(data, columns, data.length / columns) : data;
-    await rethrowAsync(this.native.writeRows({ space, columns, pieces, data: rows }));
+    await rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data: rows }));
   }
 
   async publish(): Promise<void> {
-    await rethrowAsync(this.native.publish());
+    await rethrowAsync(() => this.native.publish());
   }
 
   memory(): EngineMemory {
-    return { ...this.native.memory(), ...this.device.memory() };
+    return rethrow(() => ({ ...this.native.memory(), ...this.device.memory() }));
   }
 
   async close(): Promise<void> {

@@ -15,6 +15,35 @@ export interface NativeDevice {
   readonly kernels: string;
   memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
   close(): void;
+  /** Times one operation beside its ceiling, verified first (bench/). */
+  bench(call: NativeBench): Promise<NativeBenchResult>;
+}
+
+export type NativeBench = { runs: number } & (
+  | {
+      what: 'gemm';
+      product: 'forward' | 'input' | 'weight';
+      rows: number;
+      out: number;
+      in: number;
+      split: 'none' | 'out' | 'in';
+      parts: number;
+      dtype: 'float32' | 'bfloat16';
+      /** Weights that no cache holds; the ceiling is then reading memory, else multiply-adds. */
+      cold: boolean;
+    }
+  | { what: 'adamw'; count: number }
+  | { what: 'dispatch' }
+  | { what: 'ceilings'; dtype: 'float32' | 'bfloat16' }
+);
+
+/** Seconds of each run, and the multiply-adds or bytes that one run of the operation and of the ceiling makes. */
+export interface NativeBenchResult {
+  seconds: number[];
+  ceilingSeconds: number[];
+  work: number;
+  ceilingWork: number;
+  verified: boolean;
 }
 
 export interface NativeForward {
@@ -82,12 +111,7 @@ export interface NativeModel {
     onProgress?: (progress: GenerateProgress) => number[] | undefined,
   ): { promise: Promise<NativeGenerated>; abort(): void };
   readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
-  writeRows(call: {
-    space: ParameterSpace;
-    columns: number;
-    pieces: NativePieces;
-    data: Float32Array;
-  }): Promise<void>;
+  writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
   publish(): Promise<void>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;

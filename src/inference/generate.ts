@@ -1,6 +1,7 @@
 /** Text from a model: prompts in, samples out in the prompts' order. */
 
 import { checkTokens, toPrompt } from '../data/examples.js';
+import { generatedStream, generatedText } from '../data/generated-text.js';
 import type { Columns } from '../data/jsonl.js';
 import { parseRow, placeText, type RowPlace } from '../data/rows.js';
 import { StopStrings } from '../data/stop-strings.js';
@@ -195,7 +196,7 @@ function ended(
 ): Pick<Completion, 'tokens' | 'text' | 'logprobs' | 'finish'> {
   const cut = stops?.finish(request, tokens);
   const kept = cut ? tokens.subarray(0, cut.tokens) : tokens;
-  const text = textual ? (cut?.text ?? tokenizer!.decode(kept, { skipSpecialTokens: true })) : undefined;
+  const text = textual ? (cut?.text ?? generatedText(tokenizer!, kept, { skipSpecialTokens: true })) : undefined;
   return {
     tokens: kept,
     ...(text === undefined ? {} : { text }),
@@ -206,7 +207,7 @@ function ended(
 
 /** Streams the text of the only sample; what may be the beginning of a stop string waits. */
 function liveText({ tokenizer }: OpenModel, { onText, stop = [] }: GenerateSettings, stops: StopStrings | undefined) {
-  const stream = tokenizer?.stream({ skipSpecialTokens: true });
+  const stream = tokenizer && generatedStream(tokenizer, { skipSpecialTokens: true });
   const held = Math.max(0, ...stop.map((text) => text.length - 1));
   let text = '';
   let shown = 0;

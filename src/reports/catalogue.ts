@@ -93,7 +93,7 @@ const definitions: readonly ChartDefinition[] = [
   {
     title: 'Gradient norm',
     note: 'Before clipping.',
-    metrics: { 'gradient.norm': 'policy', 'value.gradient.norm': 'critic', 'critic.gradient.norm': 'critic' },
+    metrics: { 'gradient.norm': 'trained model', 'value.gradientNorm': 'critic' },
     fromZero: true,
   },
   {
@@ -141,15 +141,38 @@ export function phaseSeries(rows: readonly MetricsRow[]): Series[] {
     .sort((a, b) => total(b) - total(a));
 }
 
+/** The first `count` - 1 series, and the sum of the others as one. */
+function foldTail(series: readonly Series[], count: number): Series[] {
+  if (series.length <= count) return [...series];
+  const sums = new Map<number, number>();
+  for (const { points } of series.slice(count - 1)) {
+    for (const { step, value } of points) sums.set(step, (sums.get(step) ?? 0) + value);
+  }
+  const points = [...sums].map(([step, value]) => ({ step, value })).sort((a, b) => a.step - b.step);
+  return [...series.slice(0, count - 1), { key: 'seconds.others', label: 'others', points }];
+}
+
+/** Without the series that repeat an earlier one, point for point. */
+export function distinct(series: readonly Series[]): Series[] {
+  const seen = new Set<string>();
+  return series.filter(({ points }) => {
+    const content = JSON.stringify(points);
+    return !seen.has(content) && seen.add(content);
+  });
+}
+
 /** The charts of a run, in reading order. */
 export function chartsOf(rows: readonly MetricsRow[]): ChartSpec[] {
   const charts: ChartSpec[] = [];
+  const surrogate = rows.some((row) => 'policy.loss' in row);
   for (const { metrics, ...definition } of definitions) {
+    // The loss of a policy is its surrogate, which has a chart of its own.
+    if (surrogate && 'loss' in metrics) continue;
     const series = Object.entries(metrics).flatMap(([key, label]) => [
       seriesOf(rows, key, label),
       { ...seriesOf(rows, `eval.${key}`, `${label}, evaluation`), sparse: true },
     ]);
-    const present = series.filter(({ points }) => points.length > 0);
+    const present = distinct(series.filter(({ points }) => points.length > 0));
     if (present.length > 0) charts.push({ ...definition, kind: 'lines', series: present });
   }
   const phases = phaseSeries(rows);
@@ -158,7 +181,7 @@ export function chartsOf(rows: readonly MetricsRow[]): ChartSpec[] {
       title: 'Time per step',
       note: 'By phase.',
       kind: 'stack',
-      series: phases,
+      series: foldTail(phases, 7),
       fromZero: true,
       unit: 'seconds',
     });

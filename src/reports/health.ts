@@ -52,7 +52,13 @@ const rules: readonly Rule[] = [
   },
   (metric) => {
     const kl = metric('kl.mean');
-    if (!kl || kl.end <= 15) return undefined;
+    if (!kl || (kl.end <= 15 && kl.end >= -0.1)) return undefined;
+    if (kl.end < 0) {
+      return {
+        level: 'notice',
+        text: `the KL estimate is ${formatNumber(kl.end)}, below zero: samples do not come from the policy itself (rollout.topP, rollout.topK), or are too few`,
+      };
+    }
     return {
       level: 'warning',
       text: `KL reached ${formatNumber(kl.end)}: the policy is far from its reference; read the samples before trusting the reward`,

@@ -1,4 +1,5 @@
 /** The summary of a run for a terminal: a few lines with miniature charts of block characters. */
+import { distinct } from './catalogue.js';
 import { formatNumber, formatSeconds } from './numbers.js';
 import type { RunRecord } from './run-record.js';
 import { type Point, seriesOf } from './series.js';
@@ -26,19 +27,19 @@ export function terminalSummary(run: RunRecord, { width = 80 } = {}): string {
   const summary = summariseRun(run);
   const lines = [
     `${run.name}: ${summary.algorithm} of ${summary.model}`,
-    `${describeState(summary)}${summary.seconds > 0 ? ` in ${formatSeconds(summary.seconds)}` : ''}`,
+    `${describeState(summary)}${summary.step > 0 && summary.seconds > 0 ? ` in ${formatSeconds(summary.seconds)}` : ''}`,
   ];
   const rest = Object.keys(summary.metrics).filter(
-    (name) => !summary.headline.includes(name) && /^(eval\.|loss$|reward\.|policy\.loss|value\.loss)/.test(name),
+    (name) => !summary.headline.includes(name) && /^(eval\.|reward\.|policy\.loss|value\.loss|loss$)/.test(name),
   );
-  const shown = [...summary.headline, ...rest];
-  const nameWidth = Math.max(0, ...shown.map((name) => name.length));
+  const shown = distinct([...summary.headline, ...rest].map((name) => seriesOf(run.rows, name)));
+  const nameWidth = Math.max(0, ...shown.map(({ key }) => key.length));
   const chartWidth = Math.max(8, Math.min(40, width - nameWidth - 30));
   if (shown.length > 0) lines.push('');
-  for (const name of shown) {
-    const { start, end } = summary.metrics[name]!;
-    const chart = sparkline(seriesOf(run.rows, name).points, chartWidth).padEnd(chartWidth);
-    lines.push(`  ${name.padEnd(nameWidth)}  ${chart}  ${formatNumber(start)} -> ${formatNumber(end)}`);
+  for (const { key, points } of shown) {
+    const { start, end } = summary.metrics[key]!;
+    const chart = sparkline(points, chartWidth).padEnd(chartWidth);
+    lines.push(`  ${key.padEnd(nameWidth)}  ${chart}  ${formatNumber(start)} -> ${formatNumber(end)}`);
   }
   const phases = Object.entries(summary.phases);
   if (phases.length > 0) {

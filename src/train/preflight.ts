@@ -1,4 +1,5 @@
 /** What a run needs of its device, added up before anything is allocated, and refused with the arithmetic shown. */
+import { generationRows, generationSequences } from '../engine/native-engine.js';
 import { LockstepError } from '../errors.js';
 import {
   largestCall,
@@ -55,7 +56,9 @@ function calls({ name, shape, trained, generates }: Role, { dtype, batch, rollou
   const scoring = planScoring(shape, dtype, size).total;
   const training = trained ? planTraining(shape, dtype, size, memory.recompute).total : 0;
   const pages = Math.ceil(Math.min(shape.maxPositions, rows + rollout.maxNewTokens) / pagePositions) + 1;
-  const generating = generates ? planGeneration(shape, dtype, { rows: 512, sequences: 1, pages }).total : 0;
+  const sequences = Math.min(batch.sequences, generationSequences);
+  const generation = { rows: Math.max(sequences, generationRows), sequences, pages };
+  const generating = generates ? planGeneration(shape, dtype, generation).total : 0;
   return [
     { what: `workspace: ${name}, forward of ${rows} tokens`, bytes: scoring },
     { what: `workspace: ${name}, training on ${rows} tokens`, bytes: training },

@@ -13,19 +13,18 @@ import type { Workshop } from './task.js';
 
 export interface RewardSource {
   computeRewards(rollout: Rollout): Promise<Rewards>;
-  close(): Promise<void>;
 }
 
 /** `engine` is that of the reward model, when there is one. */
 export async function openRewards(
   { reward, batch }: PpoConfig,
   engine: Engine | undefined,
-  { turns, recorder, tokenizer }: Workshop,
+  { turns, recorder, tokenizer, own }: Workshop,
 ): Promise<RewardSource> {
   const model =
     engine &&
     turns.wrap(RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: 'reward' }, recorder);
-  const opened = reward.function === undefined ? undefined : await openReward(reward.function);
+  const opened = reward.function === undefined ? undefined : own(await openReward(reward.function));
   const fromFunction = async (rollout: Rollout): Promise<Rewards> => {
     const samples = textsOf(rollout, tokenizer).map((texts, i) => ({ ...texts, row: rollout.prompts[i]!.row }));
     const given = await scoreSamples(opened!.reward as RewardFunction, samples, {
@@ -42,7 +41,6 @@ export async function openRewards(
       if (scored) checkFinite(scored);
       return scored && given ? sum(rollout, scored, given) : (scored ?? given!);
     },
-    close: async () => opened?.close(),
   };
 }
 

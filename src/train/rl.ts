@@ -13,16 +13,15 @@ import { ReferenceWorker } from '../workers/reference.js';
 import type { PpoConfig } from './config.js';
 import { openRewards } from './rewards.js';
 import { openEngine, type Role } from './roles.js';
-import { samplesOf } from './samples.js';
-import { closeAll, evaluation, openSources } from './supervised.js';
+import { samplesOf, unknownMetric } from './samples.js';
+import { evaluation, openSources } from './sources.js';
 import { learnerSettings, type Outcome, ofEvaluation, type Task, type Workshop } from './task.js';
 
 export async function ppoTask(config: PpoConfig, workshop: Workshop): Promise<Task> {
   const { roles, tokenizer } = workshop;
   const named = Object.fromEntries(roles.map((role) => [role.name, role])) as Record<Role['name'], Role | undefined>;
-  const sources = await openSources(config, (row) =>
-    promptOf(row, named.policy!, workshop, config.rollout.maxNewTokens),
-  );
+  const convert = (row: Row) => promptOf(row, named.policy!, workshop, config.rollout.maxNewTokens);
+  const sources = await openSources(config, convert, workshop);
   const engines: Partial<Record<Role['name'], Engine>> = {};
   for (const role of roles) engines[role.name] = await openEngine(role, workshop);
   const rewards = await openRewards(config, engines.reward, workshop);
@@ -46,7 +45,13 @@ export async function ppoTask(config: PpoConfig, workshop: Workshop): Promise<Ta
       const { metrics, rollout, rewards: given } = await algorithm.iterate(models, prompts, { iteration: step });
       const { max, tokens } = models.actor.mismatch();
       return {
-        metrics: { ...metrics, 'mismatch.max': max, 'mismatch.tokens': tokens, tokens: rollout!.tokens.length },
+        metrics: {
+          ...metrics,
+          ...unknownMetric(rollout!, tokenizer),
+          'mismatch.max': max,
+          'mismatch.tokens': tokens,
+          tokens: rollout!.tokens.length,
+        },
         samples: samplesOf(rollout!, tokenizer, { scores: given!.scores, count: config.evaluation.samples }),
       };
     },
@@ -60,7 +65,6 @@ export async function ppoTask(config: PpoConfig, workshop: Workshop): Promise<Ta
     }),
     state: () => algorithm.state(),
     restore: (state) => algorithm.restore(state),
-    close: () => closeAll(rewards, ...Object.values(engines), sources),
   };
 }
 

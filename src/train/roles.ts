@@ -9,6 +9,7 @@ import { LockstepError } from '../errors.js';
 import type { BackendDevice } from '../inference/backend.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
+import type { Closable } from './closing.js';
 import type { Config, PpoConfig } from './config.js';
 import type { Recorder } from './recorder.js';
 
@@ -98,18 +99,22 @@ export interface EngineContext {
   recorder: Recorder;
   /** The run's checkpoint to continue from. */
   from?: string | undefined;
+  /** Has a resource closed when the run ends, however it ends. */
+  own<Resource extends Closable>(resource: Resource): Resource;
 }
 
 /** An engine for a role, with the weights of the checkpoint that the run continues or of the role's start. */
-export async function openEngine(role: Role, { config, device, recorder, from }: EngineContext): Promise<Engine> {
+export async function openEngine(role: Role, context: EngineContext): Promise<Engine> {
+  const { config, device, recorder, from } = context;
   const saved = role.trained && from !== undefined;
-  const engine = await device.createEngine(saved ? await openCheckpoint(join(from, role.folder)) : role.checkpoint, {
+  const created = await device.createEngine(saved ? await openCheckpoint(join(from, role.folder)) : role.checkpoint, {
     head: role.head,
     dtype: config.dtype,
     train: role.trained,
     parts: config.numerics.parts,
     recompute: config.memory.recompute,
   });
+  const engine = context.own(created);
   if (role.trained && !saved && role.head === 'score' && role.checkpoint.shape.head !== 'score') {
     await engine.writeTensor('score.weight', initialScoreHead(role.shape.width, config.seed));
     await engine.publish();

@@ -1,4 +1,5 @@
 /** Rollouts as texts to keep and to score. */
+import { countUnknown, generatedText } from '../data/generated-text.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import { offsets, type Rollout } from '../workers/batches.js';
 import type { Sample } from './events.js';
@@ -13,7 +14,7 @@ export interface Texts {
 /** Prompt and response of every sequence; texts are empty without a tokenizer. */
 export function textsOf(rollout: Rollout, tokenizer: Tokenizer | undefined): Texts[] {
   const starts = offsets(rollout.lengths);
-  const text = (tokens: Int32Array) => tokenizer?.decode(tokens, { skipSpecialTokens: true }) ?? '';
+  const text = (tokens: Int32Array) => (tokenizer ? generatedText(tokenizer, tokens, { skipSpecialTokens: true }) : '');
   return Array.from(rollout.lengths, (length, row) => {
     const sequence = rollout.tokens.subarray(starts[row]!, starts[row]! + length);
     const tokens = sequence.slice(rollout.promptLengths[row]!);
@@ -37,4 +38,14 @@ export function samplesOf(
       ...(scores ? { reward: scores[index]! } : {}),
       finish: rollout.finish[index]!,
     }));
+}
+
+/** `response.unknown`, the number of sampled tokens that the tokenizer lacks; no metric when there are none. */
+export function unknownMetric(rollout: Rollout, tokenizer: Tokenizer | undefined): Record<string, number> {
+  const count = tokenizer ? countUnknown(tokenizer, sampledTokens(rollout)) : 0;
+  return count > 0 ? { 'response.unknown': count } : {};
+}
+
+function* sampledTokens({ tokens, responseMask }: Rollout): Generator<number> {
+  for (const [t, sampled] of responseMask.entries()) if (sampled) yield tokens[t + 1]!;
 }

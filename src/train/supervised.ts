@@ -10,8 +10,9 @@ import { ActorWorker } from '../workers/actor.js';
 import { RewardWorker } from '../workers/reward.js';
 import type { Config, RewardConfig, SftConfig } from './config.js';
 import { openEngine, type Role } from './roles.js';
-import { checkRowLength, RowSource } from './row-source.js';
+import { checkRowLength } from './row-source.js';
 import { samplesOf } from './samples.js';
+import { evaluation, openSources, type Sources } from './sources.js';
 import { learnerSettings, type Outcome, ofEvaluation, type Task, type Workshop } from './task.js';
 
 /** An example, and the prompt that an evaluation lets the model continue. */
@@ -22,8 +23,8 @@ interface SftItem extends SftExample {
 export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Task> {
   const { roles, turns, recorder, tokenizer } = workshop;
   const [policy] = roles as [Role];
-  const convert = (row: Row): SftItem => sftItem(row, policy, workshop, config.rollout.maxNewTokens);
-  const sources = await openSources(config, convert);
+  const convert = (row: Row): SftItem => sftItem(row, policy, workshop);
+  const sources = await openSources(config, convert, workshop);
   const engine = await openEngine(policy, workshop);
   const actor = turns.wrap(
     ActorWorker.create(engine, {
@@ -45,14 +46,13 @@ export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Ta
       const rollout = prompts.length > 0 ? await actor.generateForEvaluation(prompts) : undefined;
       return { metrics: ofEvaluation({ loss }), samples: rollout ? samplesOf(rollout, tokenizer) : [] };
     }),
-    close: () => closeAll(engine, sources),
   };
 }
 
 export async function rewardTask(config: RewardConfig, workshop: Workshop): Promise<Task> {
   const { roles, turns, recorder } = workshop;
   const [role] = roles as [Role];
-  const sources = await openSources(config, (row) => pairOf(row, role, workshop));
+  const sources = await openSources(config, (row) => pairOf(row, role, workshop), workshop);
   const engine = await openEngine(role, workshop);
   const reward = turns.wrap(
     RewardWorker.createLearner(engine, learnerSettings(config)),
@@ -66,44 +66,7 @@ export async function rewardTask(config: RewardConfig, workshop: Workshop): Prom
       const { loss, statistics } = await evaluateRewardModel({ reward }, rewardBatch(pairs));
       return { metrics: ofEvaluation({ loss, ...pairMetrics(statistics) }), samples: [] };
     }),
-    close: () => closeAll(engine, sources),
   };
-}
-
-interface Sources<Item> {
-  train: RowSource<Item>;
-  evaluation: RowSource<Item> | undefined;
-}
-
-/** The training data in its order, and the evaluation data in the file's. */
-export async function openSources<Item>(
-  { data, seed }: Pick<Config, 'data' | 'seed'>,
-  convert: (row: Row) => Item,
-): Promise<Sources<Item>> {
-  const { shuffle, onError } = data;
-  const train = await RowSource.open(data.train, convert, { shuffle, seed, onError });
-  if (data.eval === undefined) return { train, evaluation: undefined };
-  return { train, evaluation: await RowSource.open(data.eval, convert, { shuffle: false, seed, onError }) };
-}
-
-/** Skipped rows and evaluation, for any task over sources. */
-export function evaluation<Item>(
-  { evaluation: source }: Sources<Item>,
-  config: Pick<Config, 'evaluation'>,
-  evaluate: (items: Item[]) => Promise<Outcome>,
-): Pick<Task, 'evaluate'> {
-  if (!source) return {};
-  return { evaluate: async () => evaluate(await source.take(0, Math.min(source.length, config.evaluation.rows))) };
-}
-
-export async function closeAll(...closing: ({ close(): Promise<void> } | Sources<unknown>)[]): Promise<void> {
-  for (const item of closing) {
-    if ('close' in item) await item.close();
-    else {
-      await item.train.close();
-      await item.evaluation?.close();
-    }
-  }
 }
 
 function supervised<Item, Models>(
@@ -130,7 +93,7 @@ function supervised<Item, Models>(
   };
 }
 
-function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop, maxNewTokens: number): SftItem {
+function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop): SftItem {
   const { directory } = checkpoint;
   const { tokens, mask } = toTrainingExample(row, tokenizer, { directory });
   checkTokens(tokens, shape.vocabulary, row.place);
@@ -139,8 +102,8 @@ function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop,
     throw badRow(row.place, 'the row has no token to learn; expected a response or a mask with ones');
   const asks = row.kind === 'prompt' && tokenizer !== undefined;
   const prompt = asks ? toPrompt(row, tokenizer, { directory }).tokens : opening(tokens, mask);
-  const fits = prompt.length > 0 && prompt.length + maxNewTokens <= shape.maxPositions;
-  return { tokens, mask, prompt: fits ? { tokens: prompt, row: row.columns } : undefined };
+  const leavesRoom = prompt.length > 0 && prompt.length < shape.maxPositions;
+  return { tokens, mask, prompt: leavesRoom ? { tokens: prompt, row: row.columns } : undefined };
 }
 
 /** What comes before the first learned token; of a row that is learned throughout, its first third (at most 16 tokens). */

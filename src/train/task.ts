@@ -32,7 +32,6 @@ export interface Task {
   evaluate?(): Promise<Outcome>;
   state(): AlgorithmState;
   restore(state: AlgorithmState): void;
-  close(): Promise<void>;
 }
 
 /** What tasks are made of. */

@@ -1,8 +1,9 @@
 /** A training run from configuration to events: opens what it needs, hands it to the loop, and closes it again. */
 import { loadTokenizerIfPresent } from '../data/tokenizer.js';
-import { type Backend, type BackendDevice, nativeBackend } from '../inference/backend.js';
+import { type Backend, nativeBackend } from '../inference/backend.js';
 import { endTokensOf } from '../inference/open-model.js';
 import { checkResumable, restoreCheckpoint } from './checkpoint.js';
+import { Closing } from './closing.js';
 import { type Config, type ConfigInput, parseBytes, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
 import { loop, type Run, type RunWarning } from './loop.js';
@@ -36,16 +37,18 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   const config = parseConfig(input);
   const folder = await RunFolder.open(config.output, { resume });
   const recorder = new Recorder();
-  const open: { close(): Promise<void> }[] = [folder, recorder];
+  const closing = new Closing();
+  closing.own(folder);
+  closing.own(recorder);
   try {
     const latest = (await folder.checkpoints()).at(-1);
     const roles = await rolesOf(config);
     const memory = preflight(roles, config);
     if (latest) await checkResumable(latest.directory, config, roles, await folder.config());
     const device = await backend.openDevice({ threads: config.threads, memoryBytes: parseBytes(config.memory.device) });
-    open.push(device);
-    const task = await openTask(config, { roles, device, recorder, from: latest?.directory });
-    open.push(task);
+    closing.own(device);
+    const own: Workshop['own'] = (resource) => closing.own(resource);
+    const task = await openTask(config, { roles, device, recorder, own, from: latest?.directory });
     if (latest) await restoreCheckpoint(task, latest.directory);
     const step = latest?.step ?? 0;
     await folder.begin(printConfig(config), step);
@@ -63,13 +66,13 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     for (const warning of await warnings(config, roles)) yield { type: 'warning', step, ...warning };
     yield* loop(run, step);
   } finally {
-    for (const item of open.reverse()) await item.close();
+    await closing.close();
   }
 }
 
 async function openTask(
   config: Config,
-  parts: { roles: Role[]; device: BackendDevice; recorder: Recorder; from: string | undefined },
+  parts: Pick<Workshop, 'roles' | 'device' | 'recorder' | 'own' | 'from'>,
 ): Promise<Task> {
   const { checkpoint } = parts.roles[0]!;
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);

@@ -32,7 +32,11 @@ export const ActorWorker = {
     const sample = async (prompts: readonly Prompt[], iteration: number): Promise<Rollout> => {
       const stops = stopStrings(settings, prompts.length);
       const generated = await engine.generate(
-        prompts.map(({ tokens }, i) => ({ prompt: tokens, id: requestId(iteration, i) })),
+        prompts.map(({ tokens }, i) => ({
+          prompt: tokens,
+          id: requestId(iteration, i),
+          maxNewTokens: Math.min(settings.sampling.maxNewTokens, engine.shape.maxPositions - tokens.length),
+        })),
         { ...settings.sampling, ...(stops ? { onProgress: (p) => stops.push(p.requests, p.tokens) } : {}) },
       );
       return packRollout(

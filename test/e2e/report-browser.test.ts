@@ -90,9 +90,9 @@ describe(`the report in a browser (${place})`, () => {
     ) as Record<string, unknown>;
     const norm = (step: number) => Number(rows.find((row) => row.step === step)['gradient.norm'].toPrecision(6));
     expect(seen.before).toBe('');
-    expect(seen.atEnd).toBe(`Step 30policy${norm(30)}`);
+    expect(seen.atEnd).toBe(`Step 30trained model${norm(30)}`);
     expect(seen.inside).toBe(true);
-    expect(seen.second).toBe(`Step 2policy${norm(2)}`);
+    expect(seen.second).toBe(`Step 2trained model${norm(2)}`);
     expect(seen.after).toBe('');
     expect(seen.cursor).toBe(0);
   });

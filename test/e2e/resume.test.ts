@@ -152,10 +152,11 @@ describe.each([
     const config = await configFile(folder, sft(signal), `${signal}.json`);
     const { child, ended, output: printed } = start(['train', config, '--json']);
     const watch = setInterval(() => {
-      if (printed().split('\n').length > 4) child.kill(signal);
+      if (printed().split('\n').length <= 4) return;
+      clearInterval(watch);
+      child.kill(signal);
     }, 2);
     const { code, stderr } = await ended;
-    clearInterval(watch);
     expect([code, stderr]).toEqual([exitCode, expect.stringContaining('--resume')]);
     const rows = await metricsOf(output);
     const last = rows.at(-1)!.step!;

@@ -83,6 +83,21 @@ describe('series', () => {
   });
 });
 
+describe('charts', () => {
+  test('a series that repeats another is not drawn twice, nor the loss that is the surrogate', () => {
+    const { rows } = run({
+      'reward.mean': Math.sin,
+      'reward.model': Math.sin,
+      loss: Math.cos,
+      'policy.loss': Math.cos,
+    });
+    expect(chartsOf(rows).map(({ title, series }) => [title, series.map(({ key }) => key)])).toEqual([
+      ['Reward', ['reward.mean']],
+      ['Policy loss', ['policy.loss']],
+    ]);
+  });
+});
+
 describe('phases', () => {
   test('add up to the step: what they leave is a phase of its own, and native calls are not counted twice', () => {
     const { rows } = run({
@@ -99,6 +114,14 @@ describe('phases', () => {
   test('of a run whose models are called without phases are the native calls and the rest', () => {
     const { rows } = run({ 'seconds.data': () => 0.01, 'seconds.step': () => 1, 'seconds.native': () => 0.9 });
     expect(phaseSeries(rows).map(({ label }) => label)).toEqual(['model', 'rest', 'data']);
+  });
+
+  test('beyond seven are drawn as one, and nothing is lost', () => {
+    const names = [...'abcdefghij'];
+    const { rows } = run(Object.fromEntries(names.map((name, index) => [`seconds.${name}`, () => 10 - index])), 3);
+    const { series } = chartsOf(rows).at(-1)!;
+    expect(series).toHaveLength(7);
+    expect(series.reduce((sum, { points: all }) => sum + all[0]!.value, 0)).toBe(55);
   });
 
   test('are stacked: the top edge is the sum', () => {
@@ -122,6 +145,7 @@ describe('health hints', () => {
     ['a reward that falls back', { 'reward.mean': (step) => (step < 30 ? step / 10 : 0.4) }, 'fell back'],
     ['a reward that stays', { 'reward.mean': () => 1 }, 'did not rise'],
     ['a large KL', { 'kl.mean': (step) => step }, 'KL reached'],
+    ['a negative KL', { 'kl.mean': () => -0.3 }, 'below zero'],
     ['much clipping', { 'policy.clipFraction': () => 0.5 }, '50 % of tokens are clipped'],
     ['a bad critic', { 'value.explained': () => -0.5 }, 'the critic explains -0.5'],
     ['truncation', { 'response.truncated': () => 0.6 }, 'rollout.maxNewTokens'],

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { packBatch } from '../../src/data/batch.js';
+import { countUnknown, generatedText } from '../../src/data/generated-text.js';
 import { StopStrings } from '../../src/data/stop-strings.js';
 import { loadTokenizer } from '../../src/data/tokenizer.js';
 import type { Engine, StepOptions } from '../../src/engine/engine.js';
@@ -293,6 +294,19 @@ it('workers of a device take turns, also after a failure', async () => {
   const results = await Promise.allSettled([work('a'), work('b', true), work('c')]);
   expect(log).toEqual(['a begins', 'a ends', 'b begins', 'b ends', 'c begins', 'c ends']);
   expect(results.map(({ status }) => status)).toEqual(['fulfilled', 'rejected', 'fulfilled']);
+});
+
+describe('generated text', () => {
+  it('shows ids that the tokenizer lacks, which decode refuses', async () => {
+    const tokenizer = await loadTokenizer('test/fixtures/models/llama');
+    const [a, b] = ['river', ' stone'].map((text) => [...tokenizer.encode(text, { special: false })]);
+    const beyond = tokenizer.vocabularySize + 3;
+    const ids = [...a!, beyond, ...b!];
+    expect(generatedText(tokenizer, ids)).toBe('river\uFFFD stone');
+    expect(generatedText(tokenizer, a!)).toBe(tokenizer.decode(a!));
+    expect(countUnknown(tokenizer, ids)).toBe(1);
+    expect(() => tokenizer.decode(ids)).toThrow(expect.objectContaining({ code: 'TOKEN_OUT_OF_RANGE' }));
+  });
 });
 
 describe('stop strings', () => {

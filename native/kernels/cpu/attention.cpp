@@ -1,5 +1,5 @@
-// Forward attention: one task takes a tile of query rows and the query heads of one key/value head through the pages they
-// see, in order. Training, prefill and decode are this one function; they differ in how many rows a tile has.
+// Forward attention: one task takes a tile of query rows and the query heads of one key/value head through the pages
+// they see, in order. Training, prefill and decode are this one function; they differ in how many rows a tile has.
 #include <limits>
 
 #include "kernels/cpu/attention_tasks.h"
@@ -8,8 +8,8 @@
 namespace lockstep::kernels::LOCKSTEP_ISA {
 namespace {
 
-// Rows (query rows times heads) whose queries and outputs a task keeps: with K = 128 they and a widened page are 320 KiB,
-// within a level-2 cache.
+// Rows (query rows times heads) whose queries and outputs a task keeps: with K = 128 they and a widened page are 320
+// KiB, within a level-2 cache.
 constexpr int64_t kTaskRows = 256;
 // Rows of scores at a time: 64 x 64 float32 is half a level-1 cache.
 constexpr int64_t kScoreRows = 64;
@@ -26,8 +26,9 @@ struct ForwardCall {
 
 struct ForwardScratch {
   float *queries, *o, *m, *l, *scores, *panels;
-  int64_t units;  // of a row of queries
-  int64_t ldo;    // of a row of o
+  int32_t* position;  // of each row
+  int64_t units;      // of a row of queries
+  int64_t ldo;        // of a row of o
 
   static ForwardScratch make(Carver& carver, const AttentionShape& shape, int64_t rows) {
     const int64_t padded = roundUp(shape.headWidth, kPanelGrain), units = roundUp(shape.headWidth, 2);
@@ -38,6 +39,7 @@ struct ForwardScratch {
     s.o = carver.floats(rows * padded);
     s.m = carver.floats(rows);
     s.l = carver.floats(rows);
+    s.position = reinterpret_cast<int32_t*>(carver.floats(rows));
     s.scores = carver.floats(kScoreRows * kPagePositions);
     s.panels = carver.floats(kPagePositions * (units + padded));
     return s;
@@ -55,8 +57,8 @@ LOCKSTEP_INLINE void storeWeights(float* scores, int64_t slot, Vec e) {
   }
 }
 
-// One row's step of the online softmax over the slots begin..end-1 of a page: scores become rounded weights in place, m and l
-// move on, o is rescaled.
+// One row's step of the online softmax over the slots begin..end-1 of a page: scores become rounded weights in place, m
+// and l move on, o is rescaled.
 template <Chain kChain>
 void softmaxStep(float* scores, int64_t begin, int64_t end, float scale, float* m, float* l, float* o, int64_t ldo) {
   constexpr int kVectors = kPagePositions / 16;
@@ -105,14 +107,16 @@ void finishRow(const ForwardCall& call, const ForwardScratch& s, int64_t r, int6
 // The heads headBegin..headBegin+heads-1, all of key/value head g, of one tile of query rows.
 template <Chain kChain>
 void attendTile(const ForwardCall& call, const QueryTile& tile, int64_t g, int64_t headBegin, int64_t heads,
-                       const ForwardScratch& s) {
+                const ForwardScratch& s) {
   const AttentionShape& shape = call.shape;
   const int64_t width = shape.headWidth, rows = tile.count * heads, units = unitsOf<kChain>(width);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t h = headBegin + r / tile.count;
-    packRow<kChain>(call.q, tile.row + r % tile.count, h * width, width, s.queries + r * units);
-    s.m[r] = -std::numeric_limits<float>::infinity();
-    s.l[r] = 0.0f;
+  for (int64_t head = 0, r = 0; head < heads; ++head) {
+    for (int64_t i = 0; i < tile.count; ++i, ++r) {
+      packRow<kChain>(call.q, tile.row + i, (headBegin + head) * width, width, s.queries + r * units);
+      s.m[r] = -std::numeric_limits<float>::infinity();
+      s.l[r] = 0.0f;
+      s.position[r] = static_cast<int32_t>(tile.position + i);
+    }
   }
   memset(s.o, 0, rows * s.ldo * sizeof(float));
 
@@ -125,8 +129,7 @@ void attendTile(const ForwardCall& call, const QueryTile& tile, int64_t g, int64
       const int64_t count = rows - block < kScoreRows ? rows - block : kScoreRows;
       int32_t begin[kScoreRows], end[kScoreRows];
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t position = tile.position + (block + r) % tile.count, first = firstVisible(shape, position);
-        const int64_t last = position - base + 1;
+        const int64_t first = firstVisible(shape, s.position[block + r]), last = s.position[block + r] - base + 1;
         begin[r] = static_cast<int32_t>(first > base ? first - base : 0);
         end[r] = static_cast<int32_t>(last < kPagePositions ? last : kPagePositions);
         if (begin[r] >= end[r]) begin[r] = end[r] = 0;
@@ -136,17 +139,21 @@ void attendTile(const ForwardCall& call, const QueryTile& tile, int64_t g, int64
                        s.scores, kPagePositions);
       for (int64_t r = 0; r < count; ++r) {
         if (begin[r] == end[r]) continue;
-        softmaxStep<kChain>(s.scores + r * kPagePositions, begin[r], end[r], shape.scale, s.m + block + r, s.l + block + r,
-                            s.o + (block + r) * s.ldo, s.ldo);
+        softmaxStep<kChain>(s.scores + r * kPagePositions, begin[r], end[r], shape.scale, s.m + block + r,
+                            s.l + block + r, s.o + (block + r) * s.ldo, s.ldo);
       }
       for (int64_t n = 0; n < s.ldo; n += kPanel) {
         const int64_t w = s.ldo - n < kPanel ? s.ldo - n : kPanel;
-        accumulate<kChain>({s.scores, kPagePositions, 1}, count, {panels.value + unitsOf<kChain>(kPagePositions) * n, w},
-                           w / 16, begin, end, s.o + block * s.ldo + n, s.ldo);
+        accumulate<kChain>({s.scores, kPagePositions, 1}, count,
+                           {panels.value + unitsOf<kChain>(kPagePositions) * n, w}, w / 16, begin, end,
+                           s.o + block * s.ldo + n, s.ldo);
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r) finishRow<kChain>(call, s, r, tile.row + r % tile.count, headBegin + r / tile.count);
+  for (int64_t head = 0; head < heads; ++head) {
+    for (int64_t i = 0; i < tile.count; ++i)
+      finishRow<kChain>(call, s, head * tile.count + i, tile.row + i, headBegin + head);
+  }
 }
 
 // Query heads per task: as many of a key/value head's as fit, fewer when there would be too few tasks for the threads.

@@ -1,6 +1,6 @@
-// Backward attention in one pass per (sequence, key/value head): page by page of keys, and for each page head by head and
-// tile by tile of queries, scores are recomputed in a 64 x 64 block. dk and dv of the page stay in scratch and see queries in
-// order; dq is continued in memory and sees keys in order. Nothing is ever length x length.
+// Backward attention in one pass per (sequence, key/value head): page by page of keys, and for each page head by head
+// and tile by tile of queries, scores are recomputed in a 64 x 64 block. dk and dv of the page stay in scratch and see
+// queries in order; dq is continued in memory and sees keys in order. Nothing is ever length x length.
 #include "kernels/cpu/attention_tasks.h"
 #include "kernels/cpu/cpu.h"
 
@@ -33,7 +33,7 @@ struct TwoWay {
 
 struct BackwardScratch {
   float *panels, *keysT, *valuesT, *scores, *dScores, *dq;
-  float *p, *dS, *dSRows;       // as operands; kPairs only, else they are written over scores and dScores
+  float *p, *dS, *dSRows;  // as operands; kPairs only, else they are written over scores and dScores
   TwoWay q, dOut;
   float* sums;                  // dk and dv of the sharer at work, then of each level of the tree
   int64_t units, padded, size;  // K rounded up to 2 and to 16; floats of a [64, K] matrix
@@ -74,8 +74,8 @@ struct BackwardScratch {
   }
 };
 
-// How a left operand stored by positions of the block (p, dS: [64 queries][64 keys]) is walked, by chain kind: along a row
-// (keys) or down a column (queries).
+// How a left operand stored by positions of the block (p, dS: [64 queries][64 keys]) is walked, by chain kind: along a
+// row (keys) or down a column (queries).
 template <Chain kChain>
 constexpr int64_t kRowUnits = kChain == Chain::kPairs ? kBlock / 2 : kBlock;
 
@@ -118,7 +118,8 @@ void transposePage(const PagePanels& panels, const BackwardScratch& s, int64_t w
       const int64_t dimensions = s.units - i < 16 ? s.units - i : 16, w = valueWidth(i);
       const float* values = panels.value + valuePanel(i) + i % kPanel;
       for (int64_t position = 0; position < kBlock; position += 16) {
-        transposeBlock(panels.key + i * kBlock + position, kBlock, dimensions, s.keysT + position * s.padded + i, s.padded, 16);
+        transposeBlock(panels.key + i * kBlock + position, kBlock, dimensions, s.keysT + position * s.padded + i,
+                       s.padded, 16);
         transposeBlock(values + position * w, w, 16, s.valuesT + i * kBlock + position, kBlock, dimensions);
       }
     }
@@ -142,7 +143,8 @@ void packBothWays(const Operand& x, int64_t row, int64_t column, int64_t count, 
   }
 }
 
-// Where one block stands: queries queryBegin.., keys keyBegin.. of the sequence, and what each row and column of it sees.
+// Where one block stands: queries queryBegin.., keys keyBegin.. of the sequence, and what each row and column of it
+// sees.
 struct BlockRange {
   int64_t queryBegin, queries, keyBegin, keys;
   int32_t keyFirst[kBlock], keyEnd[kBlock];      // per query: the key slots it sees
@@ -175,8 +177,8 @@ struct Gradient {
 };
 
 // p and dS of query row r in the 16 slots from `slot` on; zero where it sees nothing.
-LOCKSTEP_INLINE Gradient gradientOf(const BackwardScratch& s, const BlockRange& range, int64_t r, int64_t slot, float scale,
-                                    float logSumExp, float delta) {
+LOCKSTEP_INLINE Gradient gradientOf(const BackwardScratch& s, const BlockRange& range, int64_t r, int64_t slot,
+                                    float scale, float logSumExp, float delta) {
   const int64_t begin = range.keyFirst[r], end = range.keyEnd[r];
   if (end <= slot || begin >= slot + 16) return {zero(), zero()};
   const Vec factor = Vec::broadcast(scale);
@@ -215,13 +217,14 @@ void blockGradients(const BackwardScratch& s, const BlockRange& range, float sca
 template <class Element>
 float deltaOf(const BackwardCall& call, int64_t row, int64_t column, int64_t width) {
   const Element *out = call.out.row<Element>(row) + column, *dOut = call.dOut.row<Element>(row) + column;
-  return lanesSum(width, [&](Vec acc, int64_t i, auto lanes) { return fma(load(dOut + i, lanes), load(out + i, lanes), acc); });
+  return lanesSum(
+      width, [&](Vec acc, int64_t i, auto lanes) { return fma(load(dOut + i, lanes), load(out + i, lanes), acc); });
 }
 
 // One block of one head: adds to dk(0), dv(0) and to dq in memory. rowBegin is the first row of the sequence.
 template <Chain kChain>
-void backwardBlock(const BackwardCall& call, const BackwardScratch& s, const PagePanels& panels, const BlockRange& range,
-                   int64_t rowBegin, int64_t h) {
+void backwardBlock(const BackwardCall& call, const BackwardScratch& s, const PagePanels& panels,
+                   const BlockRange& range, int64_t rowBegin, int64_t h) {
   using Element = std::conditional_t<kChain == Chain::kPlain, float, BFloat16>;
   const AttentionShape& shape = call.layout.attention;
   const int64_t width = shape.headWidth, row = rowBegin + range.queryBegin, column = h * width;
@@ -231,8 +234,8 @@ void backwardBlock(const BackwardCall& call, const BackwardScratch& s, const Pag
   float delta[kBlock];
   for (int64_t r = 0; r < range.queries; ++r) delta[r] = deltaOf<Element>(call, row + r, column, width);
 
-  multiply<kChain>({s.q.rows, s.q.rowUnits, 1}, range.queries, {panels.key, kBlock}, kBlock / 16, groupsOf<kChain>(width),
-                   range.keyEnd, s.scores, kBlock);
+  multiply<kChain>({s.q.rows, s.q.rowUnits, 1}, range.queries, {panels.key, kBlock}, kBlock / 16,
+                   groupsOf<kChain>(width), range.keyEnd, s.scores, kBlock);
   multiply<kChain>({s.dOut.rows, s.dOut.rowUnits, 1}, range.queries, {s.valuesT, kBlock}, kBlock / 16,
                    groupsOf<kChain>(width), range.keyEnd, s.dScores, kBlock);
   blockGradients<kChain>(s, range, shape.scale, call.logSumExp.row(h) + row, delta);
@@ -254,8 +257,8 @@ void backwardBlock(const BackwardCall& call, const BackwardScratch& s, const Pag
                      s.dk(0), s.padded);
 }
 
-// Joins the sum of sharer `index` (in dk(0), dv(0)) with the finished ones before it, as a balanced tree: level t + 1 holds a
-// subtree of 2^t sharers.
+// Joins the sum of sharer `index` (in dk(0), dv(0)) with the finished ones before it, as a balanced tree: level t + 1
+// holds a subtree of 2^t sharers.
 void joinSharer(const BackwardScratch& s, int64_t index, bool last) {
   int64_t level = 0;
   const int64_t size = 2 * s.size;
@@ -288,7 +291,8 @@ void backwardHead(const BackwardCall& call, int64_t b, int64_t g, const Backward
     for (int64_t sharer = 0; sharer < sharers; ++sharer) {
       memset(s.dk(0), 0, 2 * s.size * sizeof(float));
       for (int64_t h = g * group + sharer * perSharer; h < g * group + (sharer + 1) * perSharer; ++h) {
-        for (int64_t begin = keyBegin; begin < length && firstVisible(shape, begin) < keyBegin + kBlock; begin += kBlock) {
+        for (int64_t begin = keyBegin; begin < length && firstVisible(shape, begin) < keyBegin + kBlock;
+             begin += kBlock) {
           range.queryBegin = begin;
           range.queries = length - begin < kBlock ? length - begin : kBlock;
           range.fill(shape);
@@ -315,9 +319,8 @@ void attentionBackward(Queue& queue, const QkvLayout& layout, Operand q, const K
   const BackwardCall call{layout, q, out, dOut, kv, sequences, logSumExp, dqkv};
   const int64_t width = layout.attention.headWidth, heads = layout.attention.keyValueHeads;
   const bool isFloat32 = q.dtype == DType::kFloat32, pairs = !isFloat32 && kWideBFloat16 == Chain::kPairs;
-  forEachPaddingRow(sequences, dqkv.rows, [&](int64_t row) {
-    memset(dqkv.row(row), 0, layout.columns() * sizeof(float));
-  });
+  forEachPaddingRow(sequences, dqkv.rows,
+                    [&](int64_t row) { memset(dqkv.row(row), 0, layout.columns() * sizeof(float)); });
   Carver sizes;
   BackwardScratch::make(sizes, width, call.sharers(), pairs);
   queue.scratch(0, sizes.used);  // throws here rather than on a thread

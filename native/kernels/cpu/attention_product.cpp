@@ -17,6 +17,8 @@ constexpr int kTileVectors = 4;
 #else
 constexpr int kTileVectors = 1;
 #endif
+// A single row (decode, and the ragged ends of rows) has only its columns to keep the multipliers busy.
+constexpr int kRowVectors = 4;
 
 template <int R, int C>
 LOCKSTEP_INLINE void unitStep(Vec (&acc)[R][C], const float* a, int64_t row, const float* b) {
@@ -71,7 +73,9 @@ int tileRows(int64_t rows, Rows a, Panel b, int64_t begin, int64_t end, float* o
   return tile<kChain, 1, C>(a, b, begin, end, o, ldo, fresh), 1;
 }
 
-constexpr int tileRowsOf(int64_t rows) { return rows >= 6 ? 6 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+constexpr int tileRowsOf(int64_t rows) {
+  return rows >= 6 ? 6 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+}
 
 // Half of pair `group` of one row: the other half is zero times zero, whatever the operands hold there.
 template <Chain kChain>
@@ -105,21 +109,24 @@ template <Chain kChain>
 void positionsOfRow(Rows a, Panel b, int64_t begin, int64_t end, int64_t vectors, float* o) {
   if (begin >= end) return;
   if constexpr (kChain == Chain::kPlain) {
-    groupsOfRow<kChain, kTileVectors>(a, b, begin, end, vectors, o);
+    groupsOfRow<kChain, kRowVectors>(a, b, begin, end, vectors, o);
   } else {
     if (begin % 2 == 1) halfPair<kChain>(a, b, begin / 2, true, vectors, o);
-    groupsOfRow<kChain, kTileVectors>(a, b, (begin + 1) / 2, end / 2, vectors, o);
+    groupsOfRow<kChain, kRowVectors>(a, b, (begin + 1) / 2, end / 2, vectors, o);
     if (end % 2 == 1) halfPair<kChain>(a, b, end / 2, false, vectors, o);
   }
 }
 
 template <Chain kChain>
 int tileColumns(int64_t vectors, int64_t rows, Rows a, Panel b, int64_t begin, int64_t end, float* o, int64_t ldo,
-                       bool fresh) {
+                bool fresh) {
   if constexpr (kTileVectors == 4) {
     if (vectors >= 4) return tileRows<kChain, 4>(rows, a, b, begin, end, o, ldo, fresh), 4;
     if (vectors == 3) return tileRows<kChain, 3>(rows, a, b, begin, end, o, ldo, fresh), 3;
     if (vectors == 2) return tileRows<kChain, 2>(rows, a, b, begin, end, o, ldo, fresh), 2;
+  }
+  if (kTileVectors < kRowVectors && rows == 1 && vectors >= kRowVectors) {
+    return tile<kChain, 1, kRowVectors>(a, b, begin, end, o, ldo, fresh), kRowVectors;
   }
   return tileRows<kChain, 1>(rows, a, b, begin, end, o, ldo, fresh), 1;
 }
@@ -128,7 +135,7 @@ int tileColumns(int64_t vectors, int64_t rows, Rows a, Panel b, int64_t begin, i
 
 template <Chain kChain>
 void multiply(Rows a, int64_t rows, Panel b, int64_t vectors, int64_t groups, const int32_t* columnEnd, float* o,
-                     int64_t ldo) {
+              int64_t ldo) {
   for (int64_t r = 0; r < rows;) {
     const int64_t count = tileRowsOf(rows - r);
     int64_t needed = columnEnd == nullptr ? vectors : 0;
@@ -138,7 +145,8 @@ void multiply(Rows a, int64_t rows, Panel b, int64_t vectors, int64_t groups, co
     }
     for (int64_t c = 0; c < needed;) {
       const Rows left{a.data + r * a.row, a.row, a.step};
-      c += tileColumns<kChain>(needed - c, count, left, {b.data + 16 * c, b.step}, 0, groups, o + r * ldo + 16 * c, ldo, true);
+      c += tileColumns<kChain>(needed - c, count, left, {b.data + 16 * c, b.step}, 0, groups, o + r * ldo + 16 * c, ldo,
+                               true);
     }
     r += count;
   }
@@ -147,7 +155,7 @@ void multiply(Rows a, int64_t rows, Panel b, int64_t vectors, int64_t groups, co
 // Rows of a tile share the groups that all of them see whole; what only some see before and after is done row by row.
 template <Chain kChain>
 void accumulate(Rows a, int64_t rows, Panel b, int64_t vectors, const int32_t* begin, const int32_t* end, float* o,
-                       int64_t ldo) {
+                int64_t ldo) {
   constexpr int64_t kGroup = kChain == Chain::kPlain ? 1 : 2;
   for (int64_t r = 0; r < rows;) {
     const int64_t count = tileRowsOf(rows - r);
@@ -165,17 +173,19 @@ void accumulate(Rows a, int64_t rows, Panel b, int64_t vectors, const int32_t* b
     }
     for (int64_t c = 0; shared && c < vectors;) {
       const Panel right{b.data + 16 * c, b.step};
-      c += tileColumns<kChain>(vectors - c, count, left, right, firstGroup, lastGroup, o + r * ldo + 16 * c, ldo, false);
+      c +=
+          tileColumns<kChain>(vectors - c, count, left, right, firstGroup, lastGroup, o + r * ldo + 16 * c, ldo, false);
     }
     for (int64_t i = 0; shared && i < count; ++i) {
-      positionsOfRow<kChain>({left.data + i * a.row, 0, a.step}, b, lastGroup * kGroup, end[r + i], vectors, o + (r + i) * ldo);
+      positionsOfRow<kChain>({left.data + i * a.row, 0, a.step}, b, lastGroup * kGroup, end[r + i], vectors,
+                             o + (r + i) * ldo);
     }
     r += count;
   }
 }
 
-#define LOCKSTEP_INSTANTIATE(kChain)                                                                                       \
-  template void multiply<kChain>(Rows, int64_t, Panel, int64_t, int64_t, const int32_t*, float*, int64_t);                \
+#define LOCKSTEP_INSTANTIATE(kChain)                                                                       \
+  template void multiply<kChain>(Rows, int64_t, Panel, int64_t, int64_t, const int32_t*, float*, int64_t); \
   template void accumulate<kChain>(Rows, int64_t, Panel, int64_t, const int32_t*, const int32_t*, float*, int64_t)
 LOCKSTEP_INSTANTIATE(Chain::kPlain);
 LOCKSTEP_INSTANTIATE(Chain::kPairs);

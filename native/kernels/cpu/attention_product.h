@@ -1,6 +1,6 @@
-// The small matrix products of attention: every element of o is one chain (kernels.h) over the steps that its row may see,
-// begun at zero or continued from o. Tiles of R rows by C vectors hold the chains in registers; which tile computes an
-// element never changes its chain.
+// The small matrix products of attention: every element of o is one chain (kernels.h) over the steps that its row may
+// see, begun at zero or continued from o. Tiles of R rows by C vectors hold the chains in registers; which tile
+// computes an element never changes its chain.
 #pragma once
 
 #include <cstdint>
@@ -31,13 +31,15 @@ struct Panel {
   int64_t step;
 };
 
-// o [rows, 16 * vectors] = a b over `groups` groups from zero. columnEnd [rows], or null: columns of a row at or past it are
-// not needed and may be left unwritten.
+// o [rows, 16 * vectors] = a b over `groups` groups from zero. columnEnd [rows], or null: columns of a row at or past
+// it are not needed and may be left unwritten.
 template <Chain kChain>
-void multiply(Rows a, int64_t rows, Panel b, int64_t vectors, int64_t groups, const int32_t* columnEnd, float* o, int64_t ldo);
+void multiply(Rows a, int64_t rows, Panel b, int64_t vectors, int64_t groups, const int32_t* columnEnd, float* o,
+              int64_t ldo);
 
-// o [rows, 16 * vectors] += a b, the chain of row r going over the positions begin[r]..end[r]-1 only; at most 64 of them. A
-// range may begin or end inside a pair: the other half counts as zero times zero, whatever the operands hold there.
+// o [rows, 16 * vectors] += a b, the chain of row r going over the positions begin[r]..end[r]-1 only; at most 64 of
+// them. A range may begin or end inside a pair: the other half counts as zero times zero, whatever the operands hold
+// there.
 template <Chain kChain>
 void accumulate(Rows a, int64_t rows, Panel b, int64_t vectors, const int32_t* begin, const int32_t* end, float* o,
                 int64_t ldo);

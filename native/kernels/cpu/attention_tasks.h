@@ -1,5 +1,5 @@
-// How attention cuts its work: tiles of query rows that end where a page of 64 positions (or a part of one) ends, and what
-// the kernels read from a page.
+// How attention cuts its work: tiles of query rows that end where a page of 64 positions (or a part of one) ends, and
+// what the kernels read from a page.
 #pragma once
 
 #include <cstring>
@@ -92,7 +92,9 @@ LOCKSTEP_INLINE Vec selectSlots(int64_t slot, int64_t begin, int64_t end, Vec x,
 }
 
 // x rounded to bfloat16.
-LOCKSTEP_INLINE Vec rounded(Vec x) { return widen(roundToBf16(x)); }
+LOCKSTEP_INLINE Vec rounded(Vec x) {
+  return widen(roundToBf16(x));
+}
 
 // Units (of 32 bits) per row of a left operand that holds `count` steps, and groups of its chain.
 template <Chain kChain>
@@ -104,8 +106,8 @@ constexpr int64_t groupsOf(int64_t count) {
   return kChain == Chain::kPlain ? count : (count + 1) / 2;
 }
 
-// Wide tiles of bfloat16 are widened once where the instruction set lacks VDPBF16PS; narrow ones (decode) read the pairs as
-// they lie in the page.
+// Wide tiles of bfloat16 are widened once where the instruction set lacks VDPBF16PS; narrow ones (decode) read the
+// pairs as they lie in the page.
 constexpr Chain kWideBFloat16 = kDotPairInstruction ? Chain::kPairs : Chain::kSwapped;
 
 // Rows of pairs [pairs][2 w] in bfloat16 -> float32 [2 pairs][w].

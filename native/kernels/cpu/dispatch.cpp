@@ -6,20 +6,24 @@
 #include <string>
 
 #include "core/error.h"
+#include "kernels/ceiling.h"
 #include "kernels/kernels.h"
 
 namespace lockstep::kernels {
 
 namespace avx2 {
 const Kernels& table();
+const Ceiling& ceiling();
 bool selfCheck();
 }  // namespace avx2
 namespace avx512 {
 const Kernels& table();
+const Ceiling& ceiling();
 bool selfCheck();
 }  // namespace avx512
 namespace avx512_bf16 {
 const Kernels& table();
+const Ceiling& ceiling();
 bool selfCheck();
 }  // namespace avx512_bf16
 
@@ -44,13 +48,14 @@ struct Candidate {
   bool (*present)();
   bool (*selfCheck)();
   const Kernels& (*table)();
+  const Ceiling& (*ceiling)();
 };
 
 // Best first.
 const Candidate kCandidates[] = {
-    {"avx512-bf16", "AVX512-BF16", hasAvx512BFloat16, avx512_bf16::selfCheck, avx512_bf16::table},
-    {"avx512", "AVX-512 F, BW, DQ and VL", hasAvx512, avx512::selfCheck, avx512::table},
-    {"avx2", "AVX2 and FMA", hasAvx2, avx2::selfCheck, avx2::table},
+    {"avx512-bf16", "AVX512-BF16", hasAvx512BFloat16, avx512_bf16::selfCheck, avx512_bf16::table, avx512_bf16::ceiling},
+    {"avx512", "AVX-512 F, BW, DQ and VL", hasAvx512, avx512::selfCheck, avx512::table, avx512::ceiling},
+    {"avx2", "AVX2 and FMA", hasAvx2, avx2::selfCheck, avx2::table, avx2::ceiling},
 };
 
 }  // namespace
@@ -72,6 +77,13 @@ const Kernels& cpuKernels(const char* isa) {
     throw Error("ISA_UNSUPPORTED",
                 "unknown instruction set '" + std::string(isa) + "'; expected avx2, avx512 or avx512-bf16");
   throw Error("ISA_UNSUPPORTED", "this CPU lacks AVX2 and FMA, which Lockstep needs");
+}
+
+const Ceiling& ceilingOf(const Kernels& kernels) {
+  for (const Candidate& candidate : kCandidates) {
+    if (&candidate.table() == &kernels) return candidate.ceiling();
+  }
+  throw Error("BENCH_REFERENCE", "the reference kernels have no ceiling to be measured against; use the cpu implementation");
 }
 
 }  // namespace lockstep::kernels

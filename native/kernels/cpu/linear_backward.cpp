@@ -38,46 +38,122 @@ struct BackwardInput {
   }
 };
 
-// dW of one part, cut into blocks of W's columns (rows of the product, the left operand) and strips of W's rows.
-struct WeightBlocks {
-  const Part& part;
+// dW += dy^T x: rows of a tile are columns of x, its columns are rows of W, its chains run over tokens from the
+// gradient where it lies. Both operands are packed once per chunk of tokens, on all threads, then tiles are dealt.
+struct WeightProduct {
+  Operand dy, x;
+  WeightGradient dW;
+  float* memory = nullptr;  // packed x, then packed dy
+  int64_t chunk = 0;        // steps packed at a time
 
-  int64_t rowBlocks() const { return (part.in + kLeftRows - 1) / kLeftRows; }
-  int64_t strips() const { return (part.out + kStripColumns - 1) / kStripColumns; }
-  int64_t count() const { return rowBlocks() * strips(); }
-  int64_t rowBegin(int64_t block) const {
-    return block == rowBlocks() ? part.in : (part.in + 1) / 2 * block / rowBlocks() * 2;
+  const Part& part(int64_t p) const { return dW.layout->parts[p]; }
+  int64_t parts() const { return static_cast<int64_t>(dW.layout->parts.size()); }
+  bool splitIn() const { return dW.layout->split == Split::kIn; }
+
+  // Tiles of x's columns, part after part when the parts split them; else all parts share them. The same for strips of
+  // dy's.
+  int64_t tilesOf(int64_t p) const { return tileCount(part(p).in); }
+  int64_t stripsOf(int64_t p) const { return (part(p).out + kStripColumns - 1) / kStripColumns; }
+  int64_t leftParts() const { return splitIn() ? parts() : 1; }
+  int64_t rightParts() const { return splitIn() ? 1 : parts(); }
+  int64_t tilesBefore(int64_t p) const {
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < p && splitIn(); ++i) tiles += tilesOf(i);
+    return tiles;
+  }
+  int64_t stripsBefore(int64_t p) const {
+    int64_t strips = 0;
+    for (int64_t i = 0; i < p && !splitIn(); ++i) strips += stripsOf(i);
+    return strips;
+  }
+  int64_t tiles() const { return splitIn() ? tilesBefore(parts()) : tilesOf(0); }
+  int64_t strips() const { return splitIn() ? stripsOf(0) : stripsBefore(parts()); }
+
+  int64_t tileFloats() const { return chunk * kLeftStep + 16; }
+  int64_t stripFloats() const { return chunk * kStripColumns; }
+  int64_t floats() const { return roundUp(tiles() * tileFloats(), 16) + strips() * stripFloats(); }
+  float* left(int64_t tile) const { return memory + tile * tileFloats(); }
+  float* right(int64_t strip) const { return memory + roundUp(tiles() * tileFloats(), 16) + strip * stripFloats(); }
+
+  StepRows rows(const Operand& of, int64_t first) const {
+    const int64_t row = first * stepElements(of.dtype);
+    return {of, row, of.rows - row};
+  }
+  void packTile(int64_t tile, int64_t first, int64_t steps) const {
+    int64_t p = 0, i = tile;
+    for (; i >= tilesOf(p); ++p) i -= tilesOf(p);
+    packSteps(rows(x, first), steps, part(p).inBegin + tileBegin(part(p).in, i), left(tile));
+  }
+  void cut(int64_t p, int64_t index, Strip& strip) const {
+    const int64_t begin = index * kStripColumns;
+    strip.add(p, begin, smaller(begin + kStripColumns, part(p).out), part(p).outBegin);
+  }
+  void packStrip(int64_t index, int64_t first, int64_t steps) const {
+    int64_t p = 0, i = index;
+    for (; i >= stripsOf(p); ++p) i -= stripsOf(p);
+    Strip strip;
+    cut(p, i, strip);
+    for (int g = 0; g < strip.count; ++g) {
+      const Group& group = strip.groups[g];
+      stageSteps(rows(dy, first), steps, group.output, group.count, group.vectors, right(index) + group.at * chunk);
+    }
+  }
+  // Tiles tileFirst .. tileLast - 1 of part p against one strip of it.
+  void accumulate(int64_t p, int64_t index, int64_t tileFirst, int64_t tileLast, int64_t steps) const {
+    Strip strip;
+    cut(p, index, strip);
+    const float* const lefts = left(tilesBefore(p));
+    const float* const rights = right(stripsBefore(p) + index);
+    const Form form = asPairSteps(dy.dtype) ? Form::kPairSteps : Form::kSteps;
+    for (int64_t first = 0; first < steps; first += kDepth) {
+      for (int g = 0; g < strip.count; ++g) {
+        const Group& group = strip.groups[g];
+        const int64_t panel = group.column / kPanel, width = part(p).panelWidth(panel);
+        float* const to = dW.data + part(p).panelOffset(panel) + group.column % kPanel;
+        TileCall call{};
+        call.rightStep = 16 * group.vectors;
+        call.right = rights + group.at * chunk + first * call.rightStep;
+        call.steps = smaller(kDepth, steps - first);
+        call.stride = width;
+        for (int64_t i = tileFirst; i < tileLast; ++i) {
+          const int64_t begin = tileBegin(part(p).in, i), end = tileBegin(part(p).in, i + 1);
+          call.left = lefts + i * tileFloats() + first * kLeftStep;
+          call.to = to + begin * width;
+          call.from = call.to;
+          runTile(form, static_cast<int>(end - begin), group.vectors, call);
+        }
+      }
+    }
   }
 };
 
-// One block: chains over all rows of dy and x, continued from the gradient where it lies.
-void accumulateBlock(const Operand& dy, const Operand& x, const Part& part, float* gradient, int64_t inBegin,
-                     int64_t inEnd, const Strip& strip, float* left, float* right) {
-  const int64_t steps = chainSteps(dy.dtype, dy.rows), elements = stepElements(dy.dtype),
-                tiles = tileCount(inEnd - inBegin);
-  const Form form = asPairSteps(dy.dtype) ? Form::kPairSteps : Form::kSteps;
-  for (int64_t first = 0; first < steps; first += kDepth) {
-    const int64_t count = smaller(kDepth, steps - first), row = first * elements;
-    const StepRows xRows{x, row, x.rows - row}, dyRows{dy, row, dy.rows - row};
-    packSteps(xRows, count, part.inBegin + inBegin, inEnd - inBegin, left);
-    for (int g = 0; g < strip.count; ++g) {
-      const Group& group = strip.groups[g];
-      stageSteps(dyRows, count, group.output, group.count, group.vectors, right);
-      const int64_t panel = group.column / kPanel, width = part.panelWidth(panel);
-      float* const to = gradient + part.panelOffset(panel) + group.column % kPanel;
-      TileCall call{};
-      call.right = right;
-      call.rightStep = 16 * group.vectors;
-      call.steps = count;
-      call.stride = width;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = tileBegin(inEnd - inBegin, i), end = tileBegin(inEnd - inBegin, i + 1);
-        call.left = left + i * kStepTileStride;
-        call.to = to + (inBegin + begin) * width;
-        call.from = call.to;
-        runTile(form, static_cast<int>(end - begin), group.vectors, call);
+constexpr int64_t kTokens = 512;      // steps packed at a time
+constexpr int64_t kTilesOfTask = 16;  // tiles that stay in the second-level cache while the columns of a strip pass by
+
+void accumulateWeight(Queue& queue, WeightProduct product) {
+  const int64_t steps = chainSteps(product.dy.dtype, product.dy.rows), tiles = product.tiles(),
+                strips = product.strips();
+  const int64_t fmas = product.dy.rows * product.dW.layout->out * product.dW.layout->in;
+  product.chunk = smaller(kTokens, roundUp(steps, 2));
+  product.memory = static_cast<float*>(queue.shared(static_cast<size_t>(product.floats()) * sizeof(float)));
+  for (int64_t first = 0; first < steps; first += product.chunk) {
+    const int64_t count = smaller(product.chunk, steps - first);
+    deal(queue, tiles + strips, fmas, [&](int64_t task, int) {
+      if (task < tiles) {
+        product.packTile(task, first, count);
+      } else {
+        product.packStrip(task - tiles, first, count);
       }
-    }
+    });
+    int64_t tasks = 0;
+    const auto rowTasks = [&](int64_t p) { return (product.tilesOf(p) + kTilesOfTask - 1) / kTilesOfTask; };
+    for (int64_t p = 0; p < product.parts(); ++p) tasks += rowTasks(p) * product.stripsOf(p);
+    deal(queue, tasks, fmas, [&](int64_t task, int) {
+      int64_t p = 0;
+      for (; task >= rowTasks(p) * product.stripsOf(p); ++p) task -= rowTasks(p) * product.stripsOf(p);
+      const int64_t rows = rowTasks(p), row = task % rows, all = product.tilesOf(p);
+      product.accumulate(p, task / rows, all * row / rows, all * (row + 1) / rows, count);
+    });
   }
 }
 
@@ -100,7 +176,8 @@ void accumulateBias(const Operand& dy, int64_t begin, int64_t end, float* dBias)
   }
 }
 
-constexpr int64_t kBiasColumns = 128;
+constexpr int64_t kBiasColumns = 128;  // columns of a task
+constexpr int64_t kBiasWork = 4;       // what an addition costs, in FMAs of a product
 
 }  // namespace
 
@@ -113,27 +190,11 @@ void linearBackwardInput(Queue& queue, Operand dy, const Weight& w, Output dx) {
 }
 
 void linearBackwardWeight(Queue& queue, Operand dy, Operand x, WeightGradient dW, float* dBias) {
-  constexpr int64_t kLeftFloats = (kLeftRows / kTileRows + 1) * kStepTileStride;
-  const size_t bytes = static_cast<size_t>(kLeftFloats + BlockScratch::kRightFloats) * sizeof(float);
-  const WeightLayout& layout = *dW.layout;
-  const int64_t biasTasks = dBias == nullptr ? 0 : (layout.out + kBiasColumns - 1) / kBiasColumns;
-  int64_t tasks = biasTasks;
-  for (const Part& part : layout.parts) tasks += WeightBlocks{part}.count();
-  queue.scratch(0, bytes);
-  deal(queue, tasks, dy.rows * layout.out * layout.in, [&](int64_t task, int thread) {
-    if (task < biasTasks) {
-      return accumulateBias(dy, task * kBiasColumns, smaller(layout.out, (task + 1) * kBiasColumns), dBias);
-    }
-    int64_t index = task - biasTasks, p = 0;
-    for (; index >= WeightBlocks{layout.parts[p]}.count(); ++p) index -= WeightBlocks{layout.parts[p]}.count();
-    const Part& part = layout.parts[p];
-    const WeightBlocks blocks{part};
-    const int64_t stripBegin = index / blocks.rowBlocks() * kStripColumns, block = index % blocks.rowBlocks();
-    Strip strip;
-    strip.add(p, stripBegin, smaller(stripBegin + kStripColumns, part.out), part.outBegin);
-    float* const left = static_cast<float*>(queue.scratch(thread, bytes));
-    accumulateBlock(dy, x, part, dW.data, blocks.rowBegin(block), blocks.rowBegin(block + 1), strip, left,
-                    left + kLeftFloats);
+  accumulateWeight(queue, {dy, x, dW});
+  if (dBias == nullptr) return;
+  const int64_t columns = dW.layout->out, tasks = (columns + kBiasColumns - 1) / kBiasColumns;
+  deal(queue, tasks, dy.rows * columns * kBiasWork, [&](int64_t task, int) {
+    accumulateBias(dy, task * kBiasColumns, smaller(columns, (task + 1) * kBiasColumns), dBias);
   });
 }
 

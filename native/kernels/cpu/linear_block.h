@@ -21,9 +21,9 @@ struct Group {
 
 // A strip's staged right operand (kDepth x 304 x 4 bytes) and the packed left operand share the second-level cache.
 constexpr int64_t kStripColumns = 256;
-constexpr int64_t kStripSlack = 48;  // columns that a strip cut at odd places may cover on top
+constexpr int64_t kStripSlack = 48;            // columns that a strip cut at odd places may cover on top
 constexpr int64_t kLeftRows = 16 * kTileRows;  // rows packed at a time
-constexpr int64_t kBlockRows = 448;  // rows for which a strip's right operand is staged once
+constexpr int64_t kBlockRows = 512;            // rows for which a strip's right operand is staged once
 constexpr int64_t kStripStride = kStripColumns + kStripSlack;
 constexpr int kMaxGroups = static_cast<int>(kStripStride / 16);
 
@@ -73,7 +73,8 @@ LOCKSTEP_INLINE int treeLevels(int64_t leaves) {
   return __builtin_ctzll(static_cast<uint64_t>(leaves));
 }
 
-// Scratch of one thread, in floats: staged right operand, packed left operand, and the accumulators of every level.
+// Scratch of one thread, in floats: staged right operand, packed left operand (where it is not packed once for all
+// strips), and the accumulators of every level.
 struct BlockScratch {
   float* right;
   float* left;
@@ -87,6 +88,29 @@ struct BlockScratch {
   }
   explicit BlockScratch(void* memory)
       : right(static_cast<float*>(memory)), left(right + kRightFloats), levels(left + kLeftFloats) {}
+};
+
+// The steps of a leaf, cut into blocks of nearly equal depth that fit the cache.
+struct Depth {
+  int64_t steps, blocks, each;
+
+  explicit Depth(int64_t count) : steps(count) {
+    blocks = steps > kDepth ? (steps + kDepth - 1) / kDepth : 1;
+    each = smaller(roundUp((steps + blocks - 1) / blocks, 32), kDepth);
+    blocks = each > 0 ? (steps + each - 1) / each : 1;
+    if (blocks == 0) blocks = 1;
+  }
+  int64_t first(int64_t block) const { return block * each; }
+  int64_t count(int64_t block) const { return smaller(each, steps - first(block)); }
+};
+
+// The left operand packed once for all strips: block after block of steps, every row kLeftStride long. Null: every task
+// packs what it needs.
+struct PackedLeft {
+  float* data = nullptr;
+  int64_t rows = 0;
+
+  float* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kLeftStride; }
 };
 
 // Runs the tiles of `rows` packed rows against every group of the strip. `call` carries what all tiles share; `offset`
@@ -114,38 +138,42 @@ inline void runTiles(Form form, TileCall call, const float* left, int64_t rows, 
 // A product says: leaves(); steps(leaf); pack(leaf, first, steps, row, rows, to); and
 // right(leaf, group, first, steps, stage, rightStep): where the right operand lies, staged into `stage` or not.
 template <class Product>
-const float* multiplyBlock(const Product& product, const Strip& strip, int64_t row, int64_t rows,
-                           BlockScratch scratch) {
+const float* multiplyBlock(const Product& product, const PackedLeft& packed, const Strip& strip, int64_t row,
+                           int64_t rows, BlockScratch scratch) {
   const int64_t leaves = product.leaves();
   float* const result = scratch.levels + treeLevels(leaves) * BlockScratch::kLevelFloats;
   const float* rights[kMaxGroups];
-  int64_t rightSteps[kMaxGroups];
+  int64_t rightSteps[kMaxGroups], blocksBefore = 0;
   for (int64_t leaf = 0; leaf < leaves; ++leaf) {
-    const int64_t steps = product.steps(leaf);
-    const int64_t blocks = steps > kDepth ? (steps + kDepth - 1) / kDepth : 1;
-    const int64_t depth = smaller(roundUp((steps + blocks - 1) / blocks, 32), kDepth);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * depth, count = smaller(depth, steps - first);
+    const Depth depth(product.steps(leaf));
+    for (int64_t block = 0; block < depth.blocks; ++block) {
+      const int64_t first = depth.first(block), count = depth.count(block);
       float* stage = scratch.right;
       for (int g = 0; g < strip.count; ++g) {
         rights[g] = product.right(leaf, strip.groups[g], first, count, stage, rightSteps[g]);
         stage += kDepth * 16 * strip.groups[g].vectors;
       }
-      const bool last = block == blocks - 1;
+      const bool last = block == depth.blocks - 1;
       TileCall call{};
       call.steps = count;
       call.stride = kStripStride;
       call.levels = scratch.levels;
       call.levelStride = BlockScratch::kLevelFloats;
       call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
-      float* to = last ? scratch.levels + call.levelCount * BlockScratch::kLevelFloats : result;
+      float* const from = block == 0 ? nullptr : result;
+      float* const to = last ? scratch.levels + call.levelCount * BlockScratch::kLevelFloats : result;
       for (int64_t r = 0; r < rows; r += kLeftRows) {
         const int64_t some = smaller(kLeftRows, rows - r);
-        product.pack(leaf, first, count, row + r, some, scratch.left);
-        runTiles(product.form(), call, scratch.left, some, strip, rights, rightSteps, block == 0 ? nullptr : result, to,
-                 r);
+        const float* left = scratch.left;
+        if (packed.data == nullptr) {
+          product.pack(leaf, first, count, row + r, some, scratch.left);
+        } else {
+          left = packed.at(blocksBefore + block, row + r);
+        }
+        runTiles(product.form(), call, left, some, strip, rights, rightSteps, from, to, r);
       }
     }
+    blocksBefore += depth.blocks;
   }
   return result;
 }
@@ -163,11 +191,44 @@ void deal(Queue& queue, int64_t tasks, int64_t fmas, const Body& body) {
   queue.pool().forEach(tasks, body);
 }
 
-// Blocks of rows: as tall as possible, but enough of them that every thread finds work.
-LOCKSTEP_INLINE int64_t rowBlocks(int64_t rows, int64_t strips, int threads) {
-  const int64_t fewest = (rows + kBlockRows - 1) / kBlockRows, most = (rows + kLeftRows / 2 - 1) / (kLeftRows / 2);
-  const int64_t wanted = threads == 1 ? 1 : (4 * threads + strips - 1) / strips;
-  return wanted <= fewest ? fewest : smaller(wanted, most);
+// Blocks of rows. Staging a strip costs about as much as kStagingRows rows of it; the fewest blocks that keep every
+// thread busy to the end cost the least.
+constexpr int64_t kStagingRows = 10;
+LOCKSTEP_INLINE int64_t rowBlocks(int64_t rows, int64_t strips, int64_t threads) {
+  const int64_t fewest = (rows + kBlockRows - 1) / kBlockRows;
+  int64_t best = fewest, bestCost = INT64_MAX;
+  for (int64_t blocks = fewest; blocks <= fewest + 2 * threads; ++blocks) {
+    const int64_t each = (rows + blocks - 1) / blocks;
+    const int64_t cost = (strips * blocks + threads - 1) / threads * (each + kStagingRows);
+    if (cost < bestCost) {
+      best = blocks;
+      bestCost = cost;
+    }
+  }
+  return best;
+}
+
+// Packs the left operand once, on all threads, when several strips read it and it is small enough to stay near.
+constexpr int64_t kPackedLeftBytes = int64_t{24} << 20;
+constexpr int64_t kPackRows = 64;
+template <class Product>
+PackedLeft packLeft(Queue& queue, const Product& product, int64_t rows, int64_t strips) {
+  int64_t blocks = 0;
+  for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) blocks += Depth(product.steps(leaf)).blocks;
+  const int64_t bytes = blocks * rows * kLeftStride * static_cast<int64_t>(sizeof(float));
+  const int64_t limit = smaller(kPackedLeftBytes, static_cast<int64_t>(queue.scratchBytes()));
+  if (strips < 2 || bytes > limit) return {};
+  const PackedLeft packed{static_cast<float*>(queue.shared(static_cast<size_t>(bytes))), rows};
+  const int64_t rowTasks = (rows + kPackRows - 1) / kPackRows;
+  deal(queue, blocks * rowTasks, product.fmas(rows), [&](int64_t task, int) {
+    const int64_t index = task / rowTasks, row = task % rowTasks * kPackRows;
+    int64_t leaf = 0, block = index;
+    for (; block >= Depth(product.steps(leaf)).blocks; ++leaf) block -= Depth(product.steps(leaf)).blocks;
+    const Depth depth(product.steps(leaf));
+    const int64_t count = smaller(kPackRows, rows - row);
+    product.pack(leaf, depth.first(block), depth.count(block), row, count, packed.at(index, row));
+  });
+  return packed;
 }
 
 // All rows of a product. finish(accumulators, strip, row, rows) takes a finished block; product.strip(i, strip) fills
@@ -177,14 +238,15 @@ void multiply(Queue& queue, const Product& product, int64_t rows, const Finish& 
   const size_t bytes = BlockScratch::bytes(treeLevels(product.leaves()));
   const int64_t strips = product.strips(), blocks = rowBlocks(rows, strips, queue.threads());
   queue.scratch(0, bytes);
+  const PackedLeft packed = packLeft(queue, product, rows, strips);
   deal(queue, strips * blocks, product.fmas(rows), [&](int64_t task, int thread) {
-    const int64_t block = task % blocks, begin = rows * block / blocks / 2 * 2;
-    const int64_t end = block == blocks - 1 ? rows : rows * (block + 1) / blocks / 2 * 2;
+    const int64_t block = task % blocks, begin = (rows + 1) / 2 * block / blocks * 2;
+    const int64_t end = block == blocks - 1 ? rows : (rows + 1) / 2 * (block + 1) / blocks * 2;
     if (begin == end) return;
     Strip strip;
     product.strip(task / blocks, strip);
-    const float* result = multiplyBlock(product, strip, begin, end - begin, BlockScratch(queue.scratch(thread, bytes)));
-    finish(result, strip, begin, end - begin);
+    const BlockScratch scratch(queue.scratch(thread, bytes));
+    finish(multiplyBlock(product, packed, strip, begin, end - begin, scratch), strip, begin, end - begin);
   });
 }
 

@@ -66,17 +66,11 @@ struct StepRows {
   }
 };
 
-// Left operand in steps: columns col .. col + cols - 1, tile by tile; tile i at to + i * kStepTileStride, a step every
-// kLeftStep floats.
-constexpr int64_t kStepTileStride = kDepth * kLeftStep + 16;
-inline void packSteps(const StepRows& from, int64_t steps, int64_t col, int64_t cols, float* to) {
-  const int64_t tiles = tileCount(cols), left = from.x.cols - col;
-  for (int64_t k = 0; k < steps; ++k) {
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t c = tileBegin(cols, i);
-      storeu(to + i * kStepTileStride + k * kLeftStep, from.load(k, col + c, left - c));
-    }
-  }
+// Left operand in steps: the columns of one tile, from `col`, a step every kLeftStep floats. Writes up to 15 floats
+// past the last step.
+inline void packSteps(const StepRows& from, int64_t steps, int64_t col, float* to) {
+  const int64_t exist = from.x.cols - col;
+  for (int64_t k = 0; k < steps; ++k) storeu(to + k * kLeftStep, from.load(k, col, exist));
 }
 
 // Right operand from rows: `vectors` vectors of columns, of which `count` columns exist.

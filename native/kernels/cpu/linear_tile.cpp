@@ -42,6 +42,14 @@ LOCKSTEP_INLINE void step(Vec (&acc)[R][V], const float* left, const float* righ
     for (int v = 0; v < V; ++v) b[v] = loadu(right + 16 * v);
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
+      if constexpr (kTileVectors == 2 && V == 2) {
+        // Loads and instructions are both scarce: some rows broadcast within the FMA, the others once before it.
+        if (r % 2 == 1 && r < 10) {
+          acc[r][0] = fmaBroadcast(left + r * kRow, b[0], acc[r][0]);
+          acc[r][1] = fmaBroadcast(left + r * kRow, b[1], acc[r][1]);
+          continue;
+        }
+      }
       const Vec a = Vec::broadcast(left[r * kRow]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);

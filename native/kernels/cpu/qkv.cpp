@@ -1,5 +1,6 @@
-// Between the qkv projection and attention: per-head norm, rotation, rounding, and the keys and values into their pages; and
-// the way back. Forward goes by blocks of 16 positions, so that two threads never write into the same pair of positions.
+// Between the qkv projection and attention: per-head norm, rotation, rounding, and the keys and values into their
+// pages; and the way back. Forward goes by blocks of 16 positions, so that two threads never write into the same pair
+// of positions.
 #include "kernels/cpu/attention_tasks.h"
 #include "kernels/cpu/cpu.h"
 
@@ -7,6 +8,19 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 namespace {
 
 constexpr int64_t kPreparePositions = 16;
+
+// Where each head begins in a row of qkv: query heads, key heads, value heads.
+int64_t columnsBytes(const AttentionShape& shape) {
+  return roundUp((shape.heads + 2 * shape.keyValueHeads) * static_cast<int64_t>(sizeof(int32_t)), 64);
+}
+void fillColumns(const QkvLayout& layout, int32_t* columns) {
+  const int64_t heads = layout.attention.heads, groups = layout.attention.keyValueHeads;
+  for (int64_t h = 0; h < heads; ++h) columns[h] = static_cast<int32_t>(layout.queryColumn(h));
+  for (int64_t g = 0; g < groups; ++g) {
+    columns[heads + g] = static_cast<int32_t>(layout.keyColumn(g));
+    columns[heads + groups + g] = static_cast<int32_t>(layout.valueColumn(g));
+  }
+}
 
 template <class Element>
 LOCKSTEP_INLINE float inverseRmsOf(const Element* x, int64_t width, float eps) {
@@ -28,11 +42,13 @@ struct Angles {
 };
 
 // y [K] = the rotated norm of x [K].
-LOCKSTEP_INLINE void prepareHead(const float* x, int64_t width, const float* gain, float eps, const Angles& angles, float* y) {
+LOCKSTEP_INLINE void prepareHead(const float* x, int64_t width, const float* gain, float eps, const Angles& angles,
+                                 float* y) {
   const float* normed = x;
   if (gain != nullptr) {
     const Vec r = Vec::broadcast(inverseRmsOf(x, width, eps));
-    eachVector(width, [&](int64_t i, auto lanes) { store(y + i, load(x + i, lanes) * r * load(gain + i, lanes), lanes); });
+    eachVector(width,
+               [&](int64_t i, auto lanes) { store(y + i, load(x + i, lanes) * r * load(gain + i, lanes), lanes); });
     normed = y;
   }
   if (angles.cosine == nullptr) {
@@ -70,37 +86,55 @@ LOCKSTEP_INLINE void roundRow(const float* x, int64_t width, Element* y) {
   eachVector(width, [&](int64_t i, auto lanes) { store(y + i, load(x + i, lanes), lanes); });
 }
 
-// `head` has room for K + 1 floats: an odd K is padded by a zero dimension.
+// Keys of `count` consecutive slots of a page. `keys` [count] rows of `stride` 32-bit units each, `units` of them used:
+// float32 values, or pairs of bfloat16. Transposed 16 x 16 at a time on the way into the panel, unless there are few
+// rows (decode).
+LOCKSTEP_INLINE void writeKeys(float* panel, int64_t slot, int64_t count, const float* keys, int64_t units,
+                               int64_t stride) {
+  if (count < 4) {
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t u = 0; u < units; ++u) panel[u * kPagePositions + slot + r] = keys[r * stride + u];
+    }
+    return;
+  }
+  for (int64_t u = 0; u < units; u += 16) {
+    Vec block[16];
+    for (int64_t r = 0; r < 16; ++r) block[r] = r < count ? loadu(keys + r * stride + u) : zero();
+    transpose(block);
+    for (int64_t c = 0; c < 16 && u + c < units; ++c)
+      storePartial(panel + (u + c) * kPagePositions + slot, block[c], count);
+  }
+}
+
+// The value of one slot, zeros in its padding.
 template <class Element>
-LOCKSTEP_INLINE void writeKey(const KvPages& kv, int64_t page, int64_t g, int64_t s, float* head, Element* rounded) {
-  const int64_t width = kv.headWidth;
-  head[width] = 0.0f;
-  Element* panel = static_cast<Element*>(kv.data) + kv.keyPanel(page, g);
-  if constexpr (sizeof(Element) == sizeof(float)) {
-    for (int64_t i = 0; i < roundUp(width, 2); ++i) panel[i * kPagePositions + s] = head[i];
-  } else {
-    roundRow(head, roundUp(width, 2), rounded);
-    for (int64_t i = 0; i < roundUp(width, 2); i += 2) {
-      memcpy(panel + (i / 2 * kPagePositions + s) * 2, rounded + i, 2 * sizeof(Element));
+LOCKSTEP_INLINE void writeValue(const KvPages& kv, int64_t page, int64_t g, int64_t slot, const float* x) {
+  const int64_t width = kv.headWidth, padded = roundUp(width, kPanelGrain);
+  Element* panel = static_cast<Element*>(kv.data) + kv.valuePanel(page, g);
+  for (int64_t n = 0; n < padded; n += 16) {
+    const int64_t begin = n / kPanel * kPanel, w = padded - begin < kPanel ? padded - begin : kPanel;
+    const Vec value = loadPartial(x + n, width - n < 16 ? width - n : 16);
+    if constexpr (sizeof(Element) == sizeof(float)) {
+      storeu(panel + begin * kPagePositions + slot * w + n - begin, value);
+    } else {
+      BFloat16 lanes[16];
+      storeu(lanes, value);
+      Element* to = panel + begin * kPagePositions + slot / 2 * 2 * w + 2 * (n - begin) + slot % 2;
+      for (int64_t i = 0; i < 16; ++i) to[2 * i] = lanes[i];
     }
   }
 }
 
-template <class Element>
-LOCKSTEP_INLINE void writeValue(const KvPages& kv, int64_t page, int64_t g, int64_t s, const float* x, Element* rounded) {
+// The bfloat16 values of the slots `slot` (even) and slot + 1.
+LOCKSTEP_INLINE void writeValuePair(const KvPages& kv, int64_t page, int64_t g, int64_t slot, const float* x,
+                                    const float* next) {
   const int64_t width = kv.headWidth, padded = roundUp(width, kPanelGrain);
-  Element* panel = static_cast<Element*>(kv.data) + kv.valuePanel(page, g);
-  roundRow(x, width, rounded);
-  memset(rounded + width, 0, (padded - width) * sizeof(Element));
-  for (int64_t begin = 0; begin < padded; begin += kPanel) {
-    const int64_t w = padded - begin < kPanel ? padded - begin : kPanel;
-    Element* to = panel + begin * kPagePositions;
-    if constexpr (sizeof(Element) == sizeof(float)) {
-      memcpy(to + s * w, rounded + begin, w * sizeof(float));
-    } else {
-      to += s / 2 * 2 * w + s % 2;
-      for (int64_t n = 0; n < w; ++n) to[2 * n] = rounded[begin + n];
-    }
+  BFloat16* panel = static_cast<BFloat16*>(kv.data) + kv.valuePanel(page, g);
+  for (int64_t n = 0; n < padded; n += 16) {
+    const int64_t begin = n / kPanel * kPanel, w = padded - begin < kPanel ? padded - begin : kPanel;
+    const int64_t count = width - n < 16 ? width - n : 16;
+    storePairs(panel + begin * kPagePositions + slot * w + 2 * (n - begin),
+               makePairs(loadPartial(x + n, count), loadPartial(next + n, count)));
   }
 }
 
@@ -112,29 +146,58 @@ struct PrepareCall {
   const Rope& rope;
   const Operand &q, &savedQk;
   const KvPages& kv;
+  const int32_t* columns;  // fillColumns
 };
 
-// One row, all heads. head: K + 1 floats; rounded: K rounded up to 16 elements.
+// Floats of scratch that a tile needs: one head, and the keys of all its rows.
+int64_t prepareFloats(int64_t width) {
+  return (kPreparePositions + 1) * roundUp(width + 1, kPanelGrain);
+}
+
+// The rows of one tile, all heads.
 template <class Element>
-void prepareRow(const PrepareCall& call, int64_t row, int64_t position, int64_t page, float* head, Element* rounded) {
+void prepareTile(const PrepareCall& call, const QueryTile& tile, float* scratch) {
+  constexpr int64_t kPerUnit = sizeof(float) / sizeof(Element);
   const AttentionShape& shape = call.layout.attention;
-  const int64_t width = shape.headWidth, slot = position % kPagePositions;
-  const Angles angles = Angles::at(call.rope, position, width);
-  const auto save = [&](int64_t index, const float* x) {
+  const int64_t width = shape.headWidth, stride = roundUp(width + 1, kPanelGrain);
+  float *head = scratch, *keys = scratch + stride;
+  const auto save = [&](int64_t row, int64_t index, const float* x) {
     if (!call.savedQk.empty()) roundRow(x, width, call.savedQk.row<Element>(row) + index * width);
   };
-  for (int64_t h = 0; h < shape.heads; ++h) {
-    const float* x = call.qkv.row(row) + call.layout.queryColumn(h);
-    save(h, x);
-    prepareHead(x, width, call.norm.queryGain, call.norm.eps, angles, head);
-    roundRow(head, width, call.q.row<Element>(row) + h * width);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const Angles angles = Angles::at(call.rope, tile.position + i, width);
+    const int64_t row = tile.row + i;
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      const float* x = call.qkv.row(row) + call.columns[h];
+      save(row, h, x);
+      prepareHead(x, width, call.norm.queryGain, call.norm.eps, angles, head);
+      roundRow(head, width, call.q.row<Element>(row) + h * width);
+    }
   }
+  const int32_t* pages = call.sequences.pages + tile.sequence * call.sequences.pageStride;
+  const int64_t page = pages[tile.position / kPagePositions], slot = tile.position % kPagePositions;
   for (int64_t g = 0; g < shape.keyValueHeads; ++g) {
-    const float* x = call.qkv.row(row) + call.layout.keyColumn(g);
-    save(shape.heads + g, x);
-    prepareHead(x, width, call.norm.keyGain, call.norm.eps, angles, head);
-    writeKey(call.kv, page, g, slot, head, rounded);
-    writeValue(call.kv, page, g, slot, call.qkv.row(row) + call.layout.valueColumn(g), rounded);
+    const auto value = [&](int64_t i) {
+      return call.qkv.row(tile.row + i) + call.columns[shape.heads + shape.keyValueHeads + g];
+    };
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const float* x = call.qkv.row(tile.row + i) + call.columns[shape.heads + g];
+      save(tile.row + i, shape.heads + g, x);
+      prepareHead(x, width, call.norm.keyGain, call.norm.eps, Angles::at(call.rope, tile.position + i, width), head);
+      head[width] = 0.0f;  // the padding of an odd K
+      roundRow(head, roundUp(width, 2), reinterpret_cast<Element*>(keys + i * stride));
+    }
+    Element* panel = static_cast<Element*>(call.kv.data) + call.kv.keyPanel(page, g);
+    writeKeys(reinterpret_cast<float*>(panel), slot, tile.count, keys, roundUp(width, 2) / kPerUnit, stride);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const bool pair = sizeof(Element) == 2 && (slot + i) % 2 == 0 && i + 1 < tile.count;
+      if (pair) {
+        writeValuePair(call.kv, page, g, slot + i, value(i), value(i + 1));
+        ++i;
+      } else {
+        writeValue<Element>(call.kv, page, g, slot + i, value(i));
+      }
+    }
   }
 }
 
@@ -145,12 +208,9 @@ struct PrepareBackwardCall {
   const HeadNorm& norm;
   const Rope& rope;
   const Operand &savedQk, &dqkvOut;
+  const int32_t* columns;  // fillColumns
 
   const float* gain(int64_t head) const { return head < layout.attention.heads ? norm.queryGain : norm.keyGain; }
-  int64_t column(int64_t head) const {
-    const int64_t heads = layout.attention.heads;
-    return head < heads ? layout.queryColumn(head) : layout.keyColumn(head - heads);
-  }
 };
 
 // dqkvOut of one row. dy: K floats.
@@ -166,8 +226,8 @@ void prepareBackwardRow(const PrepareBackwardCall& call, int64_t t, float* dy) {
   const Angles angles = Angles::at(call.rope, call.positions[t], width);
   for (int64_t head = 0; head < shape.heads + shape.keyValueHeads; ++head) {
     const float* gain = call.gain(head);
-    Element* to = out + call.column(head);
-    unrotate(call.dqkv.row(t) + call.column(head), width, angles, dy);
+    Element* to = out + call.columns[head];
+    unrotate(call.dqkv.row(t) + call.columns[head], width, angles, dy);
     if (gain == nullptr) {
       roundRow(dy, width, to);
       continue;
@@ -183,7 +243,7 @@ void prepareBackwardRow(const PrepareBackwardCall& call, int64_t t, float* dy) {
     });
   }
   for (int64_t g = 0; g < shape.keyValueHeads; ++g) {
-    const int64_t column = call.layout.valueColumn(g);
+    const int64_t column = call.columns[shape.heads + shape.keyValueHeads + g];
     roundRow(call.dqkv.row(t) + column, width, out + column);
   }
 }
@@ -197,7 +257,7 @@ void gainGradient(const PrepareBackwardCall& call, int64_t headBegin, int64_t he
     const Angles angles = Angles::at(call.rope, call.positions[t], width);
     for (int64_t head = headBegin; head < headEnd; ++head) {
       const Element* x = call.savedQk.row<Element>(t) + head * width;
-      unrotate(call.dqkv.row(t) + call.column(head), width, angles, dy);
+      unrotate(call.dqkv.row(t) + call.columns[head], width, angles, dy);
       const Vec r = Vec::broadcast(inverseRmsOf(x, width, call.norm.eps));
       eachVector(width, [&](int64_t i, auto lanes) {
         store(dGain + i, fma(load(dy + i, lanes), load(x + i, lanes) * r, load(dGain + i, lanes)), lanes);
@@ -208,9 +268,10 @@ void gainGradient(const PrepareBackwardCall& call, int64_t headBegin, int64_t he
 
 }  // namespace
 
+// The tables at the head of thread 0's scratch are read by every thread; each thread's own memory begins behind their
+// size.
 void qkvPrepare(Queue& queue, const QkvLayout& layout, View<const float> qkv, const Sequences& sequences,
                 const HeadNorm& norm, const Rope& rope, Operand q, const KvPages& kv, Operand savedQk) {
-  const PrepareCall call{layout, qkv, sequences, norm, rope, q, savedQk, kv};
   const AttentionShape& shape = layout.attention;
   const int64_t width = shape.headWidth;
   forEachPaddingRow(sequences, qkv.rows, [&](int64_t row) {
@@ -218,36 +279,32 @@ void qkvPrepare(Queue& queue, const QkvLayout& layout, View<const float> qkv, co
     if (savedQk.empty()) return;
     memset(savedQk.rowBytes(row), 0, (shape.heads + shape.keyValueHeads) * width * bytesOf(savedQk.dtype));
   });
-  const size_t first = QueryTiles::bytes(sequences);
-  const int64_t headFloats = roundUp(width + 1, kPanelGrain);
-  const size_t bytes = first + 2 * headFloats * sizeof(float);
-  const QueryTiles tiles{sequences, kPreparePositions, static_cast<int32_t*>(queue.scratch(0, bytes))};
+  const size_t tilesBytes = QueryTiles::bytes(sequences), tables = tilesBytes + columnsBytes(shape);
+  const size_t bytes = tables + prepareFloats(width) * sizeof(float);
+  char* memory = static_cast<char*>(queue.scratch(0, bytes));
+  const QueryTiles tiles{sequences, kPreparePositions, reinterpret_cast<int32_t*>(memory)};
   tiles.fill();
+  int32_t* columns = reinterpret_cast<int32_t*>(memory + tilesBytes);
+  fillColumns(layout, columns);
+  const PrepareCall call{layout, qkv, sequences, norm, rope, q, savedQk, kv, columns};
   queue.pool().forEach(tiles.total(), [&](int64_t index, int thread) {
-    float* head = reinterpret_cast<float*>(static_cast<char*>(queue.scratch(thread, bytes)) + first);
-    const QueryTile tile = tiles.at(index);
-    const int32_t* pages = sequences.pages + tile.sequence * sequences.pageStride;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      const int64_t position = tile.position + i, page = pages[position / kPagePositions];
-      withElement(q.dtype, [&](auto element) {
-        using Element = decltype(element);
-        prepareRow(call, tile.row + i, position, page, head, reinterpret_cast<Element*>(head + headFloats));
-      });
-    }
+    float* scratch = reinterpret_cast<float*>(static_cast<char*>(queue.scratch(thread, bytes)) + tables);
+    withElement(q.dtype, [&](auto element) { prepareTile<decltype(element)>(call, tiles.at(index), scratch); });
   });
 }
 
 void qkvPrepareBackward(Queue& queue, const QkvLayout& layout, View<const float> dqkv, const int32_t* positions,
                         const HeadNorm& norm, const Rope& rope, Operand savedQk, Operand dqkvOut, float* dQueryGain,
                         float* dKeyGain) {
-  const PrepareBackwardCall call{layout, dqkv, positions, norm, rope, savedQk, dqkvOut};
   const AttentionShape& shape = layout.attention;
-  const size_t bytes = roundUp(shape.headWidth, kPanelGrain) * sizeof(float);
-  queue.scratch(0, bytes);  // throws here rather than on a thread
+  const size_t tables = columnsBytes(shape), bytes = tables + roundUp(shape.headWidth, kPanelGrain) * sizeof(float);
+  int32_t* columns = static_cast<int32_t*>(queue.scratch(0, bytes));
+  fillColumns(layout, columns);
+  const PrepareBackwardCall call{layout, dqkv, positions, norm, rope, savedQk, dqkvOut, columns};
   const int64_t blocks = (dqkv.rows + kPreparePositions - 1) / kPreparePositions;
   // The two gains' chains are long and come first.
   queue.pool().forEach(blocks + 2, [&](int64_t index, int thread) {
-    float* dy = static_cast<float*>(queue.scratch(thread, bytes));
+    float* dy = reinterpret_cast<float*>(static_cast<char*>(queue.scratch(thread, bytes)) + tables);
     withElement(dqkvOut.dtype, [&](auto element) {
       using Element = decltype(element);
       if (index == 0) {

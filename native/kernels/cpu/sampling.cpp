@@ -73,11 +73,7 @@ int64_t findToken(const RowWeights& w, double target) {
 
 // The lowest id among the largest x; NaN counts as -inf.
 int64_t argmax(const float* logits, float inverseTemperature, int64_t count) {
-  const Vec scale = Vec::broadcast(inverseTemperature);
-  Vec m = Vec::broadcast(kNothing);
-  eachVector(count, [&](int64_t i, auto lanes) { m = keep(maximum(load(logits + i, lanes) * scale, m), m, lanes); });
-  const float top = lanesMaximum(m);
-  if (top == kNothing) return 0;
+  const float top = largest(logits, inverseTemperature, count);
   for (int64_t v = 0; v < count; ++v) {
     if (logits[v] * inverseTemperature == top) return v;
   }
@@ -88,7 +84,7 @@ int64_t argmax(const float* logits, float inverseTemperature, int64_t count) {
 void rankRow(const float* logits, float inverseTemperature, int64_t count, uint32_t* ranks) {
   for (int64_t v = 0; v < count; ++v) {
     const float x = logits[v] * inverseTemperature;
-    const int32_t bits = std::bit_cast<int32_t>(x == x ? x + 0.0f : kNothing);
+    const int32_t bits = std::bit_cast<int32_t>(x == x ? x + 0.0f : -std::numeric_limits<float>::infinity());
     ranks[v] = static_cast<uint32_t>(bits ^ (~(bits >> 31) & 0x7fffffff));
   }
 }
@@ -170,9 +166,7 @@ void sampleRow(const float* logits, const WeightLayout& layout, const Sampling& 
   });
   int64_t id = -1;
   if (!greedy) {
-    for (size_t p = 0; p < layout.parts.size(); ++p) {
-      w.scales[p] = w.scales[p] == kNothing ? 0.0f : exp(below(w.scales[p], all.m));
-    }
+    for (size_t p = 0; p < layout.parts.size(); ++p) w.scales[p] = exp(below(w.scales[p], all.m));
     double total = sumBlocks(w);
     if (total > 0) {
       total = filter(w, logits, inverseTemperature, settings, total);

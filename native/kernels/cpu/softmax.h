@@ -7,10 +7,11 @@
 namespace lockstep::kernels::LOCKSTEP_ISA {
 namespace {
 
-constexpr float kNothing = -std::numeric_limits<float>::infinity();  // the maximum of an empty part
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
+// An empty part, and one of nothing but -inf, is (lowest, 0, 0), which adds nothing to another.
 struct SoftmaxPart {
-  float m = kNothing, s = 0, u = 0;
+  float m = kLowest, s = 0, u = 0;
 };
 
 // x - m, held at -100 from below; NaN stays NaN.
@@ -19,10 +20,11 @@ LOCKSTEP_INLINE V below(V x, V m) {
   return maximum(broadcast<V>(-100.0f), x - m);
 }
 
+// The largest x, NaN passed over.
 LOCKSTEP_INLINE float largest(const float* logits, float inverseTemperature, int64_t count) {
   const Vec scale = Vec::broadcast(inverseTemperature);
-  Vec m = Vec::broadcast(kNothing);
-  eachVector(count, [&](int64_t i, auto lanes) { m = keep(maximum(m, load(logits + i, lanes) * scale), m, lanes); });
+  Vec m = Vec::broadcast(kLowest);
+  eachVector(count, [&](int64_t i, auto lanes) { m = keep(maximum(load(logits + i, lanes) * scale, m), m, lanes); });
   return lanesMaximum(m);
 }
 
@@ -31,12 +33,6 @@ template <bool kEntropy>
 SoftmaxPart softmaxPart(const float* logits, float inverseTemperature, int64_t count, float* weights) {
   SoftmaxPart part;
   part.m = largest(logits, inverseTemperature, count);
-  if (part.m == kNothing) {
-    if (weights != nullptr) {
-      eachVector(count, [&](int64_t i, auto lanes) { store(weights + i, zero(), lanes); });
-    }
-    return part;
-  }
   const Vec scale = Vec::broadcast(inverseTemperature), m = Vec::broadcast(part.m);
   Vec s = zero(), u = zero();
   eachVector(count, [&](int64_t i, auto lanes) {
@@ -51,8 +47,6 @@ SoftmaxPart softmaxPart(const float* logits, float inverseTemperature, int64_t c
 }
 
 LOCKSTEP_INLINE SoftmaxPart merge(SoftmaxPart a, SoftmaxPart b) {
-  if (b.m == kNothing) return a;
-  if (a.m == kNothing) return b;
   SoftmaxPart c;
   c.m = maximum(a.m, b.m);
   const float d1 = below(a.m, c.m), d2 = below(b.m, c.m), e1 = exp(d1), e2 = exp(d2);

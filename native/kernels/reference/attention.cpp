@@ -99,8 +99,7 @@ void queryGradient(const BackwardHead& head, Probabilities& probability, View<fl
     for (int64_t k = 0; k < head.shape.headWidth; ++k) {
       const auto dS = [&](int64_t j) { return probability.dSAt(i, j); };
       const auto key = [&](int64_t j) { return head.key(j, k); };
-      dqkv.row(head.rowBegin + i)[column + k] =
-          chain(0.0f, head.q.dtype, firstVisible(head.shape, i), i + 1, dS, key);
+      dqkv.row(head.rowBegin + i)[column + k] = chain(0.0f, head.q.dtype, firstVisible(head.shape, i), i + 1, dS, key);
     }
   }
 }
@@ -132,8 +131,8 @@ void treeSum(std::vector<std::vector<float>>& values) {
 
 }  // namespace
 
-void attention(Queue&, const AttentionShape& shape, Operand q, const KvPages& kv, const Sequences& sequences, Operand out,
-               View<float> logSumExp) {
+void attention(Queue&, const AttentionShape& shape, Operand q, const KvPages& kv, const Sequences& sequences,
+               Operand out, View<float> logSumExp) {
   std::vector<float> result(shape.headWidth);
   forEachPaddingRow(sequences, q.rows, [&](int64_t row) {
     for (int64_t i = 0; i < shape.heads * shape.headWidth; ++i) store(out, row, i, 0.0f);

@@ -1,5 +1,5 @@
-// What the references of attention share: where an element lies in a page of keys and values, which keys a query sees, and
-// the chain of kernels.h over a range that may begin or end inside a pair.
+// What the references of attention share: where an element lies in a page of keys and values, which keys a query sees,
+// and the chain of kernels.h over a range that may begin or end inside a pair.
 #pragma once
 
 #include <algorithm>
@@ -37,15 +37,17 @@ inline void storePage(const KvPages& kv, int64_t index, float value) {
   }
 }
 
-inline float roundTo(DType dtype, float x) { return dtype == DType::kFloat32 ? x : toFloat(toBFloat16(x)); }
+inline float roundTo(DType dtype, float x) {
+  return dtype == DType::kFloat32 ? x : toFloat(toBFloat16(x));
+}
 
 // First key that the query at `position` sees.
 inline int64_t firstVisible(const AttentionShape& shape, int64_t position) {
   return shape.window > 0 ? std::max<int64_t>(0, position - shape.window + 1) : 0;
 }
 
-// acc = fma(a(i), b(i), acc) for i in begin..end-1 in the order of the dtype: ascending, or pair by pair with the odd element
-// first, where the half of a pair outside the range is zero times zero.
+// acc = fma(a(i), b(i), acc) for i in begin..end-1 in the order of the dtype: ascending, or pair by pair with the odd
+// element first, where the half of a pair outside the range is zero times zero.
 template <class A, class B>
 float chain(float acc, DType dtype, int64_t begin, int64_t end, const A& a, const B& b) {
   if (dtype == DType::kFloat32) {

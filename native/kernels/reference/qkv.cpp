@@ -1,5 +1,5 @@
-// Between the qkv projection and attention: per-head RMSNorm, rotary embedding (Su et al., 2021), rounding, and the keys and
-// values into their pages; and the way back.
+// Between the qkv projection and attention: per-head RMSNorm, rotary embedding (Su et al., 2021), rounding, and the
+// keys and values into their pages; and the way back.
 #include <vector>
 
 #include "kernels/reference/pages.h"
@@ -16,7 +16,8 @@ float headInverseRms(const float* x, int64_t width, float eps) {
 }
 
 // y = rotated norm of x, one head of a row at `position`.
-void prepareHead(const float* x, int64_t width, const float* gain, float eps, const Rope& rope, int64_t position, float* y) {
+void prepareHead(const float* x, int64_t width, const float* gain, float eps, const Rope& rope, int64_t position,
+                 float* y) {
   const float r = gain == nullptr ? 1.0f : headInverseRms(x, width, eps);
   for (int64_t i = 0; i < width; ++i) y[i] = gain == nullptr ? x[i] : x[i] * r * gain[i];
   if (rope.cosine == nullptr) return;
@@ -42,7 +43,8 @@ void unrotate(const float* dy, int64_t width, const Rope& rope, int64_t position
 }
 
 // Through the norm of one head: dx from dy and the saved x; the gain's gradient continues its chain.
-void normBackward(const float* x, const float* dy, int64_t width, const float* gain, float eps, float* dx, float* dGain) {
+void normBackward(const float* x, const float* dy, int64_t width, const float* gain, float eps, float* dx,
+                  float* dGain) {
   const float r = headInverseRms(x, width, eps);
   const float dot = lanesSum(width, [&](float acc, int64_t i) { return fma(dy[i] * gain[i], x[i], acc); });
   const float c = dot * (r * r) / static_cast<float>(width);
@@ -66,8 +68,8 @@ void writeValue(const KvPages& kv, int64_t page, int64_t g, int64_t s, const flo
 
 }  // namespace
 
-void qkvPrepare(Queue&, const QkvLayout& layout, View<const float> qkv, const Sequences& sequences, const HeadNorm& norm,
-                const Rope& rope, Operand q, const KvPages& kv, Operand savedQk) {
+void qkvPrepare(Queue&, const QkvLayout& layout, View<const float> qkv, const Sequences& sequences,
+                const HeadNorm& norm, const Rope& rope, Operand q, const KvPages& kv, Operand savedQk) {
   const AttentionShape& shape = layout.attention;
   const int64_t width = shape.headWidth;
   std::vector<float> head(width);

@@ -66,18 +66,20 @@ int64_t sampleToken(const float* logits, const WeightLayout& layout, const std::
   Weights w{std::vector<float>(vocabulary), std::vector<float>(vocabulary)};
   for (size_t p = 0; p < parts.size(); ++p) {
     const int64_t begin = layout.parts[p].outBegin;
-    const bool empty = parts[p].m == -std::numeric_limits<float>::infinity();
     for (int64_t v = begin; v < begin + layout.parts[p].out; ++v) {
-      w.e[v] = empty ? 0.0f : exp(below(logits[v] * inverseTemperature, parts[p].m));
-      w.scale[v] = empty ? 0.0f : exp(below(parts[p].m, m));
+      w.e[v] = exp(below(logits[v] * inverseTemperature, parts[p].m));
+      w.scale[v] = exp(below(parts[p].m, m));
     }
   }
   const std::vector<int64_t> ids = ranking(logits, inverseTemperature, vocabulary);
   const double never = std::numeric_limits<double>::infinity();
-  if (settings.topK > 0 && settings.topK < vocabulary) keep(w, ids, settings.topK);
   double total = 0;
   walk(w, layout, never, &total);
   if (!(total > 0)) return ids[0];
+  if (settings.topK > 0 && settings.topK < vocabulary) {
+    keep(w, ids, settings.topK);
+    walk(w, layout, never, &total);
+  }
   if (settings.topP < 1) {
     const auto share = [&](int64_t v) { return static_cast<int64_t>(static_cast<double>(w.e[v]) * w.scale[v] * 0x1p40); };
     int64_t all = 0, sum = 0, count = 0;

@@ -10,7 +10,7 @@
 namespace lockstep::kernels::reference {
 
 struct SoftmaxPart {
-  float m = -std::numeric_limits<float>::infinity(), s = 0, u = 0;
+  float m = std::numeric_limits<float>::lowest(), s = 0, u = 0;
 };
 
 // x - m, held at -100 from below; NaN stays NaN.
@@ -18,8 +18,7 @@ inline float below(float x, float m) { return maximum(-100.0f, x - m); }
 
 inline SoftmaxPart softmaxPart(const float* logits, float inverseTemperature, int64_t begin, int64_t count) {
   SoftmaxPart part;
-  for (int64_t v = begin; v < begin + count; ++v) part.m = maximum(part.m, logits[v] * inverseTemperature);
-  if (part.m == -std::numeric_limits<float>::infinity()) return part;
+  for (int64_t v = begin; v < begin + count; ++v) part.m = maximum(logits[v] * inverseTemperature, part.m);
   const auto distance = [&](int64_t i) { return below(logits[begin + i] * inverseTemperature, part.m); };
   part.s = lanesSum(count, [&](float acc, int64_t i) { return acc + exp(distance(i)); });
   part.u = lanesSum(count, [&](float acc, int64_t i) { return fma(exp(distance(i)), distance(i), acc); });
@@ -27,8 +26,6 @@ inline SoftmaxPart softmaxPart(const float* logits, float inverseTemperature, in
 }
 
 inline SoftmaxPart merge(SoftmaxPart a, SoftmaxPart b) {
-  if (b.m == -std::numeric_limits<float>::infinity()) return a;
-  if (a.m == -std::numeric_limits<float>::infinity()) return b;
   SoftmaxPart c;
   c.m = maximum(a.m, b.m);
   const float d1 = below(a.m, c.m), d2 = below(b.m, c.m), e1 = exp(d1), e2 = exp(d2);

@@ -1,5 +1,5 @@
-// Contracts of attention and attentionBackward: equal bits to the reference whatever the batch, the chunks, the pages and the
-// threads; and both against the formula in float64.
+// Contracts of attention and attentionBackward: equal bits to the reference whatever the batch, the chunks, the pages
+// and the threads; and both against the formula in float64.
 #include "attention_problem.h"
 
 namespace lockstep::contracts {
@@ -13,17 +13,20 @@ void checkForward(Trial& t) {
   const Matrix out = t.matrix(p.dtype, p.rows, p.queryColumns());
   const Matrix logSumExp = t.matrix(DType::kFloat32, p.shape().heads, p.rows);
   const Matrix expected = out.clone(), expectedLogSumExp = logSumExp.clone();
-  t.reference().attention(t.referenceQueue(), p.shape(), q.operand(), p.kv, p.batch.sequences(), expected.operand(), expectedLogSumExp.view());
+  t.reference().attention(t.referenceQueue(), p.shape(), q.operand(), p.kv, p.batch.sequences(), expected.operand(),
+                          expectedLogSumExp.view());
   t.eachQueue([&](Queue& queue) {
     const Matrix actual = out.clone(), actualLogSumExp = logSumExp.clone();
-    t.implementation().attention(queue, p.shape(), q.operand(), p.kv, p.batch.sequences(), actual.operand(), actualLogSumExp.view());
+    t.implementation().attention(queue, p.shape(), q.operand(), p.kv, p.batch.sequences(), actual.operand(),
+                                 actualLogSumExp.view());
     t.compare("out", expected, actual);
     t.compare("logSumExp", expectedLogSumExp, actualLogSumExp);
   });
   for (const bool decode : {true, false}) {
     const SubBatch sub = p.drawSubBatch(t, decode);
     const Matrix part = gather(q, sub.sourceRow), whole = gather(expected, sub.sourceRow), actual = whole.clone();
-    for (int64_t r = 0; r < actual.rows; ++r) std::memset(actual.operand().rowBytes(r), 0, bytesOf(p.dtype) * actual.cols);
+    for (int64_t r = 0; r < actual.rows; ++r)
+      std::memset(actual.operand().rowBytes(r), 0, bytesOf(p.dtype) * actual.cols);
     t.eachQueue([&](Queue& queue) {
       t.implementation().attention(queue, p.shape(), part.operand(), p.kv, sub.sequences(), actual.operand(), {});
       t.compareRows(decode ? "out of single rows" : "out of chunks", whole, 0, actual);
@@ -43,12 +46,15 @@ struct Training {
     x.out = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns());
     x.dOut = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns());
     x.logSumExp = t.matrix(DType::kFloat32, x.p.shape().heads, x.p.rows);
-    t.reference().attention(t.referenceQueue(), x.p.shape(), x.q.operand(), x.p.kv, x.p.batch.sequences(), x.out.operand(), x.logSumExp.view());
+    t.reference().attention(t.referenceQueue(), x.p.shape(), x.q.operand(), x.p.kv, x.p.batch.sequences(),
+                            x.out.operand(), x.logSumExp.view());
     return x;
   }
 
-  void backward(const kernels::Kernels& kernels, Queue& queue, const kernels::Sequences& sequences, const Matrix& dqkv) const {
-    kernels.attentionBackward(queue, p.layout, q.operand(), p.kv, sequences, out.operand(), logSumExp.view(), dOut.operand(), dqkv.view());
+  void backward(const kernels::Kernels& kernels, Queue& queue, const kernels::Sequences& sequences,
+                const Matrix& dqkv) const {
+    kernels.attentionBackward(queue, p.layout, q.operand(), p.kv, sequences, out.operand(), logSumExp.view(),
+                              dOut.operand(), dqkv.view());
   }
 };
 
@@ -64,7 +70,8 @@ void checkBackward(Trial& t) {
   });
   // One sequence alone: its rows as before, every other row is padding.
   const int64_t b = t.integer(0, batch.count() - 1);
-  const kernels::Sequences one{1, &batch.rowBegin[b], &batch.length[b], &batch.offset[b], &batch.pages[b * batch.pageStride], batch.pageStride};
+  const kernels::Sequences one{
+      1, &batch.rowBegin[b], &batch.length[b], &batch.offset[b], &batch.pages[b * batch.pageStride], batch.pageStride};
   for (int64_t row = 0; row < x.p.rows; ++row) {
     if (row >= batch.rowBegin[b] && row < batch.rowBegin[b] + batch.length[b]) continue;
     std::memset(expected.view().row(row), 0, sizeof(float) * expected.cols);
@@ -124,7 +131,8 @@ void checkAgainstFloat64(Trial& t) {
   const kernels::AttentionShape& shape = x.p.shape();
   const int64_t width = shape.headWidth, group = shape.heads / shape.keyValueHeads;
   const Matrix out = x.out.clone(), dqkv = t.matrix(DType::kFloat32, x.p.rows, x.p.layout.columns());
-  t.implementation().attention(t.referenceQueue(), shape, x.q.operand(), x.p.kv, x.p.batch.sequences(), out.operand(), {});
+  t.implementation().attention(t.referenceQueue(), shape, x.q.operand(), x.p.kv, x.p.batch.sequences(), out.operand(),
+                               {});
   x.backward(t.implementation(), t.referenceQueue(), x.p.batch.sequences(), dqkv);
   // Values are of order 1; dk and dv sum up to 300 queries of several heads.
   const double bound = x.p.dtype == DType::kFloat32 ? 2e-5 : 0.05;

@@ -1,5 +1,5 @@
-// Random problems for the contracts of attention and of what stands before it: shapes at every threshold, sequences packed
-// with gaps, pages in shuffled order with NaN wherever nothing was written.
+// Random problems for the contracts of attention and of what stands before it: shapes at every threshold, sequences
+// packed with gaps, pages in shuffled order with NaN wherever nothing was written.
 #pragma once
 
 #include <algorithm>
@@ -28,10 +28,12 @@ inline void put(const Matrix& m, int64_t row, int64_t col, float value) {
 // Rows `source` of a matrix, in that order; gaps are zero.
 inline Matrix gather(const Matrix& from, const std::vector<int64_t>& source) {
   const int64_t rows = static_cast<int64_t>(source.size());
-  Matrix to{Buffer(static_cast<size_t>((rows - 1) * from.stride + from.cols) * bytesOf(from.dtype)), from.dtype, rows, from.cols, from.stride};
+  Matrix to{Buffer(static_cast<size_t>((rows - 1) * from.stride + from.cols) * bytesOf(from.dtype)), from.dtype, rows,
+            from.cols, from.stride};
   std::memset(to.buffer.as<char>(), 0, to.buffer.bytes());
   for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(to.operand().rowBytes(r), from.operand().rowBytes(source[r]), static_cast<size_t>(from.cols) * bytesOf(from.dtype));
+    std::memcpy(to.operand().rowBytes(r), from.operand().rowBytes(source[r]),
+                static_cast<size_t>(from.cols) * bytesOf(from.dtype));
   }
   return to;
 }
@@ -65,8 +67,8 @@ struct AttentionProblem {
   const kernels::AttentionShape& shape() const { return layout.attention; }
   int64_t queryColumns() const { return shape().heads * shape().headWidth; }
 
-  // training: offsets 0, even first rows, padding between. Else decode steps and chunks at any offset, some with the first
-  // pages of another sequence.
+  // training: offsets 0, even first rows, padding between. Else decode steps and chunks at any offset, some with the
+  // first pages of another sequence.
   static AttentionProblem draw(Trial& t, bool training) {
     AttentionProblem p;
     p.dtype = t.dtype();
@@ -194,7 +196,8 @@ struct AttentionProblem {
 
   void placePages(Trial& t, bool training) {
     for (int64_t b = 0; b < batch.count(); ++b) {
-      batch.pageStride = std::max(batch.pageStride, (batch.offset[b] + batch.length[b] + kernels::kPagePositions - 1) / kernels::kPagePositions);
+      batch.pageStride = std::max(batch.pageStride, (batch.offset[b] + batch.length[b] + kernels::kPagePositions - 1) /
+                                                        kernels::kPagePositions);
     }
     batch.pageStride += t.integer(0, 1);
     pageCount = batch.count() * batch.pageStride + 2;

@@ -1,5 +1,5 @@
-// Contracts of qkvPrepare and qkvPrepareBackward: equal bits to the reference in operands, pages and gradients; chunk by chunk
-// writes the same pages as all at once; backward is the derivative of forward.
+// Contracts of qkvPrepare and qkvPrepareBackward: equal bits to the reference in operands, pages and gradients; chunk
+// by chunk writes the same pages as all at once; backward is the derivative of forward.
 #include "attention_problem.h"
 
 namespace lockstep::contracts {
@@ -29,9 +29,7 @@ struct QkvProblem {
   kernels::HeadNorm norm() const {
     return hasNorm ? kernels::HeadNorm{queryGain.as<float>(), keyGain.as<float>(), 1e-5f} : kernels::HeadNorm{};
   }
-  kernels::Rope rope() const {
-    return hasRope ? kernels::Rope{cosine.as<float>(), sine.as<float>()} : kernels::Rope{};
-  }
+  kernels::Rope rope() const { return hasRope ? kernels::Rope{cosine.as<float>(), sine.as<float>()} : kernels::Rope{}; }
   int64_t savedColumns() const { return (p.shape().heads + p.shape().keyValueHeads) * p.shape().headWidth; }
 
   // Absolute positions of all rows; -1 or 0 in padding.
@@ -43,8 +41,10 @@ struct QkvProblem {
     return result;
   }
 
-  void prepare(const kernels::Kernels& kernels, Queue& queue, const Matrix& input, const kernels::Sequences& sequences, const Matrix& q, const Matrix& saved) const {
-    kernels.qkvPrepare(queue, p.layout, input.view(), sequences, norm(), rope(), q.operand(), p.kv, saves ? saved.operand() : Operand{});
+  void prepare(const kernels::Kernels& kernels, Queue& queue, const Matrix& input, const kernels::Sequences& sequences,
+               const Matrix& q, const Matrix& saved) const {
+    kernels.qkvPrepare(queue, p.layout, input.view(), sequences, norm(), rope(), q.operand(), p.kv,
+                       saves ? saved.operand() : Operand{});
   }
 };
 
@@ -64,7 +64,8 @@ void checkPrepare(Trial& t) {
   });
   x.p.clearPages();
   const SubBatch sub = x.p.drawSubBatch(t, false);
-  const Matrix input = gather(x.qkv, sub.sourceRow), whole = gather(expected, sub.sourceRow), actual = gather(q, sub.sourceRow);
+  const Matrix input = gather(x.qkv, sub.sourceRow), whole = gather(expected, sub.sourceRow),
+               actual = gather(q, sub.sourceRow);
   const Matrix actualSaved = gather(saved, sub.sourceRow);
   t.eachQueue([&](Queue& queue) {
     x.prepare(t.implementation(), queue, input, sub.sequences(), actual, actualSaved);
@@ -78,8 +79,12 @@ struct GainGradients {
   GainGradients clone() const { return {query.clone(), key.clone()}; }
 };
 
-void backward(const kernels::Kernels& kernels, Queue& queue, const QkvProblem& x, const Matrix& dqkv, const Matrix& saved, const std::vector<int32_t>& positions, const Matrix& out, const GainGradients& gains) {
-  kernels.qkvPrepareBackward(queue, x.p.layout, dqkv.view(), positions.data(), x.norm(), x.rope(), x.hasNorm ? saved.operand() : Operand{}, out.operand(), x.hasNorm ? gains.query.as<float>() : nullptr, x.hasNorm ? gains.key.as<float>() : nullptr);
+void backward(const kernels::Kernels& kernels, Queue& queue, const QkvProblem& x, const Matrix& dqkv,
+              const Matrix& saved, const std::vector<int32_t>& positions, const Matrix& out,
+              const GainGradients& gains) {
+  kernels.qkvPrepareBackward(
+      queue, x.p.layout, dqkv.view(), positions.data(), x.norm(), x.rope(), x.hasNorm ? saved.operand() : Operand{},
+      out.operand(), x.hasNorm ? gains.query.as<float>() : nullptr, x.hasNorm ? gains.key.as<float>() : nullptr);
 }
 
 void checkPrepareBackward(Trial& t) {
@@ -101,10 +106,11 @@ void checkPrepareBackward(Trial& t) {
   });
 }
 
-// The sum over q, k and v of `weights` (laid out as qkv) times what forward makes of qkv and the gains: the function whose
-// derivative backward returns.
+// The sum over q, k and v of `weights` (laid out as qkv) times what forward makes of qkv and the gains: the function
+// whose derivative backward returns.
 double objective(Trial& t, QkvProblem& x, const Matrix& weights) {
-  const Matrix q = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns()), saved = t.matrix(x.p.dtype, x.p.rows, x.savedColumns());
+  const Matrix q = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns()),
+               saved = t.matrix(x.p.dtype, x.p.rows, x.savedColumns());
   x.prepare(t.implementation(), t.referenceQueue(), x.qkv, x.p.batch.sequences(), q, saved);
   const kernels::QkvLayout& layout = x.p.layout;
   const int64_t width = x.p.shape().headWidth;
@@ -117,7 +123,8 @@ double objective(Trial& t, QkvProblem& x, const Matrix& weights) {
       }
       for (int64_t g = 0; g < x.p.shape().keyValueHeads; ++g) {
         sum += double{at(weights, row, layout.keyColumn(g) + k)} * double{x.p.element(x.p.keyIndex(b, g, position, k))};
-        sum += double{at(weights, row, layout.valueColumn(g) + k)} * double{x.p.element(x.p.valueIndex(b, g, position, k))};
+        sum += double{at(weights, row, layout.valueColumn(g) + k)} *
+               double{x.p.element(x.p.valueIndex(b, g, position, k))};
       }
     }
   }
@@ -128,8 +135,10 @@ double objective(Trial& t, QkvProblem& x, const Matrix& weights) {
 void checkDerivative(Trial& t) {
   QkvProblem x = QkvProblem::draw(t, true);
   const int64_t width = x.p.shape().headWidth, columns = x.p.layout.columns();
-  const Matrix weights = t.matrix(DType::kFloat32, x.p.rows, columns), direction = t.matrix(DType::kFloat32, x.p.rows, columns);
-  const Matrix q = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns()), saved = t.matrix(x.p.dtype, x.p.rows, x.savedColumns());
+  const Matrix weights = t.matrix(DType::kFloat32, x.p.rows, columns),
+               direction = t.matrix(DType::kFloat32, x.p.rows, columns);
+  const Matrix q = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns()),
+               saved = t.matrix(x.p.dtype, x.p.rows, x.savedColumns());
   const Matrix gradient = t.matrix(x.p.dtype, x.p.rows, columns);
   const GainGradients gains{t.floats(width, 0), t.floats(width, 0)}, step{t.floats(width), t.floats(width)};
   std::memset(gains.query.as<char>(), 0, gains.query.bytes());
@@ -167,7 +176,8 @@ void checkDerivative(Trial& t) {
   const double differences = (up - objective(t, x, weights)) / (2.0 * double{h});
   // `size` is the square of what the terms add up to when their signs are random.
   if (std::abs(expected - differences) <= 0.01 * std::sqrt(size) + 1e-3) return;
-  t.fail("derivative: backward " + std::to_string(expected) + ", differences " + std::to_string(differences) + ", size " + std::to_string(std::sqrt(size)));
+  t.fail("derivative: backward " + std::to_string(expected) + ", differences " + std::to_string(differences) +
+         ", size " + std::to_string(std::sqrt(size)));
 }
 
 const Registration kPrepare("qkvPrepare", 60, checkPrepare);
