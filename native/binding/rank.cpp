@@ -44,6 +44,8 @@ void Rank::atExit(void* rank) {
 void Rank::close() {
   if (closed_.exchange(true)) return;
   thread_.close();
+  queue_->close();
+  workspace_.release();
   door_.Release();
 }
 

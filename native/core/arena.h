@@ -21,12 +21,13 @@ class Arena {
   // Grows (or shrinks) the planned size; memory is kept only when it fits. Only for arenas whose contents do not matter.
   void reserve(size_t bytes);
 
+  // Gives the memory back; planned() and highWater() stay. Only reserve() may follow.
+  void release();
+
   size_t planned() const { return bytes_; }
   size_t highWater() const { return highWater_; }
 
  private:
-  void release();
-
   std::string name_;
   char* memory_ = nullptr;
   size_t bytes_ = 0, mapped_ = 0, highWater_ = 0;

@@ -31,8 +31,12 @@ Queue::Queue(int threads, size_t scratchBytes) : pool_(threads), scratchBytes_(r
   memory_ = static_cast<char*>(memory);
 }
 
-Queue::~Queue() {
+Queue::~Queue() { close(); }
+
+void Queue::close() {
+  pool_.stop();
   if (memory_ != nullptr) munmap(memory_, scratchBytes_ * (static_cast<size_t>(threads()) + 1));
+  memory_ = nullptr;
 }
 
 void Queue::require(size_t bytes) const {

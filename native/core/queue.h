@@ -17,6 +17,9 @@ class Queue {
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
 
+  // Ends the threads and gives the scratch memory back; no operation may follow. Idempotent.
+  void close();
+
   ThreadPool& pool() { return pool_; }
   int threads() const { return pool_.threads(); }
 

@@ -124,10 +124,14 @@ ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()), threads
   for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this, i] { state_->work(i); });
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
+  if (state_->stop) return;
   state_->stop = true;
   state_->start();
   for (std::thread& worker : state_->workers) worker.join();
+  state_->workers.clear();
   liveThreads.fetch_sub(threads_);
 }
 

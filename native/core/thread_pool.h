@@ -20,6 +20,9 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
+  // Ends the threads; no run may follow. Idempotent.
+  void stop();
+
   // Calls function(context, thread) once for each thread in 0..threads-1 and returns when all are done. The caller is
   // thread 0. One caller at a time. Functions must not throw.
   void run(void (*function)(void* context, int thread), void* context);

@@ -1,9 +1,10 @@
 // Elementary functions, each one expression written for a value type V: `float` in the reference and in per-row code,
-// 16 lanes (`Vec` of cpu/simd.h) in the fast kernels. Every instruction set evaluates the same roundings, so bits agree.
+// 16 lanes (`Vec` of cpu/simd.h) in the fast kernels. Every instruction set evaluates the same roundings, so bits
+// agree.
 //
 // V has + - * / and, found by its type: fma(a, b, c) = a b + c rounded once; broadcast<V>(float);
-// selectLessEqual(a, b, x, y) = a <= b ? x : y with NaN on the right; addToExponent(p, t): the bits of p plus the lowest
-// nine bits of t shifted into sign and exponent. FTZ and DAZ are set on the thread that calls.
+// selectLessEqual(a, b, x, y) = a <= b ? x : y with NaN on the right; addToExponent(p, t): the bits of p plus the
+// lowest nine bits of t shifted into sign and exponent. FTZ and DAZ are set on the thread that calls.
 //
 // Everything here is force-inlined: a copy compiled for AVX-512 must not be shared with code that runs without it.
 #pragma once
@@ -18,13 +19,19 @@
 
 namespace lockstep::kernels {
 
-LOCKSTEP_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-LOCKSTEP_INLINE float selectLessEqual(float a, float b, float x, float y) { return a <= b ? x : y; }
+LOCKSTEP_INLINE float fma(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+LOCKSTEP_INLINE float selectLessEqual(float a, float b, float x, float y) {
+  return a <= b ? x : y;
+}
 LOCKSTEP_INLINE float addToExponent(float p, float t) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(t) << 23));
 }
 // As the vector instruction: the right operand when either is NaN.
-LOCKSTEP_INLINE float maximum(float a, float b) { return a > b ? a : b; }
+LOCKSTEP_INLINE float maximum(float a, float b) {
+  return a > b ? a : b;
+}
 
 template <class V>
 LOCKSTEP_INLINE V broadcast(float x) {
@@ -108,6 +115,8 @@ LOCKSTEP_INLINE V geluTanhDerivative(V x) {
 }
 
 // 1 / sqrt(mean + eps), both operations IEEE.
-LOCKSTEP_INLINE float inverseRoot(float meanSquare, float eps) { return 1.0f / __builtin_sqrtf(meanSquare + eps); }
+LOCKSTEP_INLINE float inverseRoot(float meanSquare, float eps) {
+  return 1.0f / __builtin_sqrtf(meanSquare + eps);
+}
 
 }  // namespace lockstep::kernels

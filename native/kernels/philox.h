@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a block of four random words as
-// a function of a 128-bit counter and a 64-bit key, so that a draw depends on its name and never on what was drawn before.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a block of four random words
+// as a function of a 128-bit counter and a 64-bit key, so that a draw depends on its name and never on what was drawn
+// before.
 #pragma once
 
 #include <cstdint>

@@ -5,10 +5,10 @@
 
 namespace lockstep::kernels {
 
-constexpr int64_t kSamplingBlock = 256;      // columns whose weights are summed before the running sum sees them
-constexpr int64_t kSamplingBuckets = 2048;   // of a digit of radix selection
-constexpr int64_t kSquaresLeaf = 4096;       // elements of a leaf of sumOfSquares
-constexpr int64_t kSquaresTaskLeaves = 64;   // leaves of one task: a whole subtree
+constexpr int64_t kSamplingBlock = 256;     // columns whose weights are summed before the running sum sees them
+constexpr int64_t kSamplingBuckets = 2048;  // of a digit of radix selection
+constexpr int64_t kSquaresLeaf = 4096;      // elements of a leaf of sumOfSquares
+constexpr int64_t kSquaresTaskLeaves = 64;  // leaves of one task: a whole subtree
 
 static inline int64_t samplingBlocks(const WeightLayout& vocabulary) {
   int64_t blocks = 0;

@@ -44,7 +44,7 @@ export async function createEngine(options: LoadModelOptions): Promise<NativeEng
     ...(recompute === undefined ? {} : { recompute }),
   });
   try {
-    const { slices } = loadPlan(checkpoint, engine.table, { newHead: head !== undefined });
+    const { slices } = loadPlan(checkpoint, engine.table, { newHead: shape !== checkpoint.shape });
     await engine.load(nativeLoad(slices, new Map(engine.table.map((tensor, index) => [tensor.name, index]))));
     return engine;
   } catch (error) {

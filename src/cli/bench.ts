@@ -59,7 +59,7 @@ function firstSentence(source: string): string {
     .replace(/^\s*\*/gm, '')
     .replace(/\s+/g, ' ')
     .trim()
-    .split(/(?<=[.:;])\s/)[0]!;
+    .split(/(?<=\.)\s/)[0]!;
 }
 
 async function run(input: Input, { terminal, interrupts }: Session): Promise<number> {

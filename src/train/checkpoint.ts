@@ -19,6 +19,8 @@ interface TrainerState {
   /** Rows of data consumed: the data's order is a function of it. */
   position: number;
   algorithm: Readonly<Record<string, number>>;
+  /** numerics.parts of each trained model, as it was chosen. */
+  parts: Readonly<Record<string, number>>;
   /** What decides the course of the run. */
   settings: Settings;
 }
@@ -37,6 +39,7 @@ export async function saveCheckpoint(task: Task, config: Config, step: number, d
     step,
     position: step * task.rowsPerStep,
     algorithm: task.state(),
+    parts: partsOf(task),
     settings: settingsOf(config),
   };
   await writeFile(join(directory, 'trainer', 'state.json'), `${JSON.stringify(state, null, 2)}\n`);
@@ -47,7 +50,10 @@ export async function restoreCheckpoint(task: Task, directory: string): Promise<
   for (const { role, engine } of task.trained) {
     await loadOptimizerState(engine, join(directory, 'trainer', role.name));
   }
-  task.restore((await readState(directory)).algorithm);
+  const state = await readState(directory);
+  const difference = firstDifference(state.parts, partsOf(task), 'numerics.parts');
+  if (difference) throw configDiffers(directory, difference);
+  task.restore(state.algorithm);
 }
 
 /**
@@ -63,15 +69,21 @@ export async function checkResumable(
 ): Promise<void> {
   const { settings } = await readState(directory);
   const difference = firstDifference(settings, settingsOf(config)) ?? earlierDifference(earlier, config);
-  if (difference) {
-    throw new LockstepError(
-      'RUN_CONFIG_DIFFERS',
-      `cannot continue ${directory}: ${difference.path} was ${show(difference.before)} and is now ${show(difference.now)}; ` +
-        'set it back, or start a new run in another output',
-      { directory, ...difference },
-    );
-  }
+  if (difference) throw configDiffers(directory, difference);
   for (const role of roles.filter(({ trained }) => trained)) await checkSameModel(join(directory, role.folder), role);
+}
+
+function configDiffers(directory: string, difference: Difference): LockstepError {
+  return new LockstepError(
+    'RUN_CONFIG_DIFFERS',
+    `cannot continue ${directory}: ${difference.path} was ${show(difference.before)} and is now ${show(difference.now)}; ` +
+      'set it back, or start a new run in another output',
+    { directory, ...difference },
+  );
+}
+
+function partsOf({ trained }: Task): Record<string, number> {
+  return Object.fromEntries(trained.map(({ role, engine }) => [role.name, engine.parts]));
 }
 
 async function checkSameModel(directory: string, role: Role): Promise<void> {

@@ -8,6 +8,7 @@ import { LockstepError } from '../../src/errors.js';
 import { planGeneration, planModel, planScoring, planTraining, wholeSequences } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import {
+  built,
   childPrelude,
   dtypes,
   fixtureModels,
@@ -25,6 +26,13 @@ import {
 const models = [...(await fixtureModels()), randomModel('small', smallShape)];
 const step = { learningRate: 1e-3, betas: [0.9, 0.95], epsilon: 1e-8, weightDecay: 0.1, clipNorm: 1, step: 1 } as const;
 const cases = models.flatMap((model) => dtypes.map((dtype) => ({ name: `${model.name} ${dtype}`, model, dtype })));
+
+/** All of an arena is used, but for the alignment behind the last tensor. */
+function expectFull(arena: { planned: number; highWater: number } | undefined, planned: number): void {
+  expect(arena!.planned).toBe(planned);
+  expect(planned - arena!.highWater).toBeGreaterThanOrEqual(0);
+  expect(planned - arena!.highWater).toBeLessThan(64);
+}
 
 /** All of it is used, and it is the total of the plan but for the alignment behind the last buffer. */
 function expectWorkspace(workspace: { planned: number; highWater: number }, total: number): void {
@@ -44,9 +52,9 @@ describe.each(cases)('the plan of $name is used to the last byte', ({ model, dty
       await engine.step(step);
       const memory = engine.memory();
       const plan = planModel(engine.table, dtype, true);
-      expect(memory.weights).toEqual({ planned: plan.weightsBytes, highWater: plan.weightsBytes });
-      expect(memory.gradients).toEqual({ planned: plan.gradientBytes, highWater: plan.gradientBytes });
-      expect(memory.optimizer).toEqual({ planned: plan.optimizerBytes, highWater: plan.optimizerBytes });
+      expectFull(memory.weights, plan.weightsBytes);
+      expectFull(memory.gradients, plan.gradientBytes);
+      expectFull(memory.optimizer, plan.optimizerBytes);
       expect(device.heldBytes).toBe(plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes);
       expectWorkspace(memory.workspace!, planTraining(model.shape, dtype, size, recompute).total);
       expect(memory.scratch!.highWater).toBeGreaterThan(0);
@@ -58,7 +66,7 @@ describe.each(cases)('the plan of $name is used to the last byte', ({ model, dty
     withEngine(model, { dtype }, async (engine) => {
       await scoreTogether(engine, sequences);
       const memory = engine.memory();
-      expect(memory.weights!.highWater).toBe(memory.weights!.planned);
+      expectFull(memory.weights, planModel(engine.table, dtype, false).weightsBytes);
       expect(memory.gradients).toEqual({ planned: 0, highWater: 0 });
       expect(memory.optimizer).toEqual({ planned: 0, highWater: 0 });
       expectWorkspace(memory.workspace!, planScoring(model.shape, dtype, size).total);
@@ -159,7 +167,7 @@ test('a process that trains holds the planned bytes, within 15 %', async () => {
   const { code, stdout, stderr } = await runModule(
     `${childPrelude(llama25m)}
     import { readFileSync } from 'node:fs';
-    const { planTraining, wholeSequences } = await import('${new URL('../../dist/layout/memory-plan.js', import.meta.url).href}');
+    const { planTraining, wholeSequences } = await import(${built('layout/memory-plan.js')});
     const anonymous = () => {
       globalThis.gc();
       return Number(/^Anonymous:\\s+(\\d+) kB/m.exec(readFileSync('/proc/self/smaps_rollup', 'utf8'))[1]) * 1024;

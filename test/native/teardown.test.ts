@@ -225,7 +225,7 @@ describe('a process ends', () => {
 const withWorker = (worker: string, main: string): string => `
   import { Worker } from 'node:worker_threads';
   const start = () => {
-    const worker = new Worker(${JSON.stringify(`(async () => { const say = (m) => require('node:worker_threads').parentPort.postMessage(m); ${worker} })();`)}, { eval: true });
+    const worker = new Worker(${JSON.stringify(`(async () => { const { parentPort } = await import('node:worker_threads'); const say = (m) => parentPort.postMessage(m); ${worker} })();`)}, { eval: true });
     const messages = [];
     let wake = () => {};
     worker.on('message', (message) => { messages.push(message); wake(); });

@@ -173,7 +173,7 @@ const layers: Readonly<Record<string, readonly string[]>> = {
   comm: ['core/'],
   transfer: ['core/'],
   model: ['kernels/', 'comm/communicator.h', 'core/'],
-  binding: ['model/', 'transfer/', 'comm/', 'core/'],
+  binding: ['model/', 'kernels/', 'transfer/', 'comm/', 'core/'],
 };
 
 const native = join(root, 'native');

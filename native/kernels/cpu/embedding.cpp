@@ -1,5 +1,5 @@
-// Token and position embeddings. A token's vector runs through its panel with a stride of the panel's width; backward gives
-// each thread columns, so that every element's chain goes over tokens in order without atomics.
+// Token and position embeddings. A token's vector runs through its panel with a stride of the panel's width; backward
+// gives each thread columns, so that every element's chain goes over tokens in order without atomics.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/rows.h"
 

@@ -1,5 +1,5 @@
-// RMSNorm and LayerNorm. Forward and dx go row by row; the gradients of gain and bias are chains over rows, so threads take
-// columns there.
+// RMSNorm and LayerNorm. Forward and dx go row by row; the gradients of gain and bias are chains over rows, so threads
+// take columns there.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/rows.h"
 
@@ -121,8 +121,8 @@ void layerNormBackward(Queue& queue, View<const float> x, const float* gain, con
       float* dIn = dx.row(t);
       const auto g = [&](int64_t i, auto lanes) { return load(dOut + i, lanes) * load(gain + i, lanes); };
       const float sum = lanesSum(width, [&](Vec acc, int64_t i, auto lanes) { return acc + g(i, lanes); });
-      const float dot = lanesSum(
-          width, [&](Vec acc, int64_t i, auto lanes) { return fma(g(i, lanes), normed(t, i, lanes), acc); });
+      const float dot =
+          lanesSum(width, [&](Vec acc, int64_t i, auto lanes) { return fma(g(i, lanes), normed(t, i, lanes), acc); });
       const Vec a = Vec::broadcast(sum / static_cast<float>(width));
       const Vec minusB = Vec::broadcast(-(dot / static_cast<float>(width))), scale = Vec::broadcast(inverseStd[t]);
       eachVector(width, [&](int64_t i, auto lanes) {

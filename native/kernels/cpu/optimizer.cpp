@@ -1,4 +1,5 @@
-// AdamW with publishing in one pass over memory, the sum of squares behind gradient clipping, and joining two accumulators.
+// AdamW with publishing in one pass over memory, the sum of squares behind gradient clipping, and joining two
+// accumulators.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/pairs.h"
 #include "kernels/scratch.h"
@@ -11,10 +12,19 @@ struct Update {
   Vec scale, beta1, rest1, beta2, rest2, decay, minusStep, root, epsilon;
 
   Update(const AdamW& a, float* p, float* first, float* second, float* g)
-      : parameter(p), m(first), v(second), gradient(g), scale(constant(a.gradientScale)), beta1(constant(a.beta1)),
-        rest1(constant(1 - a.beta1)), beta2(constant(a.beta2)), rest2(constant(1 - a.beta2)),
-        decay(constant(1 - a.learningRate * a.weightDecay)), minusStep(constant(-(a.learningRate / a.correction1))),
-        root(constant(1 / __builtin_sqrt(a.correction2))), epsilon(constant(a.epsilon)) {}
+      : parameter(p),
+        m(first),
+        v(second),
+        gradient(g),
+        scale(constant(a.gradientScale)),
+        beta1(constant(a.beta1)),
+        rest1(constant(1 - a.beta1)),
+        beta2(constant(a.beta2)),
+        rest2(constant(1 - a.beta2)),
+        decay(constant(1 - a.learningRate * a.weightDecay)),
+        minusStep(constant(-(a.learningRate / a.correction1))),
+        root(constant(1 / __builtin_sqrt(a.correction2))),
+        epsilon(constant(a.epsilon)) {}
   static Vec constant(double x) { return Vec::broadcast(static_cast<float>(x)); }
 
   // Updates 16 elements and returns the parameters.
@@ -32,8 +42,8 @@ struct Update {
   }
 };
 
-// The balanced tree over `count` leaves in their order, an odd one passing up: complete subtrees wait on a stack, as the
-// digits of a binary counter; what is left at the end joins from the right.
+// The balanced tree over `count` leaves in their order, an odd one passing up: complete subtrees wait on a stack, as
+// the digits of a binary counter; what is left at the end joins from the right.
 struct TreeSum {
   double stack[64];
   int64_t count = 0;
@@ -74,10 +84,11 @@ double sumOfSquares(Queue& queue, const float* gradient, int64_t count) {
     for (int64_t leaf = task * kSquaresTaskLeaves; leaf < end; ++leaf) {
       const float* x = gradient + leaf * kSquaresLeaf;
       const int64_t left = count - leaf * kSquaresLeaf;
-      tree.add(static_cast<double>(lanesSum(left < kSquaresLeaf ? left : kSquaresLeaf, [&](Vec acc, int64_t i, auto lanes) {
-        const Vec value = load(x + i, lanes);
-        return fma(value, value, acc);
-      })));
+      tree.add(
+          static_cast<double>(lanesSum(left < kSquaresLeaf ? left : kSquaresLeaf, [&](Vec acc, int64_t i, auto lanes) {
+            const Vec value = load(x + i, lanes);
+            return fma(value, value, acc);
+          })));
     }
     sums[task] = tree.total();
   });

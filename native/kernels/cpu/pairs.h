@@ -1,5 +1,5 @@
-// Walking a bfloat16 weight in row pairs of its panels: the unit in which the float32 order and the bfloat16 order hold the
-// same elements.
+// Walking a bfloat16 weight in row pairs of its panels: the unit in which the float32 order and the bfloat16 order hold
+// the same elements.
 #pragma once
 
 #include "kernels/cpu/rows.h"
@@ -7,8 +7,9 @@
 namespace lockstep::kernels::LOCKSTEP_ISA {
 namespace {
 
-// body(offset, width) for every row pair of a range of pairs: rows k and k + 1 of a panel are the float32 elements at offset and
-// offset + width, `width` of each; the bfloat16 pairs start at the same offset. Threads take ranges of pairs.
+// body(offset, width) for every row pair of a range of pairs: rows k and k + 1 of a panel are the float32 elements at
+// offset and offset + width, `width` of each; the bfloat16 pairs start at the same offset. Threads take ranges of
+// pairs.
 template <class Body>
 LOCKSTEP_INLINE void forPairs(Queue& queue, const WeightLayout& layout, const Body& body) {
   for (const Part& part : layout.parts) {

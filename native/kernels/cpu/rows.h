@@ -39,8 +39,12 @@ LOCKSTEP_INLINE void store(T* p, Vec x, Some some) {
 }
 
 // `next` in the lanes that exist, `old` in the others: a lane without an element keeps its partial sum.
-LOCKSTEP_INLINE Vec keep(Vec next, Vec, Full) { return next; }
-LOCKSTEP_INLINE Vec keep(Vec next, Vec old, Some some) { return select(firstLanes(some.count), next, old); }
+LOCKSTEP_INLINE Vec keep(Vec next, Vec, Full) {
+  return next;
+}
+LOCKSTEP_INLINE Vec keep(Vec next, Vec old, Some some) {
+  return select(firstLanes(some.count), next, old);
+}
 
 // body(i, lanes) for i = 0, 16, 32, ...
 template <class Body>

@@ -1,5 +1,5 @@
-// One token per row of logits. Plain sampling reads the row twice (maximum, exponentials) and its weights once; top-k and
-// top-p find where their prefix ends by three passes of radix selection, without sorting.
+// One token per row of logits. Plain sampling reads the row twice (maximum, exponentials) and its weights once; top-k
+// and top-p find where their prefix ends by three passes of radix selection, without sorting.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/philox.h"
@@ -127,8 +127,7 @@ void keepPrefix(RowWeights& w, uint64_t limit, const Measure& measure) {
 }
 
 // Drops what top-k and then top-p do not keep; returns the total of the rest.
-double filter(RowWeights& w, const float* logits, float inverseTemperature, const Sampling& settings,
-                              double total) {
+double filter(RowWeights& w, const float* logits, float inverseTemperature, const Sampling& settings, double total) {
   const bool byCount = settings.topK > 0 && settings.topK < w.layout.out, byShare = settings.topP < 1;
   if (byCount || byShare) rankRow(logits, inverseTemperature, w.layout.out, w.ranks);
   if (byCount) {
@@ -137,7 +136,8 @@ double filter(RowWeights& w, const float* logits, float inverseTemperature, cons
   }
   if (byShare) {
     const auto share = [&](int64_t v, size_t p) {
-      return static_cast<uint64_t>(static_cast<int64_t>(static_cast<double>(w.e[v]) * static_cast<double>(w.scales[p]) * 0x1p40));
+      return static_cast<uint64_t>(
+          static_cast<int64_t>(static_cast<double>(w.e[v]) * static_cast<double>(w.scales[p]) * 0x1p40));
     };
     uint64_t all = 0;
     for (size_t p = 0; p < w.layout.parts.size(); ++p) {
@@ -152,8 +152,8 @@ double filter(RowWeights& w, const float* logits, float inverseTemperature, cons
   return total;
 }
 
-void sampleRow(const float* logits, const WeightLayout& layout, const Sampling& settings, void* scratch,
-                               int32_t* token, float* logprob) {
+void sampleRow(const float* logits, const WeightLayout& layout, const Sampling& settings, void* scratch, int32_t* token,
+               float* logprob) {
   const bool greedy = settings.temperature == 0;
   const float inverseTemperature = greedy ? 1.0f : 1.0f / settings.temperature;
   RowWeights w(layout, scratch);

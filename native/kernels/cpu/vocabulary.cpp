@@ -1,5 +1,5 @@
-// Log-probabilities and entropies of the next token, forward and backward, by blocks of rows: the matrix products run on
-// all threads inside, then the rows of the block are dealt to threads.
+// Log-probabilities and entropies of the next token, forward and backward, by blocks of rows: the matrix products run
+// on all threads inside, then the rows of the block are dealt to threads.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/softmax.h"
 
@@ -24,8 +24,8 @@ struct Blocks {
   }
 };
 
-void softmaxRow(const float* logits, const WeightLayout& layout, int32_t target,
-                                float inverseTemperature, LogSoftmax out, int64_t t) {
+void softmaxRow(const float* logits, const WeightLayout& layout, int32_t target, float inverseTemperature,
+                LogSoftmax out, int64_t t) {
   const SoftmaxPart all = mergeTree(0, static_cast<int64_t>(layout.parts.size()), [&](int64_t p) {
     const Part& part = layout.parts[p];
     return softmaxPart<true>(logits + part.outBegin, inverseTemperature, part.out, nullptr);

@@ -56,7 +56,8 @@ void layerNormBackward(Queue&, View<const float> x, const float* gain, const flo
     const float *in = x.row(t), *dOut = dy.row(t);
     const float mu = mean[t], r = inverseStd[t];
     const float sum = lanesSum(width, [&](float acc, int64_t i) { return acc + dOut[i] * gain[i]; });
-    const float dot = lanesSum(width, [&](float acc, int64_t i) { return fma(dOut[i] * gain[i], (in[i] - mu) * r, acc); });
+    const float dot =
+        lanesSum(width, [&](float acc, int64_t i) { return fma(dOut[i] * gain[i], (in[i] - mu) * r, acc); });
     const float a = sum / static_cast<float>(width), b = dot / static_cast<float>(width);
     for (int64_t i = 0; i < width; ++i) {
       const float g = dOut[i] * gain[i], normed = (in[i] - mu) * r;

@@ -81,7 +81,9 @@ int64_t sampleToken(const float* logits, const WeightLayout& layout, const std::
     walk(w, layout, never, &total);
   }
   if (settings.topP < 1) {
-    const auto share = [&](int64_t v) { return static_cast<int64_t>(static_cast<double>(w.e[v]) * w.scale[v] * 0x1p40); };
+    const auto share = [&](int64_t v) {
+      return static_cast<int64_t>(static_cast<double>(w.e[v]) * w.scale[v] * 0x1p40);
+    };
     int64_t all = 0, sum = 0, count = 0;
     for (int64_t v = 0; v < vocabulary; ++v) all += share(v);
     const int64_t enough = static_cast<int64_t>(static_cast<double>(settings.topP) * static_cast<double>(all));

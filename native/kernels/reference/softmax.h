@@ -14,7 +14,9 @@ struct SoftmaxPart {
 };
 
 // x - m, held at -100 from below; NaN stays NaN.
-inline float below(float x, float m) { return maximum(-100.0f, x - m); }
+inline float below(float x, float m) {
+  return maximum(-100.0f, x - m);
+}
 
 inline SoftmaxPart softmaxPart(const float* logits, float inverseTemperature, int64_t begin, int64_t count) {
   SoftmaxPart part;
@@ -44,7 +46,8 @@ inline SoftmaxPart mergeTree(std::vector<SoftmaxPart> parts) {
 }
 
 // The range of columns of a part of the vocabulary: all of them when the vocabulary is not cut.
-inline std::vector<SoftmaxPart> softmaxParts(const float* logits, float inverseTemperature, const WeightLayout& layout) {
+inline std::vector<SoftmaxPart> softmaxParts(const float* logits, float inverseTemperature,
+                                             const WeightLayout& layout) {
   std::vector<SoftmaxPart> parts;
   for (const Part& part : layout.parts) {
     parts.push_back(softmaxPart(logits, inverseTemperature, part.outBegin, part.out));

@@ -6,7 +6,7 @@ import { dataFile } from './data.js';
 export const stages = ['sft', 'reward', 'ppo'] as const;
 export type Stage = (typeof stages)[number];
 
-const steps = { sft: 120, reward: 200, ppo: 40 };
+const steps = { sft: 80, reward: 200, ppo: 40 };
 
 /** The model that a finished stage leaves behind. */
 export function trainedModel(folder: string, stage: Stage): string {
@@ -21,7 +21,6 @@ export function quickstartConfigs(folder: string, seed: number): Record<Stage, C
     seed,
     steps: steps[stage],
     checkpoint: { every: 0, keep: 1 },
-    memory: { device: '1GiB' },
     output: join(folder, stage),
   });
   const schedule = { schedule: 'cosine' as const, warmupSteps: 10, weightDecay: 0.01 };

@@ -7,38 +7,38 @@ import {
   answerText,
   checkAnswer,
   type Order,
-  promptFor,
+  promptsFor,
   staffAnswer,
   staffServing,
 } from './language.js';
 import { endToken } from './model.js';
 import { pick, type Random, randomStream, shuffled } from './random.js';
 
-/** Orders that no training data has; the rest is trained on. */
-const heldOutOrders = 256;
+/** Orders that no training data has, each asked in every wording; the rest is trained on. */
+const heldOutOrders = 64;
 const trainingRows = { sft: 4096, pairs: 6144, prompts: 4096 };
 
 /** How strongly the judge of pairs prefers a point more: log-odds a point. The judge errs now and then, as people do. */
-const oddsPerPoint = 2;
+const oddsPerPoint = 3;
 const points = 6;
 
 export type RowKind = keyof typeof trainingRows;
 
-type Maker = (order: Order, random: Random) => Record<string, string>;
+/** A row about an order, for one wording of it. */
+type Maker = (prompt: string, order: Order, random: Random) => Record<string, string>;
 
 const makers: Record<RowKind, Maker> = {
-  sft: (order, random) => ({ prompt: promptFor(order, random), response: answerText(staffAnswer(order, random)) }),
+  sft: (prompt, order, random) => ({ prompt, response: answerText(staffAnswer(order, random)) }),
   pairs: preference,
-  prompts: (order, random) => ({ prompt: promptFor(order, random) }),
+  prompts: (prompt) => ({ prompt }),
 };
 
 /**
  * Two answers of the staff to an order, of different worth; every other pair differs in what is served alone. The better one
- * is chosen with probability σ(2 · points ahead). Answers of pairs are read as they stand, so they end with the end token,
+ * is chosen with probability σ(3 · points ahead). Answers of pairs are read as they stand, so they end with the end token,
  * where PPO will ask for the score.
  */
-function preference(order: Order, random: Random): Record<string, string> {
-  const prompt = promptFor(order, random);
+function preference(prompt: string, order: Order, random: Random): Record<string, string> {
   const one = staffAnswer(order, random);
   const sameManner = random() < 0.5;
   let other = one;
@@ -55,36 +55,38 @@ function preference(order: Order, random: Random): Record<string, string> {
 const pointsOf = (prompt: string, answer: Answer): number =>
   Math.round(checkAnswer(prompt, answerText(answer)) * points);
 
-export interface QuickstartRows {
-  train: Record<RowKind, Record<string, string>[]>;
-  heldOut: Record<RowKind, Record<string, string>[]>;
-}
+export type Rows = Record<RowKind, Record<string, string>[]>;
 
-/** All rows, a function of the seed. Held-out rows have one order each, in none of the training rows. */
-export function quickstartRows(seed: number): QuickstartRows {
+/** All rows, a function of the seed. No order of held-out rows is in a training row. */
+export function quickstartRows(seed: number): { train: Rows; heldOut: Rows } {
   const orders = shuffled(allOrders(), randomStream(seed, 'orders'));
   const [heldOut, seen] = [orders.slice(0, heldOutOrders), orders.slice(heldOutOrders)];
-  const kinds = Object.keys(makers) as RowKind[];
-  const each = (make: (kind: RowKind, random: Random) => Record<string, string>[], name: string) =>
-    Object.fromEntries(kinds.map((kind) => [kind, make(kind, randomStream(seed, `${name} ${kind}`))])) as Record<
-      RowKind,
-      Record<string, string>[]
-    >;
-  return {
-    train: each(
-      (kind, random) => Array.from({ length: trainingRows[kind] }, () => makers[kind](pick(seen, random), random)),
-      'train',
-    ),
-    heldOut: each((kind, random) => heldOut.map((order) => makers[kind](order, random)), 'held-out'),
+  const train = (kind: RowKind) => {
+    const random = randomStream(seed, `train ${kind}`);
+    return Array.from({ length: trainingRows[kind] }, () => {
+      const order = pick(seen, random);
+      return makers[kind](pick(promptsFor(order), random), order, random);
+    });
   };
+  const test = (kind: RowKind) => {
+    const random = randomStream(seed, `held-out ${kind}`);
+    return heldOut.flatMap((order) => promptsFor(order).map((prompt) => makers[kind](prompt, order, random)));
+  };
+  return { train: ofKinds(train), heldOut: ofKinds(test) };
 }
+
+const ofKinds = (make: (kind: RowKind) => Record<string, string>[]): Rows => ({
+  sft: make('sft'),
+  pairs: make('pairs'),
+  prompts: make('prompts'),
+});
 
 /** Where `writeData` puts rows of a kind. */
 export const dataFile = (folder: string, kind: RowKind, part: 'train' | 'heldOut'): string =>
   join(folder, part === 'train' ? `${kind}.jsonl` : `held-out-${kind}.jsonl`);
 
 /** Writes every kind of rows as JSONL. */
-export async function writeData(folder: string, seed: number): Promise<QuickstartRows> {
+export async function writeData(folder: string, seed: number): Promise<{ train: Rows; heldOut: Rows }> {
   const rows = quickstartRows(seed);
   await mkdir(folder, { recursive: true });
   for (const part of ['train', 'heldOut'] as const) {

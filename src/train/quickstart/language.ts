@@ -5,11 +5,8 @@
 import { LockstepError } from '../../errors.js';
 import { pick, type Random } from './random.js';
 
-export const dishes = ['soup', 'salad', 'stew', 'pie', 'toast', 'rice', 'curry', 'pasta'] as const;
-export const ingredients = [
-  ...(['carrot', 'onion', 'leek', 'bean', 'corn', 'pear', 'plum'] as const),
-  ...(['fig', 'nut', 'egg', 'cheese', 'mint', 'apple', 'pepper'] as const),
-] as const;
+export const dishes = ['soup', 'salad', 'stew', 'pie', 'rice', 'curry'];
+export const ingredients = ['carrot', 'onion', 'leek', 'bean', 'corn', 'pear', 'plum', 'fig'];
 
 export interface Order {
   dish: string;
@@ -39,9 +36,9 @@ const wish = ' Enjoy your meal!';
 const orderText = ({ dish, first, second }: Order): string => `${dish} with ${first} and ${second}`;
 const serving = (order: Order): string => ` Here is your ${orderText(order)}.`;
 
-/** The guest's turn, up to where the answer begins. */
-export function promptFor(order: Order, random: Random): string {
-  return `\n\nHuman: ${pick(requests, random)(orderText(order))}\n\nAssistant:`;
+/** The guest's turn, up to where the answer begins: an order in every wording. */
+export function promptsFor(order: Order): string[] {
+  return requests.map((request) => `\n\nHuman: ${request(orderText(order))}\n\nAssistant:`);
 }
 
 /** How often the counter's staff gets each point right: fine-tuning imitates them, good days and bad. */
@@ -109,7 +106,6 @@ export function checkAnswer(prompt: string, answer: string): number {
 /** Every sentence part of the language, for a tokenizer that knows its words. */
 export function vocabularyText(): string[] {
   const order = { dish: 'soup', first: 'leek', second: 'corn' };
-  const turns = requests.map((request) => `\n\nHuman: ${request(orderText(order))}\n\nAssistant:`);
   const words = [...dishes, ...ingredients].map((word) => ` ${word}`);
-  return [...turns, ...greetings, ...gruffGreetings, serving(order), ...rudeRemarks, wish, ...words];
+  return [...promptsFor(order), ...greetings, ...gruffGreetings, serving(order), ...rudeRemarks, wish, ...words];
 }

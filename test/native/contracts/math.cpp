@@ -32,7 +32,8 @@ const Registration kElementary("math", DType::kFloat32, 4, [](Trial& t) {
     if (x > -87.33f && x < 88.7228f) expectUlps(t, "exp", x, kernels::exp(x), std::exp(static_cast<double>(x)));
     const float near = t.number(static_cast<float>(t.pick({1, 20, 80})));
     expectUlps(t, "exp", near, kernels::exp(near), std::exp(static_cast<double>(near)));
-    if (x >= 1.17549435e-38f && x <= 3.4e38f) expectUlps(t, "log", x, kernels::log(x), std::log(static_cast<double>(x)));
+    if (x >= 1.17549435e-38f && x <= 3.4e38f)
+      expectUlps(t, "log", x, kernels::log(x), std::log(static_cast<double>(x)));
     const float one = 1 + 0.4f * t.number();
     expectUlps(t, "log", one, kernels::log(one), std::log(static_cast<double>(one)));
   }
@@ -71,8 +72,9 @@ const Registration kPhilox("philox", DType::kFloat32, 1, [](Trial& t) {
   // A name decides a number, and every part of the name counts.
   const double u = kernels::uniform(1, 2, 3);
   if (u != kernels::uniform(1, 2, 3)) t.fail("a draw does not repeat");
-  for (const double other : {kernels::uniform(2, 2, 3), kernels::uniform(uint64_t{1} << 32 | 1, 2, 3), kernels::uniform(1, 3, 3),
-                             kernels::uniform(1, uint64_t{1} << 32 | 2, 3), kernels::uniform(1, 2, 4)}) {
+  for (const double other :
+       {kernels::uniform(2, 2, 3), kernels::uniform(uint64_t{1} << 32 | 1, 2, 3), kernels::uniform(1, 3, 3),
+        kernels::uniform(1, uint64_t{1} << 32 | 2, 3), kernels::uniform(1, 2, 4)}) {
     if (u == other || !(other > 0 && other < 1)) t.fail("draws of different names agree or leave (0, 1)");
   }
 });

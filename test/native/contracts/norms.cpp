@@ -1,5 +1,5 @@
-// Contracts of the norms: the reference's bits, rows that do not see each other, and gradients that are the slopes of the
-// float64 formula.
+// Contracts of the norms: the reference's bits, rows that do not see each other, and gradients that are the slopes of
+// the float64 formula.
 #include "rows.h"
 
 namespace lockstep::contracts {
@@ -76,7 +76,8 @@ const Registration kRmsNorm("rmsNorm", 60, [](Trial& t) {
     t.compare("y without inverseRms", expected, again);
     const int64_t first = t.integer(0, p.rows() - 1), count = t.integer(1, p.rows() - first);
     Matrix part = t.matrix(t.dtype(), count, p.x.cols);
-    t.implementation().rmsNorm(queue, p.x.view().slice(first, count), p.gain.as<float>(), p.eps, part.operand(), nullptr);
+    t.implementation().rmsNorm(queue, p.x.view().slice(first, count), p.gain.as<float>(), p.eps, part.operand(),
+                               nullptr);
     t.compareRows("y", y, first, part);
   });
   const int64_t row = t.integer(0, p.rows() - 1), col = t.integer(0, p.x.cols - 1);

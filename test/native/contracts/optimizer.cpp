@@ -14,8 +14,14 @@ struct State {
 kernels::AdamW drawSettings(Trial& t) {
   const int64_t n = t.integer(1, 50);
   const double beta1 = t.chance(0.5) ? 0.9 : 0.8, beta2 = t.chance(0.5) ? 0.95 : 0.999;
-  return {t.chance(0.1) ? 0 : 1e-3, beta1, beta2, 1e-8, t.chance(0.5) ? 0 : 0.1, 1 - std::pow(beta1, n),
-          1 - std::pow(beta2, n), t.chance(0.5) ? 1 : 0.37};
+  return {t.chance(0.1) ? 0 : 1e-3,
+          beta1,
+          beta2,
+          1e-8,
+          t.chance(0.5) ? 0 : 0.1,
+          1 - std::pow(beta1, n),
+          1 - std::pow(beta2, n),
+          t.chance(0.5) ? 1 : 0.37};
 }
 
 // One element in float64.
@@ -46,8 +52,8 @@ const Registration kAdamW("adamw", 60, [](Trial& t) {
   State start{elements(), elements(), elements(), elements(), Buffer(static_cast<size_t>(published ? count * 2 : 0))};
   for (int64_t i = 0; i < count; ++i) start.v.as<float>()[i] = std::fabs(start.v.as<float>()[i]);
   const auto run = [&](const kernels::Kernels& kernels, Queue& queue, const State& s) {
-    kernels.adamw(queue, settings, count, s.parameter.as<float>(), s.m.as<float>(), s.v.as<float>(), s.gradient.as<float>(),
-                  published ? &layout : nullptr, published ? s.weights.as<char>() : nullptr);
+    kernels.adamw(queue, settings, count, s.parameter.as<float>(), s.m.as<float>(), s.v.as<float>(),
+                  s.gradient.as<float>(), published ? &layout : nullptr, published ? s.weights.as<char>() : nullptr);
   };
   const State expected = start.clone();
   run(t.reference(), t.referenceQueue(), expected);

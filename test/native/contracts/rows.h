@@ -11,7 +11,9 @@
 namespace lockstep::contracts {
 
 // Widths around the vector length and its multiples.
-inline int64_t drawWidth(Trial& t) { return t.pick({1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 64, 100, 255, 513}); }
+inline int64_t drawWidth(Trial& t) {
+  return t.pick({1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 64, 100, 255, 513});
+}
 
 // A layout with parts of equal, uneven or no size.
 inline kernels::WeightLayout drawLayout(Trial& t, int64_t out, int64_t in, kernels::Split split) {

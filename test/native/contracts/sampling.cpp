@@ -1,5 +1,5 @@
-// Contracts of sampling: the reference's token and bits, the log-probability that training computes, and the distribution
-// that was asked for.
+// Contracts of sampling: the reference's token and bits, the log-probability that training computes, and the
+// distribution that was asked for.
 #include <algorithm>
 #include <numeric>
 
@@ -44,14 +44,16 @@ const Registration kSample("sample", DType::kFloat32, 150, [](Trial& t) {
   const int64_t rows = t.integer(1, 40), vocabulary = t.chance(0.3) ? t.integer(1, 40) : t.integer(40, 1500);
   t.note("rows", rows);
   t.note("vocabulary", vocabulary);
-  const WeightLayout layout = drawLayout(t, vocabulary, 2, t.chance(0.8) ? kernels::Split::kOut : kernels::Split::kNone);
+  const WeightLayout layout =
+      drawLayout(t, vocabulary, 2, t.chance(0.8) ? kernels::Split::kOut : kernels::Split::kNone);
   const Matrix logits = t.matrix(DType::kFloat32, rows, vocabulary, static_cast<float>(t.pick({1, 5, 30})));
   disturb(t, logits);
   std::vector<Sampling> settings;
   for (int64_t n = 0; n < rows; ++n) settings.push_back(drawSettings(t, vocabulary));
   std::vector<int32_t> expected(rows), actual(rows);
   Buffer expectedLogprobs = t.floats(rows);
-  t.reference().sample(t.referenceQueue(), logits.view(), layout, settings.data(), expected.data(), expectedLogprobs.as<float>());
+  t.reference().sample(t.referenceQueue(), logits.view(), layout, settings.data(), expected.data(),
+                       expectedLogprobs.as<float>());
   t.eachQueue([&](Queue& queue) {
     Buffer logprobs = t.floats(rows);
     t.implementation().sample(queue, logits.view(), layout, settings.data(), actual.data(), logprobs.as<float>());
@@ -84,7 +86,8 @@ const Registration kSameLogprob("sample.logprobs", 40, [](Trial& t) {
     t.implementation().linear(queue, hidden.operand(), w.weight(), nullptr, kernels::Output::store(logits.view()));
     t.implementation().sample(queue, logits.view(), *w.layout, settings.data(), tokens.data(), sampled.as<float>());
     const Buffer staging(static_cast<size_t>(kernels::vocabularyStagingBytes(8, vocabulary, t.dtype(), false)));
-    t.implementation().logprobs(queue, hidden.operand(), w.weight(), tokens.data(), s.temperature == 0 ? 1.0f : 1.0f / s.temperature,
+    t.implementation().logprobs(queue, hidden.operand(), w.weight(), tokens.data(),
+                                s.temperature == 0 ? 1.0f : 1.0f / s.temperature,
                                 {trained.as<float>(), entropies.as<float>(), logZ.as<float>()},
                                 {staging.as<char>(), static_cast<int64_t>(staging.bytes())});
     t.compare("log-probability of the sampled token", trained, sampled);

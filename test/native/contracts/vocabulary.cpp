@@ -12,7 +12,9 @@ using kernels::Staging;
 struct Statistics {
   Buffer logprobs, entropies, logZ;
   explicit Statistics(int64_t rows)
-      : logprobs(static_cast<size_t>(rows) * 4), entropies(static_cast<size_t>(rows) * 4), logZ(static_cast<size_t>(rows) * 4) {}
+      : logprobs(static_cast<size_t>(rows) * 4),
+        entropies(static_cast<size_t>(rows) * 4),
+        logZ(static_cast<size_t>(rows) * 4) {}
   LogSoftmax from(int64_t row) const {
     return {logprobs.as<float>() + row, entropies.as<float>() + row, logZ.as<float>() + row};
   }
@@ -53,12 +55,13 @@ struct Problem {
   // Memory for a random number of rows, never less than two.
   Buffer staging(Trial& t, bool backward) const {
     const int64_t blockRows = t.pick({2, 3, 4, 16, rows + 2});
-    return Buffer(static_cast<size_t>(kernels::vocabularyStagingBytes(blockRows < 2 ? 2 : blockRows, vocabulary, t.dtype(), backward)));
+    return Buffer(static_cast<size_t>(
+        kernels::vocabularyStagingBytes(blockRows < 2 ? 2 : blockRows, vocabulary, t.dtype(), backward)));
   }
   void logprobs(const kernels::Kernels& kernels, Queue& queue, const Statistics& out, const Buffer& memory,
                 int64_t first, int64_t count) const {
-    kernels.logprobs(queue, hidden.operand().slice(first, count), w.weight(), targets.data() + first, inverseTemperature,
-                     out.from(first), {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
+    kernels.logprobs(queue, hidden.operand().slice(first, count), w.weight(), targets.data() + first,
+                     inverseTemperature, out.from(first), {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
   }
   void backward(const kernels::Kernels& kernels, Queue& queue, const Statistics& forward, const Matrix& dHidden,
                 const WeightMatrix& dW, const Buffer& memory) const {
@@ -70,7 +73,8 @@ struct Problem {
   double weightAt(int64_t row, int64_t col) const {
     for (const kernels::Part& part : w.layout->parts) {
       if (row < part.outBegin || row >= part.outBegin + part.out) continue;
-      const int64_t n = row - part.outBegin, panel = n / 64, width = part.panelWidth(panel), at = part.panelOffset(panel);
+      const int64_t n = row - part.outBegin, panel = n / 64, width = part.panelWidth(panel),
+                    at = part.panelOffset(panel);
       if (w.dtype == DType::kFloat32) return w.buffer.as<float>()[at + col * width + n % 64];
       return toFloat(w.buffer.as<BFloat16>()[at + col / 2 * 2 * width + 2 * (n % 64) + col % 2]);
     }
@@ -151,7 +155,8 @@ const Registration kLogprobsBackward("logprobsBackward", 40, [](Trial& t) {
     t.compare("dW", expectedW, dW);
   });
   const int64_t row = t.integer(0, p.rows - 1), col = t.integer(0, p.width - 1);
-  expectNear(t, "dHidden", exactHidden(p, row, col), valueAt(expected, row, col), t.dtype() == DType::kFloat32 ? 1e-3 : 3e-2);
+  expectNear(t, "dHidden", exactHidden(p, row, col), valueAt(expected, row, col),
+             t.dtype() == DType::kFloat32 ? 1e-3 : 3e-2);
 });
 
 }  // namespace
