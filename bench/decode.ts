@@ -29,9 +29,21 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
         const all = await secondsOf(runs, () => generate(engine, sequences, 1 + newTokens));
         const decode = spread(all.map((seconds, i) => (sequences * newTokens) / (seconds - prefill[i]!)));
         const label = `B=${sequences}, ${dtype}, ${used} thread${used === 1 ? '' : 's'}`;
-        yield { name: `decode ${label}`, value: round(decode.median), unit: 'tokens/s', min: round(decode.min), max: round(decode.max) };
+        yield {
+          name: `decode ${label}`,
+          value: round(decode.median),
+          unit: 'tokens/s',
+          min: round(decode.min),
+          max: round(decode.max),
+        };
         const read = spread(prefill.map((seconds) => (sequences * promptLength) / seconds));
-        yield { name: `prefill ${label}`, value: round(read.median), unit: 'tokens/s', min: round(read.min), max: round(read.max) };
+        yield {
+          name: `prefill ${label}`,
+          value: round(read.median),
+          unit: 'tokens/s',
+          min: round(read.min),
+          max: round(read.max),
+        };
       }
     }
   }

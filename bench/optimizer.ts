@@ -6,5 +6,10 @@ export async function* measure({ threads, runs }: BenchOptions): AsyncGenerator<
   await using device = createDevice({ threads });
   const count = 27_787_264;
   const share = await shareOfCeiling(device, 'adamw', { what: 'adamw', runs, count });
-  yield { ...share, name: 'adamw + clip + publish, 27.8 M parameters', value: round(1 / share.value), unit: 'times the bytes at bandwidth' };
+  yield {
+    ...share,
+    name: 'adamw + clip + publish, 27.8 M parameters',
+    value: round(1 / share.value),
+    unit: 'times the bytes at bandwidth',
+  };
 }

@@ -57,9 +57,13 @@ export async function shareOfCeiling(device: Device, name: string, call: NativeB
 
 const configs = join(import.meta.dirname, '..', 'test', 'fixtures', 'configs');
 
+/** config.json of a shape. */
+export function configOf(name: string): Record<string, unknown> {
+  return JSON.parse(readFileSync(join(configs, name, 'config.json'), 'utf8')) as Record<string, unknown>;
+}
+
 export function shapeOf(name: string, head: Head = 'language'): ModelShape {
-  const path = join(configs, name, 'config.json');
-  return withHead(parseModelConfig(JSON.parse(readFileSync(path, 'utf8')), path), head);
+  return withHead(parseModelConfig(configOf(name), name), head);
 }
 
 /** A deterministic stream of uniform numbers in [0, 1). */

@@ -34,8 +34,21 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
       }
     }
     const rate = spread(times[0].map((seconds) => tokens.length / seconds));
-    yield { name: `training step 8 x 256, ${dtype}`, value: round(rate.median), unit: 'tokens/s', min: round(rate.min), max: round(rate.max), kernels: device.kernels };
+    yield {
+      name: `training step 8 x 256, ${dtype}`,
+      value: round(rate.median),
+      unit: 'tokens/s',
+      min: round(rate.min),
+      max: round(rate.max),
+      kernels: device.kernels,
+    };
     const tree = spread(times[0].map((seconds, i) => seconds / times[1][i]! - 1));
-    yield { name: `parts ${split.parts} against 1, ${dtype}`, value: round(tree.median), unit: 'share of a training step', min: round(tree.min), max: round(tree.max) };
+    yield {
+      name: `parts ${split.parts} against 1, ${dtype}`,
+      value: round(tree.median),
+      unit: 'share of a training step',
+      min: round(tree.min),
+      max: round(tree.max),
+    };
   }
 }

@@ -17,7 +17,7 @@ import type {
   ParameterSpace,
 } from '../../src/engine/engine.js';
 import { loadNative } from '../../src/engine/native.js';
-import { NativeEngine } from '../../src/engine/native-engine.js';
+import { generationRows, generationSequences, NativeEngine } from '../../src/engine/native-engine.js';
 import { pagePositions, planGeneration } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import { goldenDirectories, readGolden } from './golden.js';
@@ -267,9 +267,9 @@ export function budgetForPages(
   requests: readonly GenerateRequest[],
   pages: number,
 ): number {
-  const sequences = Math.min(requests.length, 256);
+  const sequences = Math.min(requests.length, generationSequences);
   const prompts = requests.reduce((sum, { prompt }) => sum + prompt.length, 0);
-  const rows = Math.max(sequences, Math.min(prompts, 512));
+  const rows = Math.max(sequences, Math.min(prompts, generationRows));
   return heldBytes + planGeneration(engine.shape, engine.dtype, { rows, sequences, pages }).total;
 }
 

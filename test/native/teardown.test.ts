@@ -22,7 +22,7 @@ import {
   withEngine,
 } from './support.js';
 
-/** A forward pass over 64 of its longest sequences takes many seconds; a layer of it, a part of one. */
+/** A forward pass over 32 of its longest sequences takes many seconds; a layer of it, a part of one. */
 const heavyShape: ModelShape = {
   ...smallShape,
   width: 512,
@@ -32,7 +32,7 @@ const heavyShape: ModelShape = {
 };
 const heavy = childPrelude(heavyShape);
 const light = childPrelude(tinyShape);
-const heavyLengths = 'Array.from({ length: 64 }, () => 1000)';
+const heavyLengths = 'Array.from({ length: 32 }, () => 1000)';
 
 function expectQuiet({ code, signal, stdout, stderr }: Ended, output: string, expectedCode = 0): void {
   expect({ code, signal, stdout: stdout.trim(), stderr }).toEqual({

@@ -95,7 +95,7 @@ export async function* quickstart(options: QuickstartOptions = {}): AsyncGenerat
 
 /** True for a folder of a quickstart, finished or not; false for an empty or missing one. */
 async function holdsQuickstart(folder: string): Promise<boolean> {
-  const names = await readdir(folder).catch((error: NodeJS.ErrnoException) => {
+  const names = await readdir(folder).catch((error: NodeJS.ErrnoException): string[] => {
     if (error.code === 'ENOENT') return [];
     throw folderError(folder, `cannot be read (${error.message})`);
   });
