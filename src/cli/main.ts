@@ -24,6 +24,10 @@ const commands: Readonly<Record<string, { summary: string; load: () => Promise<C
     summary: 'Summarise a run and write its HTML report',
     load: async () => (await import('./report.js')).reportCommand,
   },
+  quickstart: {
+    summary: 'See all of it at once: data, a small model, fine-tuning, reward model, PPO',
+    load: async () => (await import('./quickstart.js')).quickstartCommand,
+  },
   bench: {
     summary: 'Measure speed',
     load: async () => (await import('./bench.js')).benchCommand,

@@ -67,7 +67,8 @@ class Screen {
       );
     }
     if (event.type === 'interrupted') terminal.note('a quickstart does not resume: run it again from the start');
-    if (event.type !== 'stage') return;
+    // A stage's own word on interruption advises to resume it, which a quickstart does not.
+    if (event.type !== 'stage' || event.event.type === 'interrupted') return;
     if (event.stage !== this.#stage) {
       this.#stage = event.stage;
       this.#progress = new TrainProgress(terminal, { verbose: this.verbose });
@@ -137,11 +138,11 @@ function nextSteps(folder: string): string[] {
   return [
     `report:   ${folder}/ppo/report.html   (also ${folder}/sft/report.html, ${folder}/reward/report.html)`,
     `summary:  ${folder}/summary.json`,
+    `configs:  ${folder}/{sft,reward,ppo}/config.yaml`,
     '',
-    'The same with your own model and data: a configuration per stage (examples/quickstart has these three)',
-    `  npx lockstep train ${folder}/sft/config.yaml --set model=MODEL --set data.train=answers.jsonl --set output=runs/my-sft`,
-    `  npx lockstep train ${folder}/reward/config.yaml --set model=runs/my-sft/checkpoints/step-... --set data.train=pairs.jsonl --set output=runs/my-reward`,
-    `  npx lockstep train ${folder}/ppo/config.yaml --set model=... --set reward.model=... --set data.train=prompts.jsonl --set output=runs/my-ppo`,
-    '  npx lockstep report runs/my-ppo',
+    'The same with your own model and data: copy the configuration of a stage, set model, data, reward.model and output, then',
+    '  npx lockstep train my-sft.yaml      (likewise the reward model and PPO; `dtype: bfloat16` suits large models)',
+    '  npx lockstep report RUN             (RUN: the output of a configuration)',
+    'examples/quickstart in the repository explains the data and has the three configurations with comments.',
   ];
 }

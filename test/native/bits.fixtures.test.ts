@@ -8,6 +8,7 @@ import type { DeviceOptions } from '../../src/engine/device.js';
 import type { Dtype, Engine } from '../../src/engine/engine.js';
 import {
   dtypes,
+  fillWithNaN,
   fixtureModels,
   instructionSets,
   joined,
@@ -67,6 +68,15 @@ describe.each(cases)('log-probs and entropies of $name', ({ model, dtype }) => {
   test('do not depend on the rest of the batch', () =>
     withEngine(model, { dtype }, async (engine) => packings(engine, sequences, await baseline())));
 
+  test('do not depend on what lay in the workspace', () =>
+    withEngine(model, { dtype, poison: true }, async (engine) => {
+      for (const [i, sequence] of sequences.entries()) {
+        const filled = await fillWithNaN(engine);
+        sameScores(await scoreTogether(engine, [sequence]), [(await baseline())[i]!], `sequence ${i}`);
+        expect(engine.memory().workspace!.planned).toBe(filled);
+      }
+    }));
+
   test('do not depend on threads, instruction sets and implementation', async () => {
     for (const machine of machines) {
       await withEngine(model, { dtype, ...machine }, async (engine) =>
@@ -111,6 +121,7 @@ async function gradients(
     const draw = (count: number) => Float32Array.from({ length: count }, () => 2 * next() - 1);
     // Drawn sequence by sequence, so that each keeps its own gradient however the batch is cut.
     const drawn = sequences.map(({ length }) => ({ logprobs: draw(length), entropies: draw(length) }));
+    const filled = options.poison ? await fillWithNaN(engine) : undefined;
     let at = 0;
     for (const count of runs) {
       await engine.forward(packBatch(sequences.slice(at, at + count)), { outputs: ['logprobs'], keep: true });
@@ -121,6 +132,7 @@ async function gradients(
       });
       at += count;
     }
+    if (filled !== undefined) expect(engine.memory().workspace!.planned).toBe(filled);
     return readAll(engine, 'gradients');
   });
 }
@@ -144,6 +156,13 @@ describe.each(cases)('gradients of $name', ({ model, dtype }) => {
     for (const machine of [...machines, { recompute: true }]) {
       const actual = await gradients(model, { dtype, ...machine }, sequences, all);
       sameTensors(actual, await baseline(), JSON.stringify(machine));
+    }
+  });
+
+  test('do not depend on what lay in the workspace', async () => {
+    for (const recompute of [false, true]) {
+      const actual = await gradients(model, { dtype, recompute, poison: true }, sequences, all);
+      sameTensors(actual, await baseline(), `NaN in the workspace, recompute ${recompute}`);
     }
   });
 

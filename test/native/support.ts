@@ -39,15 +39,32 @@ export interface OpenOptions {
   parts?: number;
 }
 
-/** Language models among the fixtures, one of each shape. */
+/** What decides which code runs: features, and remainders of dimensions. */
+function features(s: ModelShape): string {
+  const tails = [s.width, s.headWidth, s.feedForward, s.vocabulary].map((dimension) => dimension % 16);
+  const biases = [s.qkvBias, s.outputBias, s.mlpBias];
+  const window = s.windows.some((width) => width > 0);
+  return JSON.stringify([
+    s.norm,
+    s.activation,
+    s.positions.type,
+    s.headNorm,
+    s.tied,
+    biases,
+    window,
+    tails,
+    s.heads / s.keyValueHeads,
+  ]);
+}
+
+/** Language models among the fixtures, one of each kind. */
 export async function fixtureModels(): Promise<TestModel[]> {
   const models = new Map<string, TestModel>();
   for (const { name, directory } of goldenDirectories()) {
     if (readGolden(directory).kind !== 'lm') continue;
     const checkpoint = await openCheckpoint(directory);
     const { shape } = checkpoint;
-    // Neither decides which code runs.
-    const key = JSON.stringify({ ...shape, positions: shape.positions.type, padToken: null });
+    const key = features(shape);
     if (!models.has(key)) {
       models.set(key, { name, shape, open: (options) => createEngine({ model: checkpoint, ...options }) });
     }
@@ -217,6 +234,18 @@ export async function scoreAlone(
   const scores: Scores[] = [];
   for (const sequence of sequences) scores.push(...(await scoreTogether(engine, [sequence], options)));
   return scores;
+}
+
+/**
+ * On a device with `poison`: leaves the workspace full of NaN, by a generation whose pages cover it and are freed. Returns its
+ * size; a call that needs more would get fresh memory.
+ */
+export async function fillWithNaN(engine: NativeEngine): Promise<number> {
+  const { maxPositions, vocabulary } = engine.shape;
+  const requests = Array.from({ length: 40 }, (_, id) => ({ prompt: Int32Array.of(id), id }));
+  const stopTokens = Array.from({ length: vocabulary }, (_, token) => token);
+  await engine.generate(requests, { ...sampling, maxNewTokens: maxPositions - 1, stopTokens });
+  return engine.memory().workspace!.planned;
 }
 
 /** Throws at the first float that is not finite or differs in any bit. */

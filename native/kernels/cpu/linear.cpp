@@ -22,12 +22,13 @@ struct Forward {
   int64_t columnParts() const { return w.layout->split == Split::kIn ? 1 : parts(); }
   int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).in); }
   int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
-  bool staged() const { return !asPairSteps(w.dtype); }
-  Form form() const { return staged() ? Form::kRows : Form::kPairPanel; }
+  // Only bfloat16 that has to be widened is staged: panels serve the tall tile as well as a copy of them would.
+  bool staged() const { return w.dtype == DType::kBFloat16 && !kPairArithmetic; }
+  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kStaged; }
 
   void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
     const int64_t k = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
-    packRows(x, row, rows, part(leaf).inBegin + k, smaller(count, part(leaf).in - k), to);
+    packTile(x, row, rows, part(leaf).inBegin + k, smaller(count, part(leaf).in - k), steps, to);
   }
   PanelView panel(int64_t leaf, int64_t p, int64_t column) const {
     return panelAt(w, part(leaves() == 1 ? p : leaf), column);
@@ -81,13 +82,13 @@ struct GatedForward : Forward {
 constexpr int64_t kFewStride = kPanel + 16;  // of a panel's accumulators
 constexpr int64_t kPrefetchDwords = 1024;    // how far ahead of a sweep over a whole panel width: 4 KiB
 
-// x, packed once for all panels: per leaf and block of kDepth steps, rows of kLeftStride.
+// x, packed once for all panels: per leaf and block of kDepth steps, tile by tile.
 struct FewRows {
   const Forward& product;
   int64_t rows;
 
   static int64_t blocks(int64_t steps) { return steps > kDepth ? (steps + kDepth - 1) / kDepth : 1; }
-  int64_t blockFloats() const { return rows * kLeftStride; }
+  int64_t blockFloats() const { return rows * kDepth; }
   int64_t leftFloats() const {
     int64_t count = 0;
     for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) count += blocks(product.steps(leaf)) * blockFloats();
@@ -101,7 +102,11 @@ struct FewRows {
     for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) {
       const int64_t steps = product.steps(leaf);
       for (int64_t first = 0; first < steps || first == 0; first += kDepth, to += blockFloats()) {
-        product.pack(leaf, first, smaller(kDepth, steps - first), 0, rows, to);
+        const Tiles tiles{rows, 0, tileCount(rows)};
+        for (int64_t i = 0; i < tiles.last; ++i) {
+          product.pack(leaf, first, smaller(kDepth, steps - first), tiles.begin(i), tiles.count(i),
+                       to + tiles.begin(i) * kDepth);
+        }
       }
     }
   }
@@ -110,19 +115,20 @@ struct FewRows {
 // All rows against one block of steps of a panel of `vectors` vectors. Every row tile but the first finds the panel
 // cached.
 inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors) {
-  const int64_t tiles = tileCount(rows);
+  const Tiles tiles{rows, 0, tileCount(rows)};
   const TileCall base = call;
   for (int64_t v = 0; v < vectors;) {
-    const int width = panelVectors(tileBegin(rows, 1), vectors - v);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = tileBegin(rows, i), at = begin * kFewStride + 16 * v;
-      call.left = base.left + begin * kLeftStride;
+    const int width = panelVectors(tiles.count(0), vectors - v);
+    for (int64_t i = 0; i < tiles.last; ++i) {
+      const int64_t at = tiles.begin(i) * kFewStride + 16 * v;
+      call.left = base.left + tiles.begin(i) * kDepth;
+      call.leftStep = tiles.count(i);
       call.right = base.right + 16 * v;
       call.prefetch = i > 0 ? 0 : width == 4 ? kPrefetchDwords : base.steps * base.rightStep;
       call.from = base.from == nullptr ? nullptr : base.from + at;
       call.levels = base.levels + at;
       call.to = base.to + at;
-      runTile(form, static_cast<int>(tileBegin(rows, i + 1) - begin), width, call);
+      runTile(form, static_cast<int>(call.leftStep), width, call);
     }
     v += width;
   }
@@ -152,7 +158,7 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, int64_t
       call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
       call.to = last ? levels + call.levelCount * few.levelFloats() : result;
       call.stride = kFewStride;
-      sweepPanel(pairPanel ? Form::kPairPanel : Form::kRows, call, few.rows, vectors);
+      sweepPanel(pairPanel ? Form::kPairs : Form::kPanel, call, few.rows, vectors);
     }
   }
   return result;

@@ -17,11 +17,11 @@ struct BackwardInput {
   int64_t columnParts() const { return w.layout->split == Split::kIn ? parts() : 1; }
   int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).out); }
   int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
-  Form form() const { return asPairSteps(w.dtype) ? Form::kPairPanel : Form::kRows; }
+  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kStaged; }
 
   void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
     const int64_t n = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
-    packRows(dy, row, rows, part(leaf).outBegin + n, smaller(count, part(leaf).out - n), to);
+    packTile(dy, row, rows, part(leaf).outBegin + n, smaller(count, part(leaf).out - n), steps, to);
   }
   const float* right(int64_t leaf, const Group& group, int64_t first, int64_t steps, float* stage,
                      int64_t& step) const {
@@ -55,7 +55,6 @@ struct WeightProduct {
   int64_t tilesOf(int64_t p) const { return tileCount(part(p).in); }
   int64_t stripsOf(int64_t p) const { return (part(p).out + kStripColumns - 1) / kStripColumns; }
   int64_t leftParts() const { return splitIn() ? parts() : 1; }
-  int64_t rightParts() const { return splitIn() ? 1 : parts(); }
   int64_t tilesBefore(int64_t p) const {
     int64_t tiles = 0;
     for (int64_t i = 0; i < p && splitIn(); ++i) tiles += tilesOf(i);
@@ -69,7 +68,7 @@ struct WeightProduct {
   int64_t tiles() const { return splitIn() ? tilesBefore(parts()) : tilesOf(0); }
   int64_t strips() const { return splitIn() ? stripsOf(0) : stripsBefore(parts()); }
 
-  int64_t tileFloats() const { return chunk * kLeftStep + 16; }
+  int64_t tileFloats() const { return chunk * kTileRows; }
   int64_t stripFloats() const { return chunk * kStripColumns; }
   int64_t floats() const { return roundUp(tiles() * tileFloats(), 16) + strips() * stripFloats(); }
   float* left(int64_t tile) const { return memory + tile * tileFloats(); }
@@ -79,23 +78,36 @@ struct WeightProduct {
     const int64_t row = first * stepElements(of.dtype);
     return {of, row, of.rows - row};
   }
-  void packTile(int64_t tile, int64_t first, int64_t steps) const {
-    int64_t p = 0, i = tile;
-    for (; i >= tilesOf(p); ++p) i -= tilesOf(p);
-    packSteps(rows(x, first), steps, part(p).inBegin + tileBegin(part(p).in, i), left(tile));
+  // Tiles tileFirst .. tileLast - 1 of part p of the left operand, row after row of x.
+  void packTiles(int64_t p, int64_t tileFirst, int64_t tileLast, int64_t first, int64_t steps) const {
+    const StepRows from = rows(x, first);
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int64_t i = tileFirst; i < tileLast; ++i) {
+        const int64_t begin = tileBegin(part(p).in, i), count = tileBegin(part(p).in, i + 1) - begin;
+        const int64_t column = part(p).inBegin + begin;
+        putStep(left(tilesBefore(p) + i), k, steps, count, from.load(k, column, x.cols - column));
+      }
+    }
   }
   void cut(int64_t p, int64_t index, Strip& strip) const {
     const int64_t begin = index * kStripColumns;
     strip.add(p, begin, smaller(begin + kStripColumns, part(p).out), part(p).outBegin);
   }
+  // A strip of the right operand, row after row of dy.
   void packStrip(int64_t index, int64_t first, int64_t steps) const {
     int64_t p = 0, i = index;
     for (; i >= stripsOf(p); ++p) i -= stripsOf(p);
     Strip strip;
     cut(p, i, strip);
-    for (int g = 0; g < strip.count; ++g) {
-      const Group& group = strip.groups[g];
-      stageSteps(rows(dy, first), steps, group.output, group.count, group.vectors, right(index) + group.at * chunk);
+    const StepRows from = rows(dy, first);
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int g = 0; g < strip.count; ++g) {
+        const Group& group = strip.groups[g];
+        float* const to = right(index) + group.at * chunk + k * 16 * group.vectors;
+        for (int v = 0; v < group.vectors; ++v) {
+          storeu(to + 16 * v, from.load(k, group.output + 16 * v, group.count - 16 * v));
+        }
+      }
     }
   }
   // Tiles tileFirst .. tileLast - 1 of part p against one strip of it.
@@ -104,7 +116,7 @@ struct WeightProduct {
     cut(p, index, strip);
     const float* const lefts = left(tilesBefore(p));
     const float* const rights = right(stripsBefore(p) + index);
-    const Form form = asPairSteps(dy.dtype) ? Form::kPairSteps : Form::kSteps;
+    const Form form = asPairSteps(dy.dtype) ? Form::kPairs : Form::kStaged;
     for (int64_t first = 0; first < steps; first += kDepth) {
       for (int g = 0; g < strip.count; ++g) {
         const Group& group = strip.groups[g];
@@ -117,7 +129,8 @@ struct WeightProduct {
         call.stride = width;
         for (int64_t i = tileFirst; i < tileLast; ++i) {
           const int64_t begin = tileBegin(part(p).in, i), end = tileBegin(part(p).in, i + 1);
-          call.left = lefts + i * tileFloats() + first * kLeftStep;
+          call.leftStep = end - begin;
+          call.left = lefts + i * tileFloats() + first * call.leftStep;
           call.to = to + begin * width;
           call.from = call.to;
           runTile(form, static_cast<int>(end - begin), group.vectors, call);
@@ -131,28 +144,28 @@ constexpr int64_t kTokens = 512;      // steps packed at a time
 constexpr int64_t kTilesOfTask = 16;  // tiles that stay in the second-level cache while the columns of a strip pass by
 
 void accumulateWeight(Queue& queue, WeightProduct product) {
-  const int64_t steps = chainSteps(product.dy.dtype, product.dy.rows), tiles = product.tiles(),
-                strips = product.strips();
+  const int64_t steps = chainSteps(product.dy.dtype, product.dy.rows), strips = product.strips();
   const int64_t fmas = product.dy.rows * product.dW.layout->out * product.dW.layout->in;
+  const auto rowTasks = [&](int64_t p) { return (product.tilesOf(p) + kTilesOfTask - 1) / kTilesOfTask; };
+  const auto tileOf = [&](int64_t p, int64_t row) { return product.tilesOf(p) * row / rowTasks(p); };
+  int64_t packTasks = strips, tasks = 0;
+  for (int64_t p = 0; p < product.leftParts(); ++p) packTasks += rowTasks(p);
+  for (int64_t p = 0; p < product.parts(); ++p) tasks += rowTasks(p) * product.stripsOf(p);
   product.chunk = smaller(kTokens, roundUp(steps, 2));
   product.memory = static_cast<float*>(queue.shared(static_cast<size_t>(product.floats()) * sizeof(float)));
   for (int64_t first = 0; first < steps; first += product.chunk) {
     const int64_t count = smaller(product.chunk, steps - first);
-    deal(queue, tiles + strips, fmas, [&](int64_t task, int) {
-      if (task < tiles) {
-        product.packTile(task, first, count);
-      } else {
-        product.packStrip(task - tiles, first, count);
-      }
+    deal(queue, packTasks, fmas, [&](int64_t task, int) {
+      if (task < strips) return product.packStrip(task, first, count);
+      int64_t p = 0, row = task - strips;
+      for (; row >= rowTasks(p); ++p) row -= rowTasks(p);
+      product.packTiles(p, tileOf(p, row), tileOf(p, row + 1), first, count);
     });
-    int64_t tasks = 0;
-    const auto rowTasks = [&](int64_t p) { return (product.tilesOf(p) + kTilesOfTask - 1) / kTilesOfTask; };
-    for (int64_t p = 0; p < product.parts(); ++p) tasks += rowTasks(p) * product.stripsOf(p);
     deal(queue, tasks, fmas, [&](int64_t task, int) {
       int64_t p = 0;
       for (; task >= rowTasks(p) * product.stripsOf(p); ++p) task -= rowTasks(p) * product.stripsOf(p);
-      const int64_t rows = rowTasks(p), row = task % rows, all = product.tilesOf(p);
-      product.accumulate(p, task / rows, all * row / rows, all * (row + 1) / rows, count);
+      const int64_t row = task % rowTasks(p);
+      product.accumulate(p, task / rowTasks(p), tileOf(p, row), tileOf(p, row + 1), count);
     });
   }
 }

@@ -21,9 +21,9 @@ struct Group {
 
 // A strip's staged right operand (kDepth x 304 x 4 bytes) and the packed left operand share the second-level cache.
 constexpr int64_t kStripColumns = 256;
-constexpr int64_t kStripSlack = 48;            // columns that a strip cut at odd places may cover on top
-constexpr int64_t kLeftRows = 16 * kTileRows;  // rows packed at a time
-constexpr int64_t kBlockRows = 512;            // rows for which a strip's right operand is staged once
+constexpr int64_t kStripSlack = 48;                   // columns that a strip cut at odd places may cover on top
+constexpr int64_t kLeftTiles = 224 / kTileRows;       // tiles whose left operands are in cache together
+constexpr int64_t kBlockTiles = 512 / kTileRows + 2;  // tiles for which a strip's right operand is staged once
 constexpr int64_t kStripStride = kStripColumns + kStripSlack;
 constexpr int kMaxGroups = static_cast<int>(kStripStride / 16);
 
@@ -81,8 +81,8 @@ struct BlockScratch {
   float* levels;
 
   static constexpr int64_t kRightFloats = kDepth * kStripStride;
-  static constexpr int64_t kLeftFloats = kLeftRows * kLeftStride;
-  static constexpr int64_t kLevelFloats = kBlockRows * kStripStride;
+  static constexpr int64_t kLeftFloats = kLeftTiles * kTileRows * kDepth;
+  static constexpr int64_t kLevelFloats = kBlockTiles * kTileRows * kStripStride;
   static size_t bytes(int levels) {
     return static_cast<size_t>(kRightFloats + kLeftFloats + (levels + 1) * kLevelFloats) * sizeof(float);
   }
@@ -90,56 +90,67 @@ struct BlockScratch {
       : right(static_cast<float*>(memory)), left(right + kRightFloats), levels(left + kLeftFloats) {}
 };
 
-// The steps of a leaf, cut into blocks of nearly equal depth that fit the cache.
+// The steps of a leaf, cut into blocks of nearly equal depth that fit the cache. An empty leaf is one block of no
+// steps.
 struct Depth {
-  int64_t steps, blocks, each;
+  int64_t steps, each, blocks;
 
   explicit Depth(int64_t count) : steps(count) {
-    blocks = steps > kDepth ? (steps + kDepth - 1) / kDepth : 1;
-    each = smaller(roundUp((steps + blocks - 1) / blocks, 32), kDepth);
-    blocks = each > 0 ? (steps + each - 1) / each : 1;
-    if (blocks == 0) blocks = 1;
+    const int64_t fewest = steps > kDepth ? (steps + kDepth - 1) / kDepth : 1;
+    each = smaller(roundUp((steps + fewest - 1) / fewest, 32), kDepth);
+    blocks = steps > 0 ? (steps + each - 1) / each : 1;
   }
   int64_t first(int64_t block) const { return block * each; }
   int64_t count(int64_t block) const { return smaller(each, steps - first(block)); }
 };
 
-// The left operand packed once for all strips: block after block of steps, every row kLeftStride long. Null: every task
-// packs what it needs.
+// Tiles first .. last - 1 of `rows` rows.
+struct Tiles {
+  int64_t rows, first, last;
+
+  int64_t begin(int64_t i) const { return tileBegin(rows, i); }
+  int64_t count(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t origin() const { return begin(first); }
+  int64_t allRows() const { return begin(last) - origin(); }
+};
+
+// The left operand packed once for all strips: block after block of steps, each with its tiles kDepth * their rows
+// apart. Null: every task packs what it needs.
 struct PackedLeft {
   float* data = nullptr;
   int64_t rows = 0;
 
-  float* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kLeftStride; }
+  float* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kDepth; }
 };
 
-// Runs the tiles of `rows` packed rows against every group of the strip. `call` carries what all tiles share; `offset`
-// is where the rows stand in the accumulators.
-inline void runTiles(Form form, TileCall call, const float* left, int64_t rows, const Strip& strip,
-                     const float* const* rights, const int64_t* rightSteps, float* from, float* to, int64_t offset) {
-  const int64_t tiles = tileCount(rows);
+// Runs tiles against every group of the strip. `call` carries what all of them share; `left` holds the first tile;
+// `from` (or null), call.levels and `to` are accumulators of the row `origin` on.
+inline void runTiles(Form form, TileCall call, const float* left, const Tiles& tiles, int64_t origin,
+                     const Strip& strip, const float* const* rights, const int64_t* rightSteps, float* from,
+                     float* to) {
   const float* levels = call.levels;
   for (int g = 0; g < strip.count; ++g) {
     const Group& group = strip.groups[g];
     call.right = rights[g];
     call.rightStep = rightSteps[g];
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = tileBegin(rows, i), at = (offset + begin) * kStripStride + group.at;
-      call.left = left + begin * kLeftStride;
+    for (int64_t i = tiles.first; i < tiles.last; ++i) {
+      const int64_t at = (tiles.begin(i) - origin) * kStripStride + group.at;
+      call.left = left + (tiles.begin(i) - tiles.origin()) * kDepth;
+      call.leftStep = tiles.count(i);
       call.from = from == nullptr ? nullptr : from + at;
       call.levels = levels + at;
       call.to = to + at;
-      runTile(form, static_cast<int>(tileBegin(rows, i + 1) - begin), group.vectors, call);
+      runTile(form, static_cast<int>(call.leftStep), group.vectors, call);
     }
   }
 }
 
-// Rows row .. row + rows - 1 (at most kBlockRows) of a strip. Returns the finished accumulators, kStripStride apart.
-// A product says: leaves(); steps(leaf); pack(leaf, first, steps, row, rows, to); and
+// Tiles (at most kBlockTiles) of a strip; finish(accumulators, strip, row, rows) takes finished rows, kStripStride
+// apart. A product says: leaves(); steps(leaf); pack(leaf, first, steps, row, rows, to), which packs one tile; and
 // right(leaf, group, first, steps, stage, rightStep): where the right operand lies, staged into `stage` or not.
-template <class Product>
-const float* multiplyBlock(const Product& product, const PackedLeft& packed, const Strip& strip, int64_t row,
-                           int64_t rows, BlockScratch scratch) {
+template <class Product, class Finish>
+void multiplyBlock(const Product& product, const PackedLeft& packed, const Strip& strip, const Tiles& tiles,
+                   BlockScratch scratch, const Finish& finish) {
   const int64_t leaves = product.leaves();
   float* const result = scratch.levels + treeLevels(leaves) * BlockScratch::kLevelFloats;
   const float* rights[kMaxGroups];
@@ -162,20 +173,20 @@ const float* multiplyBlock(const Product& product, const PackedLeft& packed, con
       call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
       float* const from = block == 0 ? nullptr : result;
       float* const to = last ? scratch.levels + call.levelCount * BlockScratch::kLevelFloats : result;
-      for (int64_t r = 0; r < rows; r += kLeftRows) {
-        const int64_t some = smaller(kLeftRows, rows - r);
-        const float* left = scratch.left;
-        if (packed.data == nullptr) {
-          product.pack(leaf, first, count, row + r, some, scratch.left);
-        } else {
-          left = packed.at(blocksBefore + block, row + r);
+      for (int64_t i = tiles.first; i < tiles.last; i += kLeftTiles) {
+        const Tiles some{tiles.rows, i, smaller(i + kLeftTiles, tiles.last)};
+        const float* left = packed.data == nullptr ? scratch.left : packed.at(blocksBefore + block, some.origin());
+        for (int64_t t = some.first; t < some.last && packed.data == nullptr; ++t) {
+          float* const to = scratch.left + (some.begin(t) - some.origin()) * kDepth;
+          product.pack(leaf, first, count, some.begin(t), some.count(t), to);
         }
-        runTiles(product.form(), call, left, some, strip, rights, rightSteps, from, to, r);
+        runTiles(product.form(), call, left, some, tiles.origin(), strip, rights, rightSteps, from, to);
+        if (!last || leaf < leaves - 1) continue;
+        finish(result + (some.origin() - tiles.origin()) * kStripStride, strip, some.origin(), some.allRows());
       }
     }
     blocksBefore += depth.blocks;
   }
-  return result;
 }
 
 // Products below this many FMAs run on the caller alone: waking a thread would cost more.
@@ -191,15 +202,14 @@ void deal(Queue& queue, int64_t tasks, int64_t fmas, const Body& body) {
   queue.pool().forEach(tasks, body);
 }
 
-// Blocks of rows. Staging a strip costs about as much as kStagingRows rows of it; the fewest blocks that keep every
-// thread busy to the end cost the least.
-constexpr int64_t kStagingRows = 10;
-LOCKSTEP_INLINE int64_t rowBlocks(int64_t rows, int64_t strips, int64_t threads) {
-  const int64_t fewest = (rows + kBlockRows - 1) / kBlockRows;
+// Blocks of rows. Staging a strip costs about as much as one tile of it; the fewest blocks that keep every thread busy
+// to the end cost the least.
+LOCKSTEP_INLINE int64_t rowBlocks(int64_t tiles, int64_t strips, int64_t threads) {
+  const int64_t fewest = (tiles + kBlockTiles - 1) / kBlockTiles;
   int64_t best = fewest, bestCost = INT64_MAX;
-  for (int64_t blocks = fewest; blocks <= fewest + 2 * threads; ++blocks) {
-    const int64_t each = (rows + blocks - 1) / blocks;
-    const int64_t cost = (strips * blocks + threads - 1) / threads * (each + kStagingRows);
+  for (int64_t blocks = fewest; blocks <= smaller(tiles, fewest + 2 * threads); ++blocks) {
+    const int64_t each = (tiles + blocks - 1) / blocks;
+    const int64_t cost = (strips * blocks + threads - 1) / threads * (each + 1);
     if (cost < bestCost) {
       best = blocks;
       bestCost = cost;
@@ -210,23 +220,22 @@ LOCKSTEP_INLINE int64_t rowBlocks(int64_t rows, int64_t strips, int64_t threads)
 
 // Packs the left operand once, on all threads, when several strips read it and it is small enough to stay near.
 constexpr int64_t kPackedLeftBytes = int64_t{24} << 20;
-constexpr int64_t kPackRows = 64;
 template <class Product>
-PackedLeft packLeft(Queue& queue, const Product& product, int64_t rows, int64_t strips) {
+PackedLeft packLeft(Queue& queue, const Product& product, const Tiles& tiles, int64_t strips) {
   int64_t blocks = 0;
   for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) blocks += Depth(product.steps(leaf)).blocks;
-  const int64_t bytes = blocks * rows * kLeftStride * static_cast<int64_t>(sizeof(float));
-  const int64_t limit = smaller(kPackedLeftBytes, static_cast<int64_t>(queue.scratchBytes()));
-  if (strips < 2 || bytes > limit) return {};
-  const PackedLeft packed{static_cast<float*>(queue.shared(static_cast<size_t>(bytes))), rows};
-  const int64_t rowTasks = (rows + kPackRows - 1) / kPackRows;
-  deal(queue, blocks * rowTasks, product.fmas(rows), [&](int64_t task, int) {
-    const int64_t index = task / rowTasks, row = task % rowTasks * kPackRows;
-    int64_t leaf = 0, block = index;
-    for (; block >= Depth(product.steps(leaf)).blocks; ++leaf) block -= Depth(product.steps(leaf)).blocks;
-    const Depth depth(product.steps(leaf));
-    const int64_t count = smaller(kPackRows, rows - row);
-    product.pack(leaf, depth.first(block), depth.count(block), row, count, packed.at(index, row));
+  const int64_t bytes = blocks * tiles.rows * kDepth * static_cast<int64_t>(sizeof(float));
+  if (strips < 2 || bytes > smaller(kPackedLeftBytes, static_cast<int64_t>(queue.scratchBytes()))) return {};
+  const PackedLeft packed{static_cast<float*>(queue.shared(static_cast<size_t>(bytes))), tiles.rows};
+  deal(queue, tiles.last, product.fmas(tiles.rows), [&](int64_t i, int) {
+    int64_t index = 0;
+    for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) {
+      const Depth depth(product.steps(leaf));
+      for (int64_t block = 0; block < depth.blocks; ++block, ++index) {
+        float* const to = packed.at(index, tiles.begin(i));
+        product.pack(leaf, depth.first(block), depth.count(block), tiles.begin(i), tiles.count(i), to);
+      }
+    }
   });
   return packed;
 }
@@ -236,31 +245,22 @@ PackedLeft packLeft(Queue& queue, const Product& product, int64_t rows, int64_t 
 template <class Product, class Finish>
 void multiply(Queue& queue, const Product& product, int64_t rows, const Finish& finish) {
   const size_t bytes = BlockScratch::bytes(treeLevels(product.leaves()));
-  const int64_t strips = product.strips(), blocks = rowBlocks(rows, strips, queue.threads());
+  const Tiles all{rows, 0, tileCount(rows)};
+  const int64_t strips = product.strips(), blocks = rowBlocks(all.last, strips, queue.threads());
   queue.scratch(0, bytes);
-  const PackedLeft packed = packLeft(queue, product, rows, strips);
+  const PackedLeft packed = packLeft(queue, product, all, strips);
   deal(queue, strips * blocks, product.fmas(rows), [&](int64_t task, int thread) {
-    const int64_t block = task % blocks, begin = (rows + 1) / 2 * block / blocks * 2;
-    const int64_t end = block == blocks - 1 ? rows : (rows + 1) / 2 * (block + 1) / blocks * 2;
-    if (begin == end) return;
+    const int64_t block = task % blocks;
+    const Tiles tiles{rows, all.last * block / blocks, all.last * (block + 1) / blocks};
     Strip strip;
     product.strip(task / blocks, strip);
     const BlockScratch scratch(queue.scratch(thread, bytes));
-    finish(multiplyBlock(product, packed, strip, begin, end - begin, scratch), strip, begin, end - begin);
+    multiplyBlock(product, packed, strip, tiles, scratch, finish);
   });
 }
 
 // --- where results go
 // -----------------------------------------------------------------------------------------------------
-
-template <class T>
-LOCKSTEP_INLINE void storeUpTo(T* p, Vec x, int64_t count) {
-  if (count >= 16) {
-    storeu(p, x);
-  } else {
-    storePartial(p, x, count);
-  }
-}
 
 LOCKSTEP_INLINE void putOperand(const Operand& y, int64_t row, int64_t col, Vec x, int64_t count) {
   if (y.dtype == DType::kFloat32) {

@@ -33,20 +33,46 @@ LOCKSTEP_INLINE Vec loadUpTo(const T* p, int64_t count) {
   return count >= 16 ? loadu(p) : loadPartial(p, count);
 }
 
-// Left operand in rows: `count` elements of rows row .. row + rows - 1 from column `col`, to + r * kLeftStride. Writes
-// whole vectors: up to 15 floats past the last step.
-inline void packRows(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t count, float* to) {
-  for (int64_t r = 0; r < rows; ++r, to += kLeftStride) {
-    if (x.dtype == DType::kFloat32) {
-      const float* from = x.row<float>(row + r) + col;
-      for (int64_t k = 0; k < count; k += 16) storeu(to + k, loadUpTo(from + k, count - k));
-    } else if (kPairArithmetic) {
-      const BFloat16* from = x.row<BFloat16>(row + r) + col;
-      for (int64_t k = 0; k < count; k += 32) storePairs(to + k / 2, loadPairsOf(from + k, count - k));
-    } else {
-      const BFloat16* from = x.row<BFloat16>(row + r) + col;
-      for (int64_t k = 0; k < count; k += 16) storeu(to + k, swapNeighbours(loadUpTo(from + k, count - k)));
+template <class T>
+LOCKSTEP_INLINE void storeUpTo(T* p, Vec x, int64_t count) {
+  if (count >= 16) {
+    storeu(p, x);
+  } else {
+    storePartial(p, x, count);
+  }
+}
+
+// A step of a left operand of `rows` rows. Whole vectors are stored, to be overwritten by the next step, except where
+// the last steps would reach past the end.
+LOCKSTEP_INLINE void putStep(float* to, int64_t k, int64_t steps, int64_t rows, Vec x) {
+  if (k * rows + 16 <= steps * rows) {
+    storeu(to + k * rows, x);
+  } else {
+    storePartial(to + k * rows, x, rows);
+  }
+}
+
+// 16 steps of a row from element `k` on: `count` elements exist.
+LOCKSTEP_INLINE Vec loadSteps(const Operand& x, int64_t row, int64_t k, int64_t count) {
+  if (x.dtype == DType::kFloat32) return loadUpTo(x.row<float>(row) + k, count);
+  if (kPairArithmetic) return asFloats(loadPairsOf(x.row<BFloat16>(row) + k, smaller(count, 32)));
+  return swapNeighbours(loadUpTo(x.row<BFloat16>(row) + k, count));
+}
+
+// Left operand of a tile from rows: `rows` (at most 16) of them from `row`, `count` elements from column `col`.
+inline void packTile(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t count, int64_t steps,
+                     float* to) {
+  const int64_t elements = stepElements(x.dtype);
+  for (int64_t first = 0; first < steps; first += 16) {
+    const int64_t k = first * elements, some = smaller(16, steps - first);
+    if (rows == 1) {
+      storeUpTo(to + first, loadSteps(x, row, col + k, count - k), some);
+      continue;
     }
+    Vec r[16];
+    for (int64_t i = 0; i < 16; ++i) r[i] = i < rows ? loadSteps(x, row + i, col + k, count - k) : zero();
+    transpose(r);
+    for (int64_t i = 0; i < some; ++i) putStep(to, first + i, steps, rows, r[i]);
   }
 }
 
@@ -65,23 +91,6 @@ struct StepRows {
     return row < rows ? loadUpTo(x.row<BFloat16>(firstRow + row) + col, count) : zero();
   }
 };
-
-// Left operand in steps: the columns of one tile, from `col`, a step every kLeftStep floats. Writes up to 15 floats
-// past the last step.
-inline void packSteps(const StepRows& from, int64_t steps, int64_t col, float* to) {
-  const int64_t exist = from.x.cols - col;
-  for (int64_t k = 0; k < steps; ++k) storeu(to + k * kLeftStep, from.load(k, col, exist));
-}
-
-// Right operand from rows: `vectors` vectors of columns, of which `count` columns exist.
-inline void stageSteps(const StepRows& from, int64_t steps, int64_t col, int64_t count, int vectors, float* to) {
-  for (int64_t k = 0; k < steps; ++k) {
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t exist = count - 16 * v;
-      storeu(to + (k * vectors + v) * 16, exist > 0 ? from.load(k, col + 16 * v, exist) : zero());
-    }
-  }
-}
 
 // A panel of one part, at a column inside of it.
 struct PanelView {

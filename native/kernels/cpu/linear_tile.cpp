@@ -4,62 +4,56 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 
 namespace {
 
-constexpr bool leftInSteps(Form form) {
-  return form == Form::kSteps || form == Form::kPairSteps;
+// acc[r][v] += left[r] * b[v] for a step of one element.
+template <int R, int V>
+LOCKSTEP_INLINE void multiplyAdd(Vec (&acc)[R][V], const float* left, const Vec (&b)[V]) {
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+    if constexpr (kTileVectors == 2 && V == 2) {
+      // Loads and instructions are both scarce: some rows broadcast within the FMA, the others once before it.
+      if (r % 2 == 1 && r < 10) {
+        acc[r][0] = fmaBroadcast(left + r, b[0], acc[r][0]);
+        acc[r][1] = fmaBroadcast(left + r, b[1], acc[r][1]);
+        continue;
+      }
+    }
+    const Vec a = Vec::broadcast(left[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+  }
 }
 
 // Adds one step (one element, or one pair) to every chain of the tile.
 template <Form kForm, int R, int V>
-LOCKSTEP_INLINE void step(Vec (&acc)[R][V], const float* left, const float* right) {
-  constexpr int64_t kRow = leftInSteps(kForm) ? 1 : kLeftStride;
-  constexpr bool kPairs = kForm == Form::kPairSteps || (kForm == Form::kPairPanel && kPairArithmetic);
-  if constexpr (kPairs) {
+LOCKSTEP_INLINE void step(Vec (&acc)[R][V], const float* left, int64_t leftStep, const float* right) {
+  if constexpr (kForm == Form::kPairs && kPairArithmetic) {
     Pairs b[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) b[v] = loadPairs(right + 16 * v);
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-      const Pairs a = broadcastPair(__builtin_bit_cast(uint32_t, left[r * kRow]));
+      const Pairs a = broadcastPair(__builtin_bit_cast(uint32_t, left[r]));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = dotPair(acc[r][v], a, b[v]);
     }
-  } else if constexpr (kForm == Form::kPairPanel) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Vec b[V];
+  } else if constexpr (kForm == Form::kPairs) {
+    Vec b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = half == 0 ? odd(loadPairs(right + 16 * v)) : even(loadPairs(right + 16 * v));
-#pragma GCC unroll 14
-      for (int r = 0; r < R; ++r) {
-        const Vec a = Vec::broadcast(left[r * kRow + half]);
+    for (int v = 0; v < V; ++v) b[v] = odd(loadPairs(right + 16 * v));
+    multiplyAdd(acc, left, b);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
-      }
-    }
+    for (int v = 0; v < V; ++v) b[v] = even(loadPairs(right + 16 * v));
+    multiplyAdd(acc, left + leftStep, b);
   } else {
     Vec b[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) b[v] = loadu(right + 16 * v);
-#pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) {
-      if constexpr (kTileVectors == 2 && V == 2) {
-        // Loads and instructions are both scarce: some rows broadcast within the FMA, the others once before it.
-        if (r % 2 == 1 && r < 10) {
-          acc[r][0] = fmaBroadcast(left + r * kRow, b[0], acc[r][0]);
-          acc[r][1] = fmaBroadcast(left + r * kRow, b[1], acc[r][1]);
-          continue;
-        }
-      }
-      const Vec a = Vec::broadcast(left[r * kRow]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
-    }
+    multiplyAdd(acc, left, b);
   }
 }
 
 template <Form kForm, int R, int V>
 void tile(const TileCall& call) {
-  constexpr int64_t kStep = leftInSteps(kForm) ? kLeftStep : kForm == Form::kPairPanel && !kPairArithmetic ? 2 : 1;
   Vec acc[R][V];
   if (call.from == nullptr) {
 #pragma GCC unroll 14
@@ -76,14 +70,15 @@ void tile(const TileCall& call) {
   }
   const float* left = call.left;
   const float* right = call.right;
-  const int64_t rightStep = call.rightStep, prefetch = call.prefetch;
+  const int64_t leftStep = call.leftStep, rightStep = call.rightStep, prefetch = call.prefetch;
+  const int64_t leftAdvance = kForm == Form::kPairs && !kPairArithmetic ? 2 * leftStep : leftStep;
   for (int64_t k = call.steps; k > 0; --k) {
-    step<kForm, R, V>(acc, left, right);
-    if constexpr (!leftInSteps(kForm)) {
+    step<kForm, R, V>(acc, left, leftStep, right);
+    if constexpr (kForm != Form::kStaged) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) __builtin_prefetch(right + prefetch + 16 * v, 0, V == 4 ? 3 : 2);
     }
-    left += kStep;
+    left += leftAdvance;
     right += rightStep;
   }
   for (int level = 0; level < call.levelCount; ++level) {
@@ -132,13 +127,13 @@ constexpr TileFunction kTiles[15] = {
     tileOrNull<kForm, V, 14>(),
 };
 
-// Left operands in rows meet panels, whose tiles may be four vectors wide; staged operands are cut for the tall tile.
+// A panel's tiles may be four vectors wide; staged operands are cut for the tall tile.
 template <Form kForm>
 TileFunction tileFor(int rows, int vectors) {
-  if constexpr (!leftInSteps(kForm)) {
+  if constexpr (kForm != Form::kStaged) {
     if (vectors == 4) return kTiles<kForm, 4>[rows];
   }
-  if constexpr (!leftInSteps(kForm) || kTileVectors == 2) {
+  if constexpr (kForm != Form::kStaged || kTileVectors == 2) {
     if (vectors == 2) return kTiles<kForm, 2>[rows];
   }
   return kTiles<kForm, 1>[rows];
@@ -146,14 +141,12 @@ TileFunction tileFor(int rows, int vectors) {
 
 TileFunction tileFor(Form form, int rows, int vectors) {
   switch (form) {
-    case Form::kRows:
-      return tileFor<Form::kRows>(rows, vectors);
-    case Form::kPairPanel:
-      return tileFor<Form::kPairPanel>(rows, vectors);
-    case Form::kSteps:
-      return tileFor<Form::kSteps>(rows, vectors);
-    case Form::kPairSteps:
-      if constexpr (kPairArithmetic) return tileFor<Form::kPairSteps>(rows, vectors);
+    case Form::kStaged:
+      return tileFor<Form::kStaged>(rows, vectors);
+    case Form::kPanel:
+      return tileFor<Form::kPanel>(rows, vectors);
+    case Form::kPairs:
+      return tileFor<Form::kPairs>(rows, vectors);
   }
   return nullptr;
 }
@@ -166,7 +159,7 @@ void runTile(Form form, int rows, int vectors, const TileCall& call) {
   const int half = (rows + 1) / 2;
   TileCall rest = call;
   runTile(form, half, vectors, call);
-  rest.left += half * (leftInSteps(form) ? 1 : kLeftStride);
+  rest.left += half;
   if (rest.from != nullptr) rest.from += half * call.stride;
   rest.levels += half * call.stride;
   rest.to += half * call.stride;

@@ -22,28 +22,25 @@ constexpr int64_t kTileColumns = 16 * kTileVectors;
 // Steps of a chain that are held in cache at once, in float32 elements or in bfloat16 pairs. The right operand of a
 // tile, kDepth x 32 x 4 bytes, fills the first-level cache while the rows of the left one stream through.
 constexpr int64_t kDepth = 256;
-// Rows of a packed left operand are this far apart: a constant, so that every row is an offset from one pointer, and
-// one cache line more than kDepth, so that rows do not share a set.
-constexpr int64_t kLeftStride = kDepth + 16;
-// The left operand of a weight gradient has its steps one after another, each padded to a whole number of loads.
-constexpr int64_t kLeftStep = kTileRows > 8 ? 16 : 8;
-
+// The left operand of a tile of R rows is packed step by step, R numbers each: the tile reads it front to back, and
+// every row is a short offset from one pointer.
 enum class Form : uint8_t {
-  kRows,       // left operand in rows, right float32: one element a step, staged in chain order or a panel as it lies
-  kPairPanel,  // left operand in rows, right a bfloat16 panel as it lies: one pair a step
-  kSteps,      // left operand in steps, right float32 staged in chain order
-  kPairSteps,  // left operand in steps of pairs, right staged pairs (AVX512-BF16 only)
+  kStaged,  // right operand float32, staged in chain order: a step is one element
+  kPanel,   // right operand a float32 panel as it lies, prefetched
+  kPairs,   // right operand bfloat16 pairs, staged or a panel as it lies, prefetched: a step is a pair
 };
 
 #ifdef __AVX512BF16__
 constexpr bool kPairArithmetic = true;  // bfloat16 operands stay pairs up to the product
 #else
-constexpr bool kPairArithmetic = false;  // they are widened while they are packed, odd element of a pair first
+constexpr bool kPairArithmetic =
+    false;  // left operands are widened while they are packed: a pair is two steps, odd first
 #endif
 
 // One call: acc = from or zero; acc = chain(acc, left, right); acc = level + acc for each finished level; to = acc.
 struct TileCall {
   const float* left;
+  int64_t leftStep;  // floats between steps: the rows that are packed together
   const float* right;
   int64_t rightStep;  // dwords between steps
   int64_t steps;

@@ -6,7 +6,7 @@ import { dataFile } from './data.js';
 export const stages = ['sft', 'reward', 'ppo'] as const;
 export type Stage = (typeof stages)[number];
 
-const steps = { sft: 80, reward: 200, ppo: 40 };
+const steps = { sft: 100, reward: 200, ppo: 40 };
 
 /** The model that a finished stage leaves behind. */
 export function trainedModel(folder: string, stage: Stage): string {
@@ -32,7 +32,7 @@ export function quickstartConfigs(folder: string, seed: number): Record<Stage, C
       optimizer: { learningRate: 3e-3, ...schedule },
       batch: { sequences: 64, microTokens: 4096 },
       rollout: { maxNewTokens: 40 },
-      evaluation: { every: 40, samples: 8 },
+      evaluation: { every: 50, samples: 8 },
       ...common('sft'),
     },
     reward: {
