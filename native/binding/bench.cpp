@@ -176,7 +176,7 @@ BenchResult Bench::adamw(int64_t count) {
   }
   for (size_t i = 0; i < elements; ++i) p[2][i] = std::fabs(p[2][i]);
   void* weights = memory.at(4 * elements * 4, elements * 2, "bench");
-  const kernels::AdamW settings{1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.1f, 0.05f, 0.5f};
+  const kernels::AdamW settings{1e-4, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05, 0.5};
   // Verified on the first panel.
   const WeightLayout small = WeightLayout::make(64, 512, Split::kNone, {64});
   const auto few = static_cast<size_t>(small.elements);

@@ -153,7 +153,7 @@ Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
 
 Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
-  const auto number = [&](const char* key) { return static_cast<float>(numberAt(o, key)); };
+  const auto number = [&](const char* key) { return numberAt(o, key); };
   const model::StepOptions options{number("learningRate"), number("beta1"), number("beta2"), number("epsilon"), number("weightDecay"), number("clipNorm"), integerAt(o, "step")};
   auto norm = std::make_shared<double>(0);
   auto work = [model = open(info.Env()), options, norm] { *norm = model->step(options); };

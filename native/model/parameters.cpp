@@ -184,10 +184,10 @@ double Parameters::step(Queue& queue, const StepOptions& o) {
                                   o.beta1,
                                   o.beta2,
                                   o.epsilon,
-                                  t.decay ? o.weightDecay : 0.0f,
-                                  static_cast<float>(1 - std::pow(static_cast<double>(o.beta1), n)),
-                                  static_cast<float>(1 - std::pow(static_cast<double>(o.beta2), n)),
-                                  static_cast<float>(scale)};
+                                  t.decay ? o.weightDecay : 0.0,
+                                  1 - std::pow(o.beta1, n),
+                                  1 - std::pow(o.beta2, n),
+                                  scale};
     const size_t size = bytes(t.layout.elements, DType::kFloat32);
     const auto moment = [&](int64_t offset) { return static_cast<float*>(optimizer_.at(static_cast<size_t>(offset), size, t.name.c_str())); };
     const bool published = t.matrix && t.master != kAbsent;

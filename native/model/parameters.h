@@ -16,7 +16,7 @@ namespace lockstep::model {
 enum class Space : uint8_t { kWeights, kMoment1, kMoment2, kGradients };
 
 struct StepOptions {
-  float learningRate, beta1, beta2, epsilon, weightDecay, clipNorm;
+  double learningRate, beta1, beta2, epsilon, weightDecay, clipNorm;
   int64_t step;  // 1 for the first update
 };
 

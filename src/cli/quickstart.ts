@@ -1,4 +1,5 @@
 /** `lockstep quickstart`: from nothing to a policy improved by PPO, in a minute or two. */
+import { formatSeconds } from '../reports/numbers.js';
 import type { QuickstartEvent, QuickstartSummary } from '../train/quickstart/quickstart.js';
 import type { Command, Input, Session } from './command.js';
 import { TrainProgress } from './progress.js';
@@ -81,13 +82,14 @@ class Screen {
 async function finish(event: Extract<QuickstartEvent, { type: 'done' }>, input: Input, terminal: Terminal) {
   const { writeReport } = await import('../reports/report.js');
   const { relative, join } = await import('node:path');
-  const { output, summary, samples } = event;
+  const { output, summary, samples, trainingSeconds } = event;
   for (const stage of ['sft', 'reward', 'ppo']) await writeReport(join(output, stage));
   const folder = relative('.', output).startsWith('..') ? output : relative('.', output) || '.';
   const gains = gainsOf(summary);
   const lines = [
     '',
     ...table(summary, gains, terminal),
+    `training took ${formatSeconds(trainingSeconds)}`,
     '',
     ...samples.flatMap(({ before, after }) => [
       terminal.style('dim', `order   ${(before.prompt ?? '').trim().split('\n')[0]}`),

@@ -138,7 +138,8 @@ export class NativeEngine implements Engine {
       this.native.forward({
         tokens: batch.tokens,
         lengths: batch.lengths,
-        inverseTemperature: 1 / (options.temperature ?? 1),
+        // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
+        inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
         keep,
         plan,
         outputs: Object.fromEntries(options.outputs.map((name) => [name, true])),

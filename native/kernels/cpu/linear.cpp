@@ -15,6 +15,7 @@ constexpr int64_t kFewRows = 64;
 struct Forward {
   Operand x;
   const Weight& w;
+  Direct direct;
 
   const Part& part(int64_t p) const { return w.layout->parts[p]; }
   int64_t parts() const { return static_cast<int64_t>(w.layout->parts.size()); }
@@ -112,13 +113,16 @@ struct FewRows {
   }
 };
 
-// All rows against one block of steps of a panel of `vectors` vectors. Every row tile but the first finds the panel
-// cached.
-inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors) {
+// All rows against one block of steps of a panel of `vectors` vectors, which is column `column` of the output on. Every
+// row tile but the first finds the panel cached.
+inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors, const Direct& direct, Group group) {
   const Tiles tiles{rows, 0, tileCount(rows)};
   const TileCall base = call;
+  const int64_t columns = group.count;
   for (int64_t v = 0; v < vectors;) {
     const int width = panelVectors(tiles.count(0), vectors - v);
+    group.vectors = width;
+    group.count = smaller(16 * width, columns - 16 * v);
     for (int64_t i = 0; i < tiles.last; ++i) {
       const int64_t at = tiles.begin(i) * kFewStride + 16 * v;
       call.left = base.left + tiles.begin(i) * kDepth;
@@ -128,23 +132,24 @@ inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors) 
       call.from = base.from == nullptr ? nullptr : base.from + at;
       call.levels = base.levels + at;
       call.to = base.to + at;
+      call.toStride = kFewStride;
+      if (direct.takes(group)) direct.aim(call, tiles.begin(i), group.output + 16 * v);
       runTile(form, static_cast<int>(call.leftStep), width, call);
     }
     v += width;
   }
 }
 
-// A panel's accumulators, finished, kFewStride apart.
-inline const float* multiplyPanel(const FewRows& few, const float* left, int64_t p, int64_t column, int64_t vectors,
+// A panel's accumulators, finished, kFewStride apart; what is direct has gone its way.
+inline const float* multiplyPanel(const FewRows& few, const float* left, const Group& group, int64_t vectors,
                                   float* levels) {
   const Forward& product = few.product;
-  const DType dtype = product.w.dtype;
-  const bool pairPanel = dtype == DType::kBFloat16;
+  const bool pairPanel = product.w.dtype == DType::kBFloat16;
   const int64_t leaves = product.leaves(), stepsPerPanelRow = pairPanel && !kPairArithmetic ? 2 : 1;
   float* const result = levels + treeLevels(leaves) * few.levelFloats();
   for (int64_t leaf = 0; leaf < leaves; ++leaf) {
     const int64_t steps = product.steps(leaf), blocks = FewRows::blocks(steps);
-    const PanelView panel = product.panel(leaf, p, column);
+    const PanelView panel = product.panel(leaf, group.part, group.column);
     for (int64_t block = 0; block < blocks; ++block, left += few.blockFloats()) {
       const bool last = block == blocks - 1;
       TileCall call{};
@@ -158,10 +163,27 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, int64_t
       call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
       call.to = last ? levels + call.levelCount * few.levelFloats() : result;
       call.stride = kFewStride;
-      sweepPanel(pairPanel ? Form::kPairs : Form::kPanel, call, few.rows, vectors);
+      const bool finished = last && leaf == leaves - 1;
+      sweepPanel(pairPanel ? Form::kPairs : Form::kPanel, call, few.rows, vectors, finished ? product.direct : Direct{},
+                 group);
     }
   }
   return result;
+}
+
+// Columns of a finished panel that sweepPanel has not stored directly: the last ones of a part, or all of them.
+template <class Put>
+void finishPanel(const float* result, const FewRows& few, const Group& group, int64_t vectors, const float* bias,
+                 const Put& put) {
+  for (int64_t v = 0; v < vectors;) {
+    const int width = panelVectors(Tiles{few.rows, 0, 1}.count(0), vectors - v);
+    Strip strip;
+    strip.count = 1;
+    strip.groups[0] = {
+        group.part, group.column, 16 * v, group.output + 16 * v, smaller(16 * width, group.count - 16 * v), width};
+    finishBlock(result, kFewStride, strip, 0, few.rows, few.product.direct, bias, put);
+    v += width;
+  }
 }
 
 template <class Put>
@@ -179,12 +201,9 @@ void multiplyFewRows(Queue& queue, const Forward& product, const float* bias, co
     for (int64_t p = 0; p < product.columnParts() && end > 0; ++p) {
       const Part& part = product.part(p);
       for (int64_t panel = begin; panel < smaller(end, part.panels()); ++panel) {
-        const int64_t column = panel * kPanel, width = part.panelWidth(panel);
-        Strip strip;
-        strip.count = 1;
-        strip.groups[0] = {p, column, 0, part.outBegin + column, smaller(kPanel, part.out - column), 0};
-        const float* result = multiplyPanel(few, left, p, column, width / 16, levels);
-        finishBlock(result, kFewStride, strip, 0, few.rows, bias, put);
+        const int64_t column = panel * kPanel, vectors = part.panelWidth(panel) / 16;
+        const Group group{p, column, 0, part.outBegin + column, smaller(kPanel, part.out - column), 0};
+        finishPanel(multiplyPanel(few, left, group, vectors, levels), few, group, vectors, bias, put);
       }
       begin = begin > part.panels() ? begin - part.panels() : 0;
       end -= part.panels();
@@ -197,7 +216,7 @@ template <class Put>
 void multiplyRows(Queue& queue, const Forward& product, const float* bias, const Put& put) {
   if (product.x.rows <= kFewRows) return multiplyFewRows(queue, product, bias, put);
   multiply(queue, product, product.x.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
-    finishBlock(result, kStripStride, strip, row, rows, bias, put);
+    finishBlock(result, kStripStride, strip, row, rows, product.direct, bias, put);
   });
 }
 
@@ -240,9 +259,10 @@ void gatedBlocks(Queue& queue, const GatedForward& product, const Gate& gate) {
 void gatedFewRows(Queue& queue, const Forward& product, const Gate& gate) {
   const int64_t rows = product.x.rows, stride = roundUp(product.w.layout->out, 16) + 16;
   float* const pre = static_cast<float*>(queue.shared(static_cast<size_t>(rows * stride) * sizeof(float)));
-  multiplyFewRows(queue, product, nullptr, [&](int64_t row, int64_t column, Vec value, int64_t count) {
-    storeUpTo(pre + row * stride + column, value, count);
-  });
+  const View<float> all{pre, rows, product.w.layout->out, stride};
+  multiplyFewRows(
+      queue, {product.x, product.w, {all, {}, nullptr}}, nullptr,
+      [&](int64_t row, int64_t column, Vec value, int64_t count) { storeUpTo(all.row(row) + column, value, count); });
   deal(queue, rows, rows * product.w.layout->out * 8, [&](int64_t row, int) {
     for (int64_t p = 0; p < product.parts(); ++p) {
       const Part& part = product.part(p);
@@ -258,21 +278,21 @@ void gatedFewRows(Queue& queue, const Forward& product, const Gate& gate) {
 }  // namespace
 
 void linear(Queue& queue, Operand x, const Weight& w, const float* bias, Output y) {
-  multiplyRows(queue, Forward{x, w}, bias,
+  multiplyRows(queue, Forward{x, w, directOutput(y, bias)}, bias,
                [&](int64_t row, int64_t column, Vec value, int64_t count) { put(y, row, column, value, count); });
 }
 
 void activatedLinear(Queue& queue, Operand x, const Weight& w, const float* bias, Activation activation, Operand y,
                      Operand saved) {
   if (activation == Activation::kGeluTanh) {
-    return multiplyRows(queue, Forward{x, w}, bias, [&](int64_t row, int64_t column, Vec value, int64_t count) {
+    return multiplyRows(queue, Forward{x, w, {}}, bias, [&](int64_t row, int64_t column, Vec value, int64_t count) {
       if (!saved.empty()) putOperand(saved, row, column, value, count);
       putOperand(y, row, column, geluTanh(value), count);
     });
   }
   const Gate gate{y, saved, bias};
-  if (x.rows <= kFewRows) return gatedFewRows(queue, Forward{x, w}, gate);
-  gatedBlocks(queue, GatedForward{{x, w}}, gate);
+  if (x.rows <= kFewRows) return gatedFewRows(queue, Forward{x, w, {}}, gate);
+  gatedBlocks(queue, GatedForward{{x, w, {}}}, gate);
 }
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA

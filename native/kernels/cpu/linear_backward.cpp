@@ -10,6 +10,7 @@ namespace {
 struct BackwardInput {
   Operand dy;
   const Weight& w;
+  Direct direct;
 
   const Part& part(int64_t p) const { return w.layout->parts[p]; }
   int64_t parts() const { return static_cast<int64_t>(w.layout->parts.size()); }
@@ -74,19 +75,16 @@ struct WeightProduct {
   float* left(int64_t tile) const { return memory + tile * tileFloats(); }
   float* right(int64_t strip) const { return memory + roundUp(tiles() * tileFloats(), 16) + strip * stripFloats(); }
 
-  StepRows rows(const Operand& of, int64_t first) const {
-    const int64_t row = first * stepElements(of.dtype);
-    return {of, row, of.rows - row};
-  }
   // Tiles tileFirst .. tileLast - 1 of part p of the left operand, row after row of x.
   void packTiles(int64_t p, int64_t tileFirst, int64_t tileLast, int64_t first, int64_t steps) const {
-    const StepRows from = rows(x, first);
     for (int64_t k = 0; k < steps; ++k) {
-      for (int64_t i = tileFirst; i < tileLast; ++i) {
-        const int64_t begin = tileBegin(part(p).in, i), count = tileBegin(part(p).in, i + 1) - begin;
-        const int64_t column = part(p).inBegin + begin;
-        putStep(left(tilesBefore(p) + i), k, steps, count, from.load(k, column, x.cols - column));
-      }
+      withStep(x, first * stepElements(x.dtype), k, [&](const auto& from) {
+        for (int64_t i = tileFirst; i < tileLast; ++i) {
+          const int64_t begin = tileBegin(part(p).in, i), count = tileBegin(part(p).in, i + 1) - begin;
+          const int64_t column = part(p).inBegin + begin;
+          putStep(left(tilesBefore(p) + i), k, steps, count, from.load(column, x.cols - column));
+        }
+      });
     }
   }
   void cut(int64_t p, int64_t index, Strip& strip) const {
@@ -99,15 +97,16 @@ struct WeightProduct {
     for (; i >= stripsOf(p); ++p) i -= stripsOf(p);
     Strip strip;
     cut(p, i, strip);
-    const StepRows from = rows(dy, first);
     for (int64_t k = 0; k < steps; ++k) {
-      for (int g = 0; g < strip.count; ++g) {
-        const Group& group = strip.groups[g];
-        float* const to = right(index) + group.at * chunk + k * 16 * group.vectors;
-        for (int v = 0; v < group.vectors; ++v) {
-          storeu(to + 16 * v, from.load(k, group.output + 16 * v, group.count - 16 * v));
+      withStep(dy, first * stepElements(dy.dtype), k, [&](const auto& from) {
+        for (int g = 0; g < strip.count; ++g) {
+          const Group& group = strip.groups[g];
+          float* const to = right(index) + group.at * chunk + k * 16 * group.vectors;
+          for (int v = 0; v < group.vectors; ++v) {
+            storeu(to + 16 * v, from.load(group.output + 16 * v, group.count - 16 * v));
+          }
         }
-      }
+      });
     }
   }
   // Tiles tileFirst .. tileLast - 1 of part p against one strip of it.
@@ -133,6 +132,7 @@ struct WeightProduct {
           call.left = lefts + i * tileFloats() + first * call.leftStep;
           call.to = to + begin * width;
           call.from = call.to;
+          call.toStride = width;
           runTile(form, static_cast<int>(end - begin), group.vectors, call);
         }
       }
@@ -195,11 +195,11 @@ constexpr int64_t kBiasWork = 4;       // what an addition costs, in FMAs of a p
 }  // namespace
 
 void linearBackwardInput(Queue& queue, Operand dy, const Weight& w, Output dx) {
-  multiply(
-      queue, BackwardInput{dy, w}, dy.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
-        finishBlock(result, kStripStride, strip, row, rows, nullptr,
-                    [&](int64_t r, int64_t column, Vec value, int64_t count) { put(dx, r, column, value, count); });
-      });
+  const BackwardInput product{dy, w, directOutput(dx, nullptr)};
+  multiply(queue, product, dy.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
+    finishBlock(result, kStripStride, strip, row, rows, product.direct, nullptr,
+                [&](int64_t r, int64_t column, Vec value, int64_t count) { put(dx, r, column, value, count); });
+  });
 }
 
 void linearBackwardWeight(Queue& queue, Operand dy, Operand x, WeightGradient dW, float* dBias) {

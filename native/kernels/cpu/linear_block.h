@@ -123,11 +123,35 @@ struct PackedLeft {
   float* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kDepth; }
 };
 
+// Where finished tiles may go without passing by a finish: float32 with an optional bias and residual. Null: nowhere.
+struct Direct {
+  View<float> y;
+  View<const float> residual;
+  const float* bias = nullptr;
+
+  // Only whole vectors can be stored by a tile.
+  LOCKSTEP_MEMBER bool takes(const Group& group) const { return !y.empty() && group.count == 16 * group.vectors; }
+  LOCKSTEP_MEMBER void aim(TileCall& call, int64_t row, int64_t column) const {
+    call.bias = bias == nullptr ? nullptr : bias + column;
+    call.residual = residual.empty() ? nullptr : residual.row(row) + column;
+    call.residualStride = residual.stride;
+    call.to = y.row(row) + column;
+    call.toStride = y.stride;
+  }
+};
+
+LOCKSTEP_INLINE Direct directOutput(const Output& y, const float* bias) {
+  if (y.kind == Output::Kind::kAdd) return {y.f32, y.residual, bias};
+  if (y.kind == Output::Kind::kStore) return {y.f32, {}, bias};
+  if (y.operand.dtype != DType::kFloat32) return {};
+  return {{y.operand.row<float>(0), y.operand.rows, y.operand.cols, y.operand.stride}, {}, bias};
+}
+
 // Runs tiles against every group of the strip. `call` carries what all of them share; `left` holds the first tile;
 // `from` (or null), call.levels and `to` are accumulators of the row `origin` on.
 inline void runTiles(Form form, TileCall call, const float* left, const Tiles& tiles, int64_t origin,
-                     const Strip& strip, const float* const* rights, const int64_t* rightSteps, float* from,
-                     float* to) {
+                     const Strip& strip, const float* const* rights, const int64_t* rightSteps, float* from, float* to,
+                     const Direct& direct) {
   const float* levels = call.levels;
   for (int g = 0; g < strip.count; ++g) {
     const Group& group = strip.groups[g];
@@ -140,6 +164,8 @@ inline void runTiles(Form form, TileCall call, const float* left, const Tiles& t
       call.from = from == nullptr ? nullptr : from + at;
       call.levels = levels + at;
       call.to = to + at;
+      call.toStride = kStripStride;
+      if (direct.takes(group)) direct.aim(call, tiles.begin(i), group.output);
       runTile(form, static_cast<int>(call.leftStep), group.vectors, call);
     }
   }
@@ -180,8 +206,10 @@ void multiplyBlock(const Product& product, const PackedLeft& packed, const Strip
           float* const to = scratch.left + (some.begin(t) - some.origin()) * kDepth;
           product.pack(leaf, first, count, some.begin(t), some.count(t), to);
         }
-        runTiles(product.form(), call, left, some, tiles.origin(), strip, rights, rightSteps, from, to);
-        if (!last || leaf < leaves - 1) continue;
+        const bool finished = last && leaf == leaves - 1;
+        runTiles(product.form(), call, left, some, tiles.origin(), strip, rights, rightSteps, from, to,
+                 finished ? product.direct : Direct{});
+        if (!finished) continue;
         finish(result + (some.origin() - tiles.origin()) * kStripStride, strip, some.origin(), some.allRows());
       }
     }
@@ -281,18 +309,19 @@ LOCKSTEP_INLINE void put(const Output& y, int64_t row, int64_t col, Vec x, int64
   }
 }
 
-// put(row, column, value + bias, count) for every existing vector of a finished block.
+// put(row, column, value + bias, count) for every vector of a finished block that has not gone its way directly.
 template <class Put>
 LOCKSTEP_INLINE void finishBlock(const float* accumulators, int64_t stride, const Strip& strip, int64_t row,
-                                 int64_t rows, const float* bias, const Put& put) {
-  for (int64_t r = 0; r < rows; ++r, accumulators += stride) {
-    for (int g = 0; g < strip.count; ++g) {
-      const Group& group = strip.groups[g];
-      for (int64_t c = 0; c < group.count; c += 16) {
-        const int64_t count = smaller(16, group.count - c);
-        Vec value = loadu(accumulators + group.at + c);
-        if (bias != nullptr) value = value + loadUpTo(bias + group.output + c, count);
-        put(row + r, group.output + c, value, count);
+                                 int64_t rows, const Direct& direct, const float* bias, const Put& put) {
+  for (int g = 0; g < strip.count; ++g) {
+    const Group& group = strip.groups[g];
+    if (direct.takes(group)) continue;
+    for (int64_t c = 0; c < group.count; c += 16) {
+      const int64_t count = smaller(16, group.count - c), column = group.output + c;
+      const Vec offset = bias == nullptr ? zero() : loadUpTo(bias + column, count);
+      const float* from = accumulators + group.at + c;
+      for (int64_t r = 0; r < rows; ++r, from += stride) {
+        put(row + r, column, bias == nullptr ? loadu(from) : loadu(from) + offset, count);
       }
     }
   }

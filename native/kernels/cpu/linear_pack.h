@@ -3,6 +3,8 @@
 // (AVX512-BF16) bfloat16 operands stay pairs and a step is a pair.
 #pragma once
 
+#include <type_traits>
+
 #include "core/view.h"
 #include "kernels/cpu/linear_tile.h"
 #include "kernels/weight.h"
@@ -52,45 +54,112 @@ LOCKSTEP_INLINE void putStep(float* to, int64_t k, int64_t steps, int64_t rows, 
   }
 }
 
-// 16 steps of a row from element `k` on: `count` elements exist.
-LOCKSTEP_INLINE Vec loadSteps(const Operand& x, int64_t row, int64_t k, int64_t count) {
-  if (x.dtype == DType::kFloat32) return loadUpTo(x.row<float>(row) + k, count);
-  if (kPairArithmetic) return asFloats(loadPairsOf(x.row<BFloat16>(row) + k, smaller(count, 32)));
-  return swapNeighbours(loadUpTo(x.row<BFloat16>(row) + k, count));
+// --- operands by rows
+// -----------------------------------------------------------------------------------------------------
+
+// 16 steps of a row of an operand, by how its elements become steps; `count` elements exist.
+struct PlainRow {
+  using Element = float;
+  static LOCKSTEP_MEMBER Vec load(const float* p) { return loadu(p); }
+  static LOCKSTEP_MEMBER Vec load(const float* p, int64_t count) { return loadUpTo(p, count); }
+};
+struct WidenedRow {
+  using Element = BFloat16;
+  static LOCKSTEP_MEMBER Vec load(const BFloat16* p) { return swapNeighbours(loadu(p)); }
+  static LOCKSTEP_MEMBER Vec load(const BFloat16* p, int64_t count) { return swapNeighbours(loadUpTo(p, count)); }
+};
+struct PairedRow {
+  using Element = BFloat16;
+  static LOCKSTEP_MEMBER Vec load(const BFloat16* p) { return asFloats(loadPairs(p)); }
+  static LOCKSTEP_MEMBER Vec load(const BFloat16* p, int64_t count) {
+    return asFloats(loadPairsOf(p, smaller(count, 32)));
+  }
+};
+
+template <class Row>
+void packTileOf(const typename Row::Element* x, int64_t stride, int64_t rows, int64_t count, int64_t steps, float* to) {
+  constexpr int64_t kElements = std::is_same_v<Row, PairedRow> ? 2 : 1;
+  for (int64_t first = 0; first < steps; first += 16) {
+    const typename Row::Element* from = x + first * kElements;
+    const int64_t left = count - first * kElements;
+    if (rows == 1) {
+      storeUpTo(to + first, Row::load(from, left), steps - first);
+      continue;
+    }
+    // Lanes past the last row repeat it and are overwritten.
+    Vec r[16];
+    if (left >= 16 * kElements) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) r[i] = Row::load(from + smaller(i, rows - 1) * stride);
+    } else {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) r[i] = Row::load(from + smaller(i, rows - 1) * stride, left);
+    }
+    transpose(r);
+    if ((first + 15) * rows + 16 <= steps * rows) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) storeu(to + (first + i) * rows, r[i]);
+    } else {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        if (first + i < steps) putStep(to, first + i, steps, rows, r[i]);
+      }
+    }
+  }
 }
 
 // Left operand of a tile from rows: `rows` (at most 16) of them from `row`, `count` elements from column `col`.
 inline void packTile(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t count, int64_t steps,
                      float* to) {
-  const int64_t elements = stepElements(x.dtype);
-  for (int64_t first = 0; first < steps; first += 16) {
-    const int64_t k = first * elements, some = smaller(16, steps - first);
-    if (rows == 1) {
-      storeUpTo(to + first, loadSteps(x, row, col + k, count - k), some);
-      continue;
-    }
-    Vec r[16];
-    for (int64_t i = 0; i < 16; ++i) r[i] = i < rows ? loadSteps(x, row + i, col + k, count - k) : zero();
-    transpose(r);
-    for (int64_t i = 0; i < some; ++i) putStep(to, first + i, steps, rows, r[i]);
+  if (x.dtype == DType::kFloat32) {
+    packTileOf<PlainRow>(x.row<float>(row) + col, x.stride, rows, count, steps, to);
+  } else if constexpr (kPairArithmetic) {
+    packTileOf<PairedRow>(x.row<BFloat16>(row) + col, x.stride, rows, count, steps, to);
+  } else {
+    packTileOf<WidenedRow>(x.row<BFloat16>(row) + col, x.stride, rows, count, steps, to);
   }
 }
 
-// The rows of an operand as steps of a chain: 16 columns (`count` of them exist) of step k.
-struct StepRows {
-  Operand x;
-  int64_t firstRow, rows;  // rows of the operand in this block; firstRow is even
+// --- rows as steps
+// --------------------------------------------------------------------------------------------------------
 
-  LOCKSTEP_MEMBER Vec load(int64_t k, int64_t col, int64_t count) const {
-    if (x.dtype == DType::kFloat32) return loadUpTo(x.row<float>(firstRow + k) + col, count);
-    if (kPairArithmetic) {
-      const BFloat16* odd = 2 * k + 1 < rows ? x.row<BFloat16>(firstRow + 2 * k + 1) + col : nullptr;
-      return asFloats(interleave(x.row<BFloat16>(firstRow + 2 * k) + col, odd, smaller(count, 16)));
-    }
-    const int64_t row = k ^ 1;
-    return row < rows ? loadUpTo(x.row<BFloat16>(firstRow + row) + col, count) : zero();
+// A step of a chain over rows of an operand: 16 columns from `col`, of which `count` exist.
+struct PlainStep {
+  const float* row;
+  LOCKSTEP_MEMBER Vec load(int64_t col, int64_t count) const { return loadUpTo(row + col, count); }
+};
+struct WidenedStep {
+  const BFloat16* row;
+  LOCKSTEP_MEMBER Vec load(int64_t col, int64_t count) const { return loadUpTo(row + col, count); }
+};
+struct PairedStep {
+  const BFloat16 *even, *odd;  // odd null: zeros
+  LOCKSTEP_MEMBER Vec load(int64_t col, int64_t count) const {
+    return asFloats(interleave(even + col, odd == nullptr ? nullptr : odd + col, smaller(count, 16)));
   }
 };
+struct ZeroStep {
+  LOCKSTEP_MEMBER Vec load(int64_t, int64_t) const { return zero(); }
+};
+
+// body(step) with step k of a chain over the rows of x from row `first` on (even): of a pair of rows the odd one comes
+// first, and is zero when it does not exist.
+template <class Body>
+LOCKSTEP_INLINE void withStep(const Operand& x, int64_t first, int64_t k, const Body& body) {
+  if (x.dtype == DType::kFloat32) {
+    body(PlainStep{x.row<float>(first + k)});
+  } else if constexpr (kPairArithmetic) {
+    const int64_t even = first + 2 * k;
+    body(PairedStep{x.row<BFloat16>(even), even + 1 < x.rows ? x.row<BFloat16>(even + 1) : nullptr});
+  } else if (first + (k ^ 1) < x.rows) {
+    body(WidenedStep{x.row<BFloat16>(first + (k ^ 1))});
+  } else {
+    body(ZeroStep{});
+  }
+}
+
+// --- panels
+// ---------------------------------------------------------------------------------------------------------------
 
 // A panel of one part, at a column inside of it.
 struct PanelView {
@@ -128,16 +197,16 @@ inline void stagePanel(DType dtype, PanelView panel, int64_t first, int64_t step
 // i], zero past the end of the part's columns.
 LOCKSTEP_INLINE void loadTransposed(const Weight& w, const Part& part, int64_t row, int64_t column, Vec (&r)[16]) {
   const PanelView panel = panelAt(w, part, row);
+  const int64_t exist = part.in - column;
   if (w.dtype == DType::kFloat32) {
+    const float* from = panel.data + column * panel.width;
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      r[i] = column + i < part.in ? loadu(panel.data + (column + i) * panel.width) : zero();
-    }
+    for (int i = 0; i < 16; ++i) r[i] = i < exist ? loadu(from + i * panel.width) : zero();
   } else {
+    const float* from = panel.data + column / 2 * panel.width;
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
-      const bool exists = column + i < part.in;
-      const Pairs pairs = exists ? loadPairs(panel.data + (column + i) / 2 * panel.width) : asPairs(zero());
+      const Pairs pairs = i < exist ? loadPairs(from + i / 2 * panel.width) : asPairs(zero());
       r[i] = even(pairs);
       r[i + 1] = odd(pairs);
     }
@@ -170,9 +239,8 @@ inline void stageTransposed(const Weight& w, const Part& part, int64_t first, in
                             int vectors, float* to) {
   const int64_t stride = 16 * vectors;
   const bool pairs = asPairSteps(w.dtype);
-  const int64_t swap = w.dtype == DType::kBFloat16 && !pairs ? 1 : 0;
+  const int64_t swap = w.dtype == DType::kBFloat16 && !pairs ? stride : 0;
   for (int64_t k = 0; k < steps; k += 16) {
-    const int64_t count = smaller(16, steps - k);
     for (int v = 0; v < vectors; ++v) {
       Vec r[16];
       if (pairs) {
@@ -180,7 +248,12 @@ inline void stageTransposed(const Weight& w, const Part& part, int64_t first, in
       } else {
         loadTransposed(w, part, first + k, column + 16 * v, r);
       }
-      for (int64_t n = 0; n < count; ++n) storeu(to + (k + (n ^ swap)) * stride + 16 * v, r[n]);
+      float* const at = to + k * stride + 16 * v;
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < 16; n += 2) {
+        if (k + n < steps) storeu(at + n * stride + swap, r[n]);
+        if (k + n + 1 < steps) storeu(at + (n + 1) * stride - swap, r[n + 1]);
+      }
     }
   }
 }

@@ -89,10 +89,24 @@ void tile(const TileCall& call) {
       for (int v = 0; v < V; ++v) acc[r][v] = loadu(from + r * call.stride + 16 * v) + acc[r][v];
     }
   }
+  if (call.bias != nullptr) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + loadu(call.bias + 16 * v);
+    }
+  }
+  if (call.residual != nullptr) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = loadu(call.residual + r * call.residualStride + 16 * v) + acc[r][v];
+    }
+  }
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) storeu(call.to + r * call.stride + 16 * v, acc[r][v]);
+    for (int v = 0; v < V; ++v) storeu(call.to + r * call.toStride + 16 * v, acc[r][v]);
   }
 }
 
@@ -161,8 +175,9 @@ void runTile(Form form, int rows, int vectors, const TileCall& call) {
   runTile(form, half, vectors, call);
   rest.left += half;
   if (rest.from != nullptr) rest.from += half * call.stride;
-  rest.levels += half * call.stride;
-  rest.to += half * call.stride;
+  if (rest.levels != nullptr) rest.levels += half * call.stride;
+  if (rest.residual != nullptr) rest.residual += half * call.residualStride;
+  rest.to += half * call.toStride;
   runTile(form, rows - half, vectors, rest);
 }
 

@@ -37,7 +37,8 @@ constexpr bool kPairArithmetic =
     false;  // left operands are widened while they are packed: a pair is two steps, odd first
 #endif
 
-// One call: acc = from or zero; acc = chain(acc, left, right); acc = level + acc for each finished level; to = acc.
+// One call: acc = from or zero; acc = chain(acc, left, right); acc = level + acc for each finished level; acc = acc +
+// bias; acc = residual + acc; to = acc. The null ones are left out.
 struct TileCall {
   const float* left;
   int64_t leftStep;  // floats between steps: the rows that are packed together
@@ -49,8 +50,12 @@ struct TileCall {
   const float* levels;
   int64_t levelStride;
   int levelCount;
+  int64_t stride;  // of from and levels
+  const float* bias;
+  const float* residual;
+  int64_t residualStride;
   float* to;
-  int64_t stride;  // of from, levels and to
+  int64_t toStride;
 };
 
 // rows 1..kTileRows; vectors 1, 2 or 4. Rows that the width cannot hold at once are done in several tiles.

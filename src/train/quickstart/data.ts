@@ -68,9 +68,13 @@ export function quickstartRows(seed: number): { train: Rows; heldOut: Rows } {
       return makers[kind](pick(promptsFor(order), random), order, random);
     });
   };
+  // Wordings take turns, so that neighbouring rows are about different orders.
+  const wordings = Array.from(promptsFor(orders[0]!).keys());
   const test = (kind: RowKind) => {
     const random = randomStream(seed, `held-out ${kind}`);
-    return heldOut.flatMap((order) => promptsFor(order).map((prompt) => makers[kind](prompt, order, random)));
+    return wordings.flatMap((turn) =>
+      heldOut.map((order, i) => makers[kind](promptsFor(order)[(i + turn) % wordings.length]!, order, random)),
+    );
   };
   return { train: ofKinds(train), heldOut: ofKinds(test) };
 }

@@ -44,8 +44,15 @@ export type QuickstartEvent =
   /** What a stage's training run says. */
   | { type: 'stage'; stage: Stage; event: TrainEvent }
   | { type: 'interrupted'; output: string }
-  /** `samples`: the first held-out prompts, answered before and after. */
-  | { type: 'done'; output: string; summary: QuickstartSummary; samples: { before: Sample; after: Sample }[] };
+  | {
+      type: 'done';
+      output: string;
+      summary: QuickstartSummary;
+      /** The first held-out prompts, answered before and after. */
+      samples: { before: Sample; after: Sample }[];
+      /** Of the three stages together. */
+      trainingSeconds: number;
+    };
 
 /** Marks a folder as a quickstart's, and so as one that a later quickstart may replace. */
 const markerFile = 'quickstart.json';
@@ -75,19 +82,21 @@ export async function* quickstart(options: QuickstartOptions = {}): AsyncGenerat
     yield { type: 'prepared', output: folder, parameters, trainingRows, heldOutPrompts: rows.heldOut.prompts.length };
     const record = new PpoRecord();
     const configs = quickstartConfigs(output, seed);
+    let trainingSeconds = 0;
     for (const stage of stages) {
       for await (const event of train(configs[stage], {
         ...(signal ? { signal } : {}),
         ...(backend ? { backend } : {}),
       })) {
         if (stage === 'ppo') record.add(event);
+        if (event.type === 'done') trainingSeconds += event.seconds;
         yield { type: 'stage', stage, event };
         if (event.type === 'interrupted') return yield { type: 'interrupted', output: folder };
       }
     }
     const summary = record.summary();
     await writeFile(join(folder, 'summary.json'), `${JSON.stringify(summary, null, 2)}\n`);
-    yield { type: 'done', output: folder, summary, samples: record.samples(shownSamples) };
+    yield { type: 'done', output: folder, summary, samples: record.samples(shownSamples), trainingSeconds };
   } finally {
     await lock.release();
   }
