@@ -19,6 +19,7 @@ float multiplyAdds(int64_t rounds, bool pairs) {
   for (int i = 0; i < kChains; ++i) acc[i] = Vec::broadcast(static_cast<float>(i));
   const Vec x = Vec::broadcast(0.9999f), y = Vec::broadcast(1e-5f);
   for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) {
 #if defined(__AVX512BF16__)
       acc[i] = pairs ? dotPair(acc[i], asPairs(x), asPairs(y)) : fma(acc[i], x, y);
@@ -51,6 +52,7 @@ float readAll(const float* data, int64_t count) {
   Vec acc[8];
   for (Vec& a : acc) a = zero();
   for (int64_t i = 0; i + 128 <= count; i += 128) {
+#pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) acc[j] = acc[j] + loadu(data + i + 16 * j);
   }
   float sum = 0;

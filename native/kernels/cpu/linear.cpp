@@ -77,8 +77,7 @@ struct GatedForward : Forward {
   }
 };
 
-// --- few rows
-// -------------------------------------------------------------------------------------------------------------
+// --- few rows --------------------------------------------------------------------------------------------
 
 constexpr int64_t kFewStride = kPanel + 16;  // of a panel's accumulators
 constexpr int64_t kPrefetchDwords = 1024;    // how far ahead of a sweep over a whole panel width: 4 KiB
@@ -86,16 +85,16 @@ constexpr int64_t kPrefetchDwords = 1024;    // how far ahead of a sweep over a 
 // x, packed once for all panels: per leaf and block of kDepth steps, tile by tile.
 struct FewRows {
   const Forward& product;
-  int64_t rows;
+  Tiles tiles;
 
   static int64_t blocks(int64_t steps) { return steps > kDepth ? (steps + kDepth - 1) / kDepth : 1; }
-  int64_t blockFloats() const { return rows * kDepth; }
+  int64_t blockFloats() const { return tiles.rows * kDepth; }
   int64_t leftFloats() const {
     int64_t count = 0;
     for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) count += blocks(product.steps(leaf)) * blockFloats();
     return count;
   }
-  int64_t levelFloats() const { return rows * kFewStride; }
+  int64_t levelFloats() const { return tiles.rows * kFewStride; }
   size_t bytes() const {
     return static_cast<size_t>(leftFloats() + (treeLevels(product.leaves()) + 1) * levelFloats()) * sizeof(float);
   }
@@ -103,7 +102,6 @@ struct FewRows {
     for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) {
       const int64_t steps = product.steps(leaf);
       for (int64_t first = 0; first < steps || first == 0; first += kDepth, to += blockFloats()) {
-        const Tiles tiles{rows, 0, tileCount(rows)};
         for (int64_t i = 0; i < tiles.last; ++i) {
           product.pack(leaf, first, smaller(kDepth, steps - first), tiles.begin(i), tiles.count(i),
                        to + tiles.begin(i) * kDepth);
@@ -115,13 +113,15 @@ struct FewRows {
 
 // All rows against one block of steps of a panel of `vectors` vectors, which is column `column` of the output on. Every
 // row tile but the first finds the panel cached.
-inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors, const Direct& direct, Group group) {
-  const Tiles tiles{rows, 0, tileCount(rows)};
+inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vectors, const Direct& direct,
+                       Group group) {
   const TileCall base = call;
   const int64_t columns = group.count;
   for (int64_t v = 0; v < vectors;) {
     const int width = panelVectors(tiles.count(0), vectors - v);
     group.vectors = width;
+    call.bias = nullptr;
+    call.residual = nullptr;
     group.count = smaller(16 * width, columns - 16 * v);
     for (int64_t i = 0; i < tiles.last; ++i) {
       const int64_t at = tiles.begin(i) * kFewStride + 16 * v;
@@ -133,7 +133,7 @@ inline void sweepPanel(Form form, TileCall call, int64_t rows, int64_t vectors, 
       call.levels = base.levels + at;
       call.to = base.to + at;
       call.toStride = kFewStride;
-      if (direct.takes(group)) direct.aim(call, tiles.begin(i), group.output + 16 * v);
+      if (direct.takes(group)) direct.aim(call, tiles, i, group.output + 16 * v);
       runTile(form, static_cast<int>(call.leftStep), width, call);
     }
     v += width;
@@ -164,8 +164,8 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, const G
       call.to = last ? levels + call.levelCount * few.levelFloats() : result;
       call.stride = kFewStride;
       const bool finished = last && leaf == leaves - 1;
-      sweepPanel(pairPanel ? Form::kPairs : Form::kPanel, call, few.rows, vectors, finished ? product.direct : Direct{},
-                 group);
+      sweepPanel(pairPanel ? Form::kPairs : Form::kPanel, call, few.tiles, vectors,
+                 finished ? product.direct : Direct{}, group);
     }
   }
   return result;
@@ -176,26 +176,26 @@ template <class Put>
 void finishPanel(const float* result, const FewRows& few, const Group& group, int64_t vectors, const float* bias,
                  const Put& put) {
   for (int64_t v = 0; v < vectors;) {
-    const int width = panelVectors(Tiles{few.rows, 0, 1}.count(0), vectors - v);
+    const int width = panelVectors(few.tiles.count(0), vectors - v);
     Strip strip;
     strip.count = 1;
     strip.groups[0] = {
         group.part, group.column, 16 * v, group.output + 16 * v, smaller(16 * width, group.count - 16 * v), width};
-    finishBlock(result, kFewStride, strip, 0, few.rows, few.product.direct, bias, put);
+    finishBlock(result, kFewStride, strip, 0, few.tiles.rows, few.product.direct, bias, put);
     v += width;
   }
 }
 
 template <class Put>
 void multiplyFewRows(Queue& queue, const Forward& product, const float* bias, const Put& put) {
-  const FewRows few{product, product.x.rows};
+  const FewRows few{product, Tiles(product.x.rows)};
   const size_t bytes = few.bytes();
   float* const left = static_cast<float*>(queue.scratch(0, bytes));
   few.pack(left);
   int64_t panels = 0;
   for (int64_t p = 0; p < product.columnParts(); ++p) panels += product.part(p).panels();
   const int64_t tasks = queue.threads() == 1 ? 1 : smaller(panels, 4 * queue.threads());
-  deal(queue, tasks, product.fmas(few.rows), [&](int64_t task, int thread) {
+  deal(queue, tasks, product.fmas(product.x.rows), [&](int64_t task, int thread) {
     float* const levels = static_cast<float*>(queue.scratch(thread, bytes)) + few.leftFloats();
     int64_t begin = panels * task / tasks, end = panels * (task + 1) / tasks;
     for (int64_t p = 0; p < product.columnParts() && end > 0; ++p) {
@@ -220,8 +220,7 @@ void multiplyRows(Queue& queue, const Forward& product, const float* bias, const
   });
 }
 
-// --- activations
-// ----------------------------------------------------------------------------------------------------------
+// --- activations -----------------------------------------------------------------------------------------
 
 // silu(gate) * up of one vector: pre-activations at column `gate` and half a part further of W's rows.
 struct Gate {

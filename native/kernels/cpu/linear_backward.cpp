@@ -53,7 +53,7 @@ struct WeightProduct {
 
   // Tiles of x's columns, part after part when the parts split them; else all parts share them. The same for strips of
   // dy's.
-  int64_t tilesOf(int64_t p) const { return tileCount(part(p).in); }
+  int64_t tilesOf(int64_t p) const { return Tiles(part(p).in).last; }
   int64_t stripsOf(int64_t p) const { return (part(p).out + kStripColumns - 1) / kStripColumns; }
   int64_t leftParts() const { return splitIn() ? parts() : 1; }
   int64_t tilesBefore(int64_t p) const {
@@ -69,20 +69,24 @@ struct WeightProduct {
   int64_t tiles() const { return splitIn() ? tilesBefore(parts()) : tilesOf(0); }
   int64_t strips() const { return splitIn() ? stripsOf(0) : stripsBefore(parts()); }
 
-  int64_t tileFloats() const { return chunk * kTileRows; }
-  int64_t stripFloats() const { return chunk * kStripColumns; }
+  // Rows are packed one by one into all tiles and groups: an extra cache line between them keeps them in different
+  // sets.
+  int64_t tileFloats() const { return chunk * kTileRows + 16; }
+  int64_t groupFloats(const Group& group) const { return group.at * (chunk + 1); }  // before a group of a strip
+  int64_t stripFloats() const { return kStripColumns * (chunk + 1); }
   int64_t floats() const { return roundUp(tiles() * tileFloats(), 16) + strips() * stripFloats(); }
   float* left(int64_t tile) const { return memory + tile * tileFloats(); }
   float* right(int64_t strip) const { return memory + roundUp(tiles() * tileFloats(), 16) + strip * stripFloats(); }
 
   // Tiles tileFirst .. tileLast - 1 of part p of the left operand, row after row of x.
   void packTiles(int64_t p, int64_t tileFirst, int64_t tileLast, int64_t first, int64_t steps) const {
+    const Tiles tiles(part(p).in);
+    float* const to = left(tilesBefore(p));
     for (int64_t k = 0; k < steps; ++k) {
       withStep(x, first * stepElements(x.dtype), k, [&](const auto& from) {
         for (int64_t i = tileFirst; i < tileLast; ++i) {
-          const int64_t begin = tileBegin(part(p).in, i), count = tileBegin(part(p).in, i + 1) - begin;
-          const int64_t column = part(p).inBegin + begin;
-          putStep(left(tilesBefore(p) + i), k, steps, count, from.load(column, x.cols - column));
+          const int64_t column = part(p).inBegin + tiles.begin(i);
+          putStep(to + i * tileFloats(), k, steps, tiles.count(i), from.load(column, x.cols - column));
         }
       });
     }
@@ -97,11 +101,12 @@ struct WeightProduct {
     for (; i >= stripsOf(p); ++p) i -= stripsOf(p);
     Strip strip;
     cut(p, i, strip);
+    float* const memory = right(index);
     for (int64_t k = 0; k < steps; ++k) {
       withStep(dy, first * stepElements(dy.dtype), k, [&](const auto& from) {
         for (int g = 0; g < strip.count; ++g) {
           const Group& group = strip.groups[g];
-          float* const to = right(index) + group.at * chunk + k * 16 * group.vectors;
+          float* const to = memory + groupFloats(group) + k * 16 * group.vectors;
           for (int v = 0; v < group.vectors; ++v) {
             storeu(to + 16 * v, from.load(group.output + 16 * v, group.count - 16 * v));
           }
@@ -113,6 +118,7 @@ struct WeightProduct {
   void accumulate(int64_t p, int64_t index, int64_t tileFirst, int64_t tileLast, int64_t steps) const {
     Strip strip;
     cut(p, index, strip);
+    const Tiles tiles(part(p).in);
     const float* const lefts = left(tilesBefore(p));
     const float* const rights = right(stripsBefore(p) + index);
     const Form form = asPairSteps(dy.dtype) ? Form::kPairs : Form::kStaged;
@@ -123,16 +129,18 @@ struct WeightProduct {
         float* const to = dW.data + part(p).panelOffset(panel) + group.column % kPanel;
         TileCall call{};
         call.rightStep = 16 * group.vectors;
-        call.right = rights + group.at * chunk + first * call.rightStep;
+        call.right = rights + groupFloats(group) + first * call.rightStep;
         call.steps = smaller(kDepth, steps - first);
         call.stride = width;
         for (int64_t i = tileFirst; i < tileLast; ++i) {
-          const int64_t begin = tileBegin(part(p).in, i), end = tileBegin(part(p).in, i + 1);
+          const int64_t begin = tiles.begin(i), end = tiles.begin(i + 1);
           call.leftStep = end - begin;
           call.left = lefts + i * tileFloats() + first * call.leftStep;
           call.to = to + begin * width;
           call.from = call.to;
           call.toStride = width;
+          call.ahead = i + 1 < tileLast ? call.to + (end - begin) * width : nullptr;
+          call.aheadStride = width;
           runTile(form, static_cast<int>(end - begin), group.vectors, call);
         }
       }

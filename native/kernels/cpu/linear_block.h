@@ -104,16 +104,6 @@ struct Depth {
   int64_t count(int64_t block) const { return smaller(each, steps - first(block)); }
 };
 
-// Tiles first .. last - 1 of `rows` rows.
-struct Tiles {
-  int64_t rows, first, last;
-
-  int64_t begin(int64_t i) const { return tileBegin(rows, i); }
-  int64_t count(int64_t i) const { return begin(i + 1) - begin(i); }
-  int64_t origin() const { return begin(first); }
-  int64_t allRows() const { return begin(last) - origin(); }
-};
-
 // The left operand packed once for all strips: block after block of steps, each with its tiles kDepth * their rows
 // apart. Null: every task packs what it needs.
 struct PackedLeft {
@@ -131,7 +121,8 @@ struct Direct {
 
   // Only whole vectors can be stored by a tile.
   LOCKSTEP_MEMBER bool takes(const Group& group) const { return !y.empty() && group.count == 16 * group.vectors; }
-  LOCKSTEP_MEMBER void aim(TileCall& call, int64_t row, int64_t column) const {
+  LOCKSTEP_MEMBER void aim(TileCall& call, const Tiles& tiles, int64_t i, int64_t column) const {
+    const int64_t row = tiles.begin(i);
     call.bias = bias == nullptr ? nullptr : bias + column;
     call.residual = residual.empty() ? nullptr : residual.row(row) + column;
     call.residualStride = residual.stride;
@@ -155,8 +146,15 @@ inline void runTiles(Form form, TileCall call, const float* left, const Tiles& t
   const float* levels = call.levels;
   for (int g = 0; g < strip.count; ++g) {
     const Group& group = strip.groups[g];
+    const bool straight = direct.takes(group);
+    // While the first rows pass, the right operand of the next group comes nearer, a piece with every tile.
+    const float* next = origin == tiles.origin() && g + 1 < strip.count ? rights[g + 1] : nullptr;
+    const int64_t piece = (call.steps + tiles.size() - 1) / tiles.size();
+    if (next != nullptr) call.aheadStride = rightSteps[g + 1];
     call.right = rights[g];
     call.rightStep = rightSteps[g];
+    call.bias = nullptr;
+    call.residual = nullptr;
     for (int64_t i = tiles.first; i < tiles.last; ++i) {
       const int64_t at = (tiles.begin(i) - origin) * kStripStride + group.at;
       call.left = left + (tiles.begin(i) - tiles.origin()) * kDepth;
@@ -165,7 +163,8 @@ inline void runTiles(Form form, TileCall call, const float* left, const Tiles& t
       call.levels = levels + at;
       call.to = to + at;
       call.toStride = kStripStride;
-      if (direct.takes(group)) direct.aim(call, tiles.begin(i), group.output);
+      call.ahead = next == nullptr ? nullptr : next + (i - tiles.first) * piece * call.aheadStride;
+      if (straight) direct.aim(call, tiles, i, group.output);
       runTile(form, static_cast<int>(call.leftStep), group.vectors, call);
     }
   }
@@ -200,7 +199,7 @@ void multiplyBlock(const Product& product, const PackedLeft& packed, const Strip
       float* const from = block == 0 ? nullptr : result;
       float* const to = last ? scratch.levels + call.levelCount * BlockScratch::kLevelFloats : result;
       for (int64_t i = tiles.first; i < tiles.last; i += kLeftTiles) {
-        const Tiles some{tiles.rows, i, smaller(i + kLeftTiles, tiles.last)};
+        const Tiles some = tiles.range(i, smaller(i + kLeftTiles, tiles.last));
         const float* left = packed.data == nullptr ? scratch.left : packed.at(blocksBefore + block, some.origin());
         for (int64_t t = some.first; t < some.last && packed.data == nullptr; ++t) {
           float* const to = scratch.left + (some.begin(t) - some.origin()) * kDepth;
@@ -273,13 +272,13 @@ PackedLeft packLeft(Queue& queue, const Product& product, const Tiles& tiles, in
 template <class Product, class Finish>
 void multiply(Queue& queue, const Product& product, int64_t rows, const Finish& finish) {
   const size_t bytes = BlockScratch::bytes(treeLevels(product.leaves()));
-  const Tiles all{rows, 0, tileCount(rows)};
+  const Tiles all(rows);
   const int64_t strips = product.strips(), blocks = rowBlocks(all.last, strips, queue.threads());
   queue.scratch(0, bytes);
   const PackedLeft packed = packLeft(queue, product, all, strips);
   deal(queue, strips * blocks, product.fmas(rows), [&](int64_t task, int thread) {
     const int64_t block = task % blocks;
-    const Tiles tiles{rows, all.last * block / blocks, all.last * (block + 1) / blocks};
+    const Tiles tiles = all.range(all.last * block / blocks, all.last * (block + 1) / blocks);
     Strip strip;
     product.strip(task / blocks, strip);
     const BlockScratch scratch(queue.scratch(thread, bytes));
@@ -287,8 +286,7 @@ void multiply(Queue& queue, const Product& product, int64_t rows, const Finish& 
   });
 }
 
-// --- where results go
-// -----------------------------------------------------------------------------------------------------
+// --- where results go ------------------------------------------------------------------------------------
 
 LOCKSTEP_INLINE void putOperand(const Operand& y, int64_t row, int64_t col, Vec x, int64_t count) {
   if (y.dtype == DType::kFloat32) {

@@ -54,8 +54,7 @@ LOCKSTEP_INLINE void putStep(float* to, int64_t k, int64_t steps, int64_t rows, 
   }
 }
 
-// --- operands by rows
-// -----------------------------------------------------------------------------------------------------
+// --- operands by rows ------------------------------------------------------------------------------------
 
 // 16 steps of a row of an operand, by how its elements become steps; `count` elements exist.
 struct PlainRow {
@@ -120,8 +119,7 @@ inline void packTile(const Operand& x, int64_t row, int64_t rows, int64_t col, i
   }
 }
 
-// --- rows as steps
-// --------------------------------------------------------------------------------------------------------
+// --- rows as steps ---------------------------------------------------------------------------------------
 
 // A step of a chain over rows of an operand: 16 columns from `col`, of which `count` exist.
 struct PlainStep {
@@ -158,8 +156,7 @@ LOCKSTEP_INLINE void withStep(const Operand& x, int64_t first, int64_t k, const 
   }
 }
 
-// --- panels
-// ---------------------------------------------------------------------------------------------------------------
+// --- panels ----------------------------------------------------------------------------------------------
 
 // A panel of one part, at a column inside of it.
 struct PanelView {

@@ -72,14 +72,24 @@ void tile(const TileCall& call) {
   const float* right = call.right;
   const int64_t leftStep = call.leftStep, rightStep = call.rightStep, prefetch = call.prefetch;
   const int64_t leftAdvance = kForm == Form::kPairs && !kPairArithmetic ? 2 * leftStep : leftStep;
-  for (int64_t k = call.steps; k > 0; --k) {
-    step<kForm, R, V>(acc, left, leftStep, right);
-    if constexpr (kForm != Form::kStaged) {
+  const float* ahead = call.ahead != nullptr ? call.ahead : call.right;
+  for (int64_t k = call.steps; k > 0;) {
+    const int64_t some = k < kStepsPerFetch ? k : kStepsPerFetch;
+    if constexpr (kForm == Form::kStaged) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(right + prefetch + 16 * v, 0, V == 4 ? 3 : 2);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(ahead + 16 * v, 0, 2);
+      ahead += call.aheadStride;
     }
-    left += leftAdvance;
-    right += rightStep;
+    for (int64_t i = 0; i < some; ++i) {
+      step<kForm, R, V>(acc, left, leftStep, right);
+      if constexpr (kForm != Form::kStaged) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) __builtin_prefetch(right + prefetch + 16 * v, 0, V == 4 ? 3 : 2);
+      }
+      left += leftAdvance;
+      right += rightStep;
+    }
+    k -= some;
   }
   for (int level = 0; level < call.levelCount; ++level) {
     const float* from = call.levels + level * call.levelStride;
@@ -176,6 +186,7 @@ void runTile(Form form, int rows, int vectors, const TileCall& call) {
   rest.left += half;
   if (rest.from != nullptr) rest.from += half * call.stride;
   if (rest.levels != nullptr) rest.levels += half * call.stride;
+  rest.ahead = nullptr;
   if (rest.residual != nullptr) rest.residual += half * call.residualStride;
   rest.to += half * call.toStride;
   runTile(form, rows - half, vectors, rest);

@@ -22,6 +22,8 @@ constexpr int64_t kTileColumns = 16 * kTileVectors;
 // Steps of a chain that are held in cache at once, in float32 elements or in bfloat16 pairs. The right operand of a
 // tile, kDepth x 32 x 4 bytes, fills the first-level cache while the rows of the left one stream through.
 constexpr int64_t kDepth = 256;
+constexpr int64_t kStepsPerFetch = 16;
+
 // The left operand of a tile of R rows is packed step by step, R numbers each: the tile reads it front to back, and
 // every row is a short offset from one pointer.
 enum class Form : uint8_t {
@@ -56,6 +58,9 @@ struct TileCall {
   int64_t residualStride;
   float* to;
   int64_t toStride;
+  // What comes next, or null: every kStepsPerFetch steps of a staged tile fetch one row of it, as wide as the tile.
+  const float* ahead;
+  int64_t aheadStride;
 };
 
 // rows 1..kTileRows; vectors 1, 2 or 4. Rows that the width cannot hold at once are done in several tiles.
@@ -67,14 +72,32 @@ LOCKSTEP_INLINE int panelVectors(int64_t rows, int64_t vectors) {
   return vectors >= 2 && rows <= kRowsOfWidth[2] ? 2 : 1;
 }
 
-// Rows are dealt evenly, two by two, to as few tiles as can hold them: tile i of `rows` rows begins at tileBegin(rows,
-// i).
-LOCKSTEP_INLINE int64_t tileCount(int64_t rows) {
-  return (rows + kTileRows - 1) / kTileRows;
-}
-LOCKSTEP_INLINE int64_t tileBegin(int64_t rows, int64_t i) {
-  const int64_t tiles = tileCount(rows);
-  return i == tiles ? rows : (rows + 1) / 2 * i / tiles * 2;
-}
+// Rows dealt evenly, two by two, to as few tiles as can hold them, and a range of these tiles: first .. last - 1.
+// Divides once, when it is made.
+struct Tiles {
+  int64_t rows, first, last;
+  int64_t each, longer;  // pairs of rows of a tile; how many tiles, the first ones, have one pair more
+
+  explicit LOCKSTEP_MEMBER Tiles(int64_t count) : rows(count), first(0) {
+    last = (rows + kTileRows - 1) / kTileRows;
+    const int64_t pairs = (rows + 1) / 2, tiles = last > 0 ? last : 1;
+    each = pairs / tiles;
+    longer = pairs - each * tiles;
+  }
+  LOCKSTEP_MEMBER Tiles range(int64_t from, int64_t to) const {
+    Tiles some = *this;
+    some.first = from;
+    some.last = to;
+    return some;
+  }
+  LOCKSTEP_MEMBER int64_t begin(int64_t i) const {
+    const int64_t row = 2 * (i * each + (i < longer ? i : longer));
+    return row < rows ? row : rows;
+  }
+  LOCKSTEP_MEMBER int64_t count(int64_t i) const { return begin(i + 1) - begin(i); }
+  LOCKSTEP_MEMBER int64_t size() const { return last - first; }
+  LOCKSTEP_MEMBER int64_t origin() const { return begin(first); }
+  LOCKSTEP_MEMBER int64_t allRows() const { return begin(last) - origin(); }
+};
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA
