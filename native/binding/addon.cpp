@@ -10,8 +10,8 @@ namespace lockstep::binding {
 
 namespace {
 
-// instructionSet(name): the kernels that "avx2", "avx512", "avx512-bf16" or "" (best) resolves to on this CPU, after the
-// self-check; throws ISA_UNSUPPORTED.
+// instructionSet(name): the kernels that "avx2", "avx512", "avx512-bf16" or "" (best) resolves to on this CPU, after
+// the self-check; throws ISA_UNSUPPORTED.
 Napi::Value instructionSet(const Napi::CallbackInfo& info) {
   try {
     return Napi::String::New(info.Env(), kernels::cpuKernels(info[0].As<Napi::String>().Utf8Value().c_str()).name);

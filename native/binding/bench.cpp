@@ -1,5 +1,6 @@
-// Measurements of single operations for bench/: the result is verified against the reference, then timed on the rank's own
-// threads. Each call times a ceiling next to the operation, in turn with it, so that a ratio holds on a noisy machine.
+// Measurements of single operations for bench/: the result is verified against the reference, then timed on the rank's
+// own threads. Each call times a ceiling next to the operation, in turn with it, so that a ratio holds on a noisy
+// machine.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -46,9 +47,11 @@ double timed(const std::function<void()>& run) {
 
 class Bench {
  public:
-  Bench(Rank& rank, int runs) : rank_(rank), queue_(rank.queue()), k_(rank.kernels()), ceiling_(kernels::ceilingOf(k_)), runs_(runs) {}
+  Bench(Rank& rank, int runs)
+      : rank_(rank), queue_(rank.queue()), k_(rank.kernels()), ceiling_(kernels::ceilingOf(k_)), runs_(runs) {}
 
-  BenchResult gemm(const std::string& product, int64_t rows, int64_t out, int64_t in, const std::string& split, int64_t parts, DType dtype, bool cold);
+  BenchResult gemm(const std::string& product, int64_t rows, int64_t out, int64_t in, const std::string& split,
+                   int64_t parts, DType dtype, bool cold);
   BenchResult adamw(int64_t count);
   BenchResult dispatch();
   BenchResult ceilings(DType dtype);
@@ -97,46 +100,61 @@ void fill(void* data, int64_t count, DType dtype, uint32_t seed, float scale) {
   for (int64_t i = 0; i < count; ++i) {
     state = state * 1664525u + 1013904223u;
     const float x = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * scale;
-    if (dtype == DType::kFloat32) static_cast<float*>(data)[i] = x;
-    else static_cast<BFloat16*>(data)[i] = toBFloat16(x);
+    if (dtype == DType::kFloat32)
+      static_cast<float*>(data)[i] = x;
+    else
+      static_cast<BFloat16*>(data)[i] = toBFloat16(x);
   }
 }
 
 WeightLayout layoutOf(int64_t out, int64_t in, const std::string& split, int64_t parts) {
   if (split == "none") return WeightLayout::make(out, in, Split::kNone, {out});
   const int64_t extent = split == "out" ? out : in;
-  return WeightLayout::make(out, in, split == "out" ? Split::kOut : Split::kIn, std::vector<int64_t>(static_cast<size_t>(parts), extent / parts));
+  return WeightLayout::make(out, in, split == "out" ? Split::kOut : Split::kIn,
+                            std::vector<int64_t>(static_cast<size_t>(parts), extent / parts));
 }
 
-BenchResult Bench::gemm(const std::string& product, int64_t rows, int64_t out, int64_t in, const std::string& split, int64_t parts, DType dtype, bool cold) {
+BenchResult Bench::gemm(const std::string& product, int64_t rows, int64_t out, int64_t in, const std::string& split,
+                        int64_t parts, DType dtype, bool cold) {
   const WeightLayout layout = layoutOf(out, in, split, parts);
   const auto e = static_cast<int64_t>(bytesOf(dtype));
   const int64_t weightBytes = kernels::roundUp(layout.elements * e, 64);
   // Cold weights: enough copies that none is in a cache when its turn comes.
   const int64_t copies = cold ? std::max<int64_t>(2, (int64_t{512} << 20) / weightBytes) : 1;
   Arena weights("bench weights", static_cast<size_t>(weightBytes * copies));
-  Arena memory("bench", static_cast<size_t>(kernels::roundUp(rows * in * 4, 64) * 2 + kernels::roundUp(rows * out * 4, 64) * 2 + kernels::roundUp(layout.elements * 4, 64) * 2 + 4096));
+  Arena memory("bench",
+               static_cast<size_t>(kernels::roundUp(rows * in * 4, 64) * 2 + kernels::roundUp(rows * out * 4, 64) * 2 +
+                                   kernels::roundUp(layout.elements * 4, 64) * 2 + 4096));
   size_t used = 0;
   const auto take = [&](int64_t bytes) {
     void* at = memory.at(used, static_cast<size_t>(bytes), "bench");
     used += static_cast<size_t>(kernels::roundUp(bytes, 64));
     return at;
   };
-  for (int64_t c = 0; c < copies; ++c) fill(weights.at(static_cast<size_t>(c * weightBytes), static_cast<size_t>(layout.elements * e), "w"), layout.elements, dtype, 7, 0.2f);
-  const Operand x = denseOperand(take(rows * in * 4), dtype, rows, in), dy = denseOperand(take(rows * out * 4), dtype, rows, out);
+  for (int64_t c = 0; c < copies; ++c)
+    fill(weights.at(static_cast<size_t>(c * weightBytes), static_cast<size_t>(layout.elements * e), "w"),
+         layout.elements, dtype, 7, 0.2f);
+  const Operand x = denseOperand(take(rows * in * 4), dtype, rows, in),
+                dy = denseOperand(take(rows * out * 4), dtype, rows, out);
   fill(x.data, rows * in, dtype, 1, 2.0f);
   fill(dy.data, rows * out, dtype, 2, 2.0f);
-  const View<float> y = dense(static_cast<float*>(take(rows * out * 4)), rows, out), dx = dense(static_cast<float*>(take(rows * in * 4)), rows, in);
+  const View<float> y = dense(static_cast<float*>(take(rows * out * 4)), rows, out),
+                    dx = dense(static_cast<float*>(take(rows * in * 4)), rows, in);
   const kernels::WeightGradient dW{&layout, static_cast<float*>(take(layout.elements * 4))};
   int64_t turn = 0;
   const auto weight = [&] {
     const int64_t c = turn++ % copies;
-    return kernels::Weight{&layout, weights.at(static_cast<size_t>(c * weightBytes), static_cast<size_t>(layout.elements * e), "w"), dtype};
+    return kernels::Weight{
+        &layout, weights.at(static_cast<size_t>(c * weightBytes), static_cast<size_t>(layout.elements * e), "w"),
+        dtype};
   };
   const auto run = [&](const kernels::Kernels& k, int64_t count) {
-    if (product == "forward") k.linear(queue_, x.slice(0, count), weight(), nullptr, kernels::Output::store(y.slice(0, count)));
-    else if (product == "input") k.linearBackwardInput(queue_, dy.slice(0, count), weight(), kernels::Output::store(dx.slice(0, count)));
-    else k.linearBackwardWeight(queue_, dy.slice(0, count), x.slice(0, count), dW, nullptr);
+    if (product == "forward")
+      k.linear(queue_, x.slice(0, count), weight(), nullptr, kernels::Output::store(y.slice(0, count)));
+    else if (product == "input")
+      k.linearBackwardInput(queue_, dy.slice(0, count), weight(), kernels::Output::store(dx.slice(0, count)));
+    else
+      k.linearBackwardWeight(queue_, dy.slice(0, count), x.slice(0, count), dW, nullptr);
   };
   BenchResult result;
   // Verified on the first rows: they do not depend on the others.
@@ -157,10 +175,12 @@ BenchResult Bench::gemm(const std::string& product, int64_t rows, int64_t out, i
   }
   if (cold) {
     result.work = static_cast<double>(layout.elements * e);
-    measure(result, [&] { run(k_, rows); }, reading(&result.ceilingWork));
+    measure(
+        result, [&] { run(k_, rows); }, reading(&result.ceilingWork));
   } else {
     result.work = static_cast<double>(rows) * static_cast<double>(out) * static_cast<double>(in);
-    measure(result, [&] { run(k_, rows); }, multiplyAdds(dtype, &result.ceilingWork));
+    measure(
+        result, [&] { run(k_, rows); }, multiplyAdds(dtype, &result.ceilingWork));
   }
   return result;
 }
@@ -183,7 +203,8 @@ BenchResult Bench::adamw(int64_t count) {
   std::vector<float> e[4];
   std::vector<BFloat16> ew(few);
   for (int i = 0; i < 4; ++i) e[i].assign(p[i], p[i] + few);
-  kernels::referenceKernels().adamw(queue_, settings, small.elements, e[0].data(), e[1].data(), e[2].data(), e[3].data(), &small, ew.data());
+  kernels::referenceKernels().adamw(queue_, settings, small.elements, e[0].data(), e[1].data(), e[2].data(),
+                                    e[3].data(), &small, ew.data());
   const auto update = [&] {
     sink_ = static_cast<float>(k_.sumOfSquares(queue_, p[3], layout.elements));
     k_.adamw(queue_, settings, layout.elements, p[0], p[1], p[2], p[3], &layout, weights);
@@ -201,7 +222,8 @@ BenchResult Bench::dispatch() {
   BenchResult result;
   result.work = 1;
   result.ceilingWork = 1;
-  measure(result, [&] { queue_.pool().each([](int) {}); }, [] {});
+  measure(
+      result, [&] { queue_.pool().each([](int) {}); }, [] {});
   return result;
 }
 
@@ -222,8 +244,9 @@ Napi::Value DeviceWrap::bench(const Napi::CallbackInfo& info) {
   auto result = std::make_shared<BenchResult>();
   std::function<void()> work;
   if (what == "gemm") {
-    work = [rank = rank_, runs, dtype, result, product = stringAt(o, "product"), rows = integerAt(o, "rows"), out = integerAt(o, "out"), in = integerAt(o, "in"),
-            split = stringAt(o, "split"), parts = integerAt(o, "parts"), cold = booleanAt(o, "cold")] {
+    work = [rank = rank_, runs, dtype, result, product = stringAt(o, "product"), rows = integerAt(o, "rows"),
+            out = integerAt(o, "out"), in = integerAt(o, "in"), split = stringAt(o, "split"),
+            parts = integerAt(o, "parts"), cold = booleanAt(o, "cold")] {
       *result = Bench(*rank, runs).gemm(product, rows, out, in, split, parts, dtype, cold);
     };
   } else if (what == "adamw") {

@@ -68,7 +68,8 @@ std::vector<int64_t> integersAt(Napi::Object object, const char* key) {
 
 std::vector<int32_t> int32At(Napi::Object object, const char* key) {
   const Napi::Value value = object.Get(key);
-  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_int32_array) invalid(object.Env(), key, "an Int32Array");
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
+    invalid(object.Env(), key, "an Int32Array");
   const auto array = value.As<Napi::Int32Array>();
   return {array.Data(), array.Data() + array.ElementLength()};
 }
@@ -76,7 +77,8 @@ std::vector<int32_t> int32At(Napi::Object object, const char* key) {
 std::vector<float> float32At(Napi::Object object, const char* key) {
   const Napi::Value value = object.Get(key);
   if (value.IsUndefined() || value.IsNull()) return {};
-  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_float32_array) invalid(object.Env(), key, "a Float32Array");
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_float32_array)
+    invalid(object.Env(), key, "a Float32Array");
   const auto array = value.As<Napi::Float32Array>();
   return {array.Data(), array.Data() + array.ElementLength()};
 }
@@ -94,11 +96,13 @@ model::TensorSpec readTensor(Napi::Object o) {
   const std::vector<int64_t> sizes = integersAt(o, "sizes");
   int64_t sum = 0;
   for (const int64_t size : sizes) sum += size;
-  if (t.matrix && sum != (cut == kernels::Split::kIn ? in : out)) invalid(o.Env(), t.name + ".sizes", "sizes that add up to the split dimension");
+  if (t.matrix && sum != (cut == kernels::Split::kIn ? in : out))
+    invalid(o.Env(), t.name + ".sizes", "sizes that add up to the split dimension");
   t.layout = kernels::WeightLayout::make(out, in, cut, t.matrix ? sizes : std::vector<int64_t>{out});
   if (!t.matrix) t.layout.elements = out * in;
   if (t.layout.elements != elements) {
-    invalid(o.Env(), t.name + ".elements", std::to_string(t.layout.elements) + " (received " + std::to_string(elements) + ")");
+    invalid(o.Env(), t.name + ".elements",
+            std::to_string(t.layout.elements) + " (received " + std::to_string(elements) + ")");
   }
   const auto offset = [&](const char* key) { return has(o, key) ? integerAt(o, key) : model::kAbsent; };
   t.weights = offset("weights");
@@ -154,7 +158,8 @@ model::Spec readSpec(Napi::Object o) {
 std::vector<model::BufferSpec> readPlan(Napi::Object o) {
   const auto names = objectAt(o, "names").As<Napi::Array>();
   const std::vector<int64_t> offsets = integersAt(o, "offsets"), bytes = integersAt(o, "bytes");
-  if (offsets.size() != names.Length() || bytes.size() != names.Length()) invalid(o.Env(), "plan", "as many offsets and bytes as names");
+  if (offsets.size() != names.Length() || bytes.size() != names.Length())
+    invalid(o.Env(), "plan", "as many offsets and bytes as names");
   std::vector<model::BufferSpec> plan;
   for (uint32_t i = 0; i < names.Length(); ++i) {
     plan.push_back({names.Get(i).As<Napi::String>().Utf8Value(), offsets[i], bytes[i]});

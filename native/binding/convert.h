@@ -21,8 +21,8 @@ bool booleanAt(Napi::Object, const char* key);
 std::string stringAt(Napi::Object, const char* key);
 uint64_t bitsAt(Napi::Object, const char* key);  // a bigint, its low 64 bits
 std::vector<int64_t> integersAt(Napi::Object, const char* key);
-std::vector<int32_t> int32At(Napi::Object, const char* key);   // Int32Array
-std::vector<float> float32At(Napi::Object, const char* key);   // Float32Array; empty when absent
+std::vector<int32_t> int32At(Napi::Object, const char* key);  // Int32Array
+std::vector<float> float32At(Napi::Object, const char* key);  // Float32Array; empty when absent
 bool has(Napi::Object, const char* key);
 
 model::Spec readSpec(Napi::Object);

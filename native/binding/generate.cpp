@@ -21,8 +21,15 @@ struct GenerateCall {
 };
 
 model::GenerateSettings readSettings(Napi::Object o, bool poison) {
-  return {static_cast<float>(numberAt(o, "temperature")), static_cast<float>(numberAt(o, "topP")), static_cast<int32_t>(integerAt(o, "topK")),
-          int32At(o, "stopTokens"), bitsAt(o, "seed"), integerAt(o, "rows"), integerAt(o, "sequences"), integerAt(o, "pages"), poison};
+  return {static_cast<float>(numberAt(o, "temperature")),
+          static_cast<float>(numberAt(o, "topP")),
+          static_cast<int32_t>(integerAt(o, "topK")),
+          int32At(o, "stopTokens"),
+          bitsAt(o, "seed"),
+          integerAt(o, "rows"),
+          integerAt(o, "sequences"),
+          integerAt(o, "pages"),
+          poison};
 }
 
 std::vector<model::GenerateRequest> readRequests(Napi::Object o) {
@@ -35,7 +42,8 @@ std::vector<model::GenerateRequest> readRequests(Napi::Object o) {
   return requests;
 }
 
-void deliver(Napi::Env env, GenerateCall& call, const std::vector<int32_t>& requests, const std::vector<int32_t>& tokens) {
+void deliver(Napi::Env env, GenerateCall& call, const std::vector<int32_t>& requests,
+             const std::vector<int32_t>& tokens) {
   call.total += static_cast<int64_t>(tokens.size());
   auto progress = Napi::Object::New(env);
   progress.Set("requests", toInt32Array(env, requests));
@@ -71,16 +79,20 @@ Napi::Value ModelWrap::generate(const Napi::CallbackInfo& info) {
   if (info[1].IsFunction()) {
     call->onProgress = std::make_unique<Napi::FunctionReference>(Napi::Persistent(info[1].As<Napi::Function>()));
     progress = [rank = rank_, call](std::vector<int32_t> requests, std::vector<int32_t> tokens) {
-      rank->notify([call, requests = std::move(requests), tokens = std::move(tokens)](Napi::Env visited) { deliver(visited, *call, requests, tokens); });
+      rank->notify([call, requests = std::move(requests), tokens = std::move(tokens)](Napi::Env visited) {
+        deliver(visited, *call, requests, tokens);
+      });
     };
   }
   auto work = [model = open(env), call, progress] {
-    call->results = model->generate(call->plan, call->settings, call->requests, call->control, progress, call->statistics);
+    call->results =
+        model->generate(call->plan, call->settings, call->requests, call->control, progress, call->statistics);
   };
   auto finish = [call](Napi::Env done) -> Napi::Value {
     auto out = Napi::Object::New(done);
     auto list = Napi::Array::New(done, call->results.size());
-    for (size_t i = 0; i < call->results.size(); ++i) list.Set(static_cast<uint32_t>(i), toResult(done, call->results[i]));
+    for (size_t i = 0; i < call->results.size(); ++i)
+      list.Set(static_cast<uint32_t>(i), toResult(done, call->results[i]));
     out.Set("results", list);
     out.Set("steps", static_cast<double>(call->statistics.steps));
     out.Set("rows", static_cast<double>(call->statistics.rows));

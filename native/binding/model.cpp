@@ -38,8 +38,13 @@ struct LoadItem {
 
 LoadItem readLoadItem(Napi::Object o) {
   const std::string type = stringAt(o, "dtype");
-  const auto stored = type == "F32" ? transfer::StoredType::kFloat32 : type == "BF16" ? transfer::StoredType::kBFloat16 : transfer::StoredType::kFloat16;
-  return {stringAt(o, "file"), {stringAt(o, "name"), integerAt(o, "offset"), stored, integerAt(o, "rows"), integerAt(o, "columns"), booleanAt(o, "transposed")}, readPieces(o)};
+  const auto stored = type == "F32"    ? transfer::StoredType::kFloat32
+                      : type == "BF16" ? transfer::StoredType::kBFloat16
+                                       : transfer::StoredType::kFloat16;
+  return {stringAt(o, "file"),
+          {stringAt(o, "name"), integerAt(o, "offset"), stored, integerAt(o, "rows"), integerAt(o, "columns"),
+           booleanAt(o, "transposed")},
+          readPieces(o)};
 }
 
 void loadItem(model::Parameters& parameters, const transfer::MappedFile& file, const LoadItem& item) {
@@ -57,12 +62,13 @@ void loadItem(model::Parameters& parameters, const transfer::MappedFile& file, c
 }  // namespace
 
 Napi::Function ModelWrap::define(Napi::Env env) {
-  return DefineClass(env, "Model",
-                     {InstanceMethod<&ModelWrap::load>("load"), InstanceMethod<&ModelWrap::forward>("forward"),
-                      InstanceMethod<&ModelWrap::backward>("backward"), InstanceMethod<&ModelWrap::step>("step"),
-                      InstanceMethod<&ModelWrap::generate>("generate"), InstanceMethod<&ModelWrap::readRows>("readRows"),
-                      InstanceMethod<&ModelWrap::writeRows>("writeRows"), InstanceMethod<&ModelWrap::publish>("publish"),
-                      InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::close>("close")});
+  return DefineClass(
+      env, "Model",
+      {InstanceMethod<&ModelWrap::load>("load"), InstanceMethod<&ModelWrap::forward>("forward"),
+       InstanceMethod<&ModelWrap::backward>("backward"), InstanceMethod<&ModelWrap::step>("step"),
+       InstanceMethod<&ModelWrap::generate>("generate"), InstanceMethod<&ModelWrap::readRows>("readRows"),
+       InstanceMethod<&ModelWrap::writeRows>("writeRows"), InstanceMethod<&ModelWrap::publish>("publish"),
+       InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::close>("close")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWrap>(info) {
@@ -107,8 +113,16 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
     std::vector<float> logprobs, entropies, values, logits, hidden;
   };
   const auto o = info[0].As<Napi::Object>();
-  auto call = std::make_shared<Call>(Call{int32At(o, "tokens"), int32At(o, "lengths"), readPlan(objectAt(o, "plan")),
-                                          static_cast<float>(numberAt(o, "inverseTemperature")), booleanAt(o, "keep"), {}, {}, {}, {}, {}});
+  auto call = std::make_shared<Call>(Call{int32At(o, "tokens"),
+                                          int32At(o, "lengths"),
+                                          readPlan(objectAt(o, "plan")),
+                                          static_cast<float>(numberAt(o, "inverseTemperature")),
+                                          booleanAt(o, "keep"),
+                                          {},
+                                          {},
+                                          {},
+                                          {},
+                                          {}});
   auto model = open(info.Env());
   const auto outputs = objectAt(o, "outputs");
   const size_t total = call->tokens.size();
@@ -122,8 +136,10 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
   want("hidden", call->hidden, model->spec().shape.width);
   auto work = [model, call] {
     const auto pointer = [](std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
-    model->forward(call->plan, call->tokens.data(), call->lengths.data(), static_cast<int64_t>(call->lengths.size()), call->inverseTemperature,
-                   call->keep, {pointer(call->logprobs), pointer(call->entropies), pointer(call->values), pointer(call->logits), pointer(call->hidden)});
+    model->forward(call->plan, call->tokens.data(), call->lengths.data(), static_cast<int64_t>(call->lengths.size()),
+                   call->inverseTemperature, call->keep,
+                   {pointer(call->logprobs), pointer(call->entropies), pointer(call->values), pointer(call->logits),
+                    pointer(call->hidden)});
   };
   return rank_->call(info.Env(), work, [call](Napi::Env env) {
     auto result = Napi::Object::New(env);
@@ -154,7 +170,8 @@ Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
 Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
   const auto number = [&](const char* key) { return numberAt(o, key); };
-  const model::StepOptions options{number("learningRate"), number("beta1"), number("beta2"), number("epsilon"), number("weightDecay"), number("clipNorm"), integerAt(o, "step")};
+  const model::StepOptions options{number("learningRate"), number("beta1"),    number("beta2"),     number("epsilon"),
+                                   number("weightDecay"),  number("clipNorm"), integerAt(o, "step")};
   auto norm = std::make_shared<double>(0);
   auto work = [model = open(info.Env()), options, norm] { *norm = model->step(options); };
   return rank_->call(info.Env(), work, [norm](Napi::Env env) { return Napi::Number::New(env, *norm); });
@@ -170,7 +187,8 @@ Napi::Value ModelWrap::readRows(const Napi::CallbackInfo& info) {
   for (const Piece& piece : pieces) rows = std::max(rows, piece.sourceRow + piece.rows);
   auto out = std::make_shared<std::vector<float>>(static_cast<size_t>(rows * columns));
   auto work = [model = open(info.Env()), pieces, space, columns, out] {
-    for (const Piece& p : pieces) model->parameters().readRows(p.tensor, space, p.row, p.rows, out->data() + p.sourceRow * columns);
+    for (const Piece& p : pieces)
+      model->parameters().readRows(p.tensor, space, p.row, p.rows, out->data() + p.sourceRow * columns);
   };
   return rank_->call(info.Env(), work, [out](Napi::Env env) { return toFloat32Array(env, *out); });
 }
@@ -182,16 +200,19 @@ Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
   const int64_t columns = integerAt(o, "columns");
   auto data = std::make_shared<std::vector<float>>(float32At(o, "data"));
   for (const Piece& p : pieces) {
-    if ((p.sourceRow + p.rows) * columns > static_cast<int64_t>(data->size())) invalid(info.Env(), "data", "rows x columns numbers");
+    if ((p.sourceRow + p.rows) * columns > static_cast<int64_t>(data->size()))
+      invalid(info.Env(), "data", "rows x columns numbers");
   }
   auto work = [model = open(info.Env()), pieces, space, columns, data] {
-    for (const Piece& p : pieces) model->parameters().writeRows(p.tensor, space, p.row, p.rows, data->data() + p.sourceRow * columns);
+    for (const Piece& p : pieces)
+      model->parameters().writeRows(p.tensor, space, p.row, p.rows, data->data() + p.sourceRow * columns);
   };
   return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::publish(const Napi::CallbackInfo& info) {
-  return rank_->call(info.Env(), [model = open(info.Env())] { model->publish(); }, [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(
+      info.Env(), [model = open(info.Env())] { model->publish(); }, [](Napi::Env env) { return env.Undefined(); });
 }
 
 // {weights, gradients, optimizer}: {planned, highWater} in bytes

@@ -19,12 +19,14 @@ Napi::Error toJavaScript(Napi::Env env, const std::string& code, const std::stri
 }
 
 Rank::Rank(Napi::Env env, const RankOptions& options)
-    : kernels_(options.implementation == "reference" ? &kernels::referenceKernels() : &kernels::cpuKernels(options.isa.c_str())),
+    : kernels_(options.implementation == "reference" ? &kernels::referenceKernels()
+                                                     : &kernels::cpuKernels(options.isa.c_str())),
       poison_(options.poison),
       workspace_("workspace", 0),
       queue_(std::make_unique<Queue>(options.threads, options.scratchBytes)),
       env_(env),
-      door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}), "lockstep rank", 0, 1)) {
+      door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
+                                          "lockstep rank", 0, 1)) {
   // An idle rank does not keep the process alive.
   door_.Unref(env);
   napi_add_env_cleanup_hook(env_, &Rank::atExit, this);
@@ -55,7 +57,8 @@ Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::functio
     refused.Reject(toJavaScript(env, "CLOSED", "the device is closed").Value());
     return refused.Promise();
   }
-  auto* call = new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
+  auto* call =
+      new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
   const Napi::Promise promise = call->deferred.Promise();
   if (pending_++ == 0) door_.Ref(env);
   thread_.post([call] {

@@ -1,6 +1,6 @@
 // A rank as JavaScript holds it: the native thread with its kernels, threads and workspace, and the door through which
-// calls cross. `work` runs on the rank's thread and touches no JavaScript value; `finish` runs on the JavaScript thread and
-// makes one. Errors cross as exceptions with a `code`.
+// calls cross. `work` runs on the rank's thread and touches no JavaScript value; `finish` runs on the JavaScript thread
+// and makes one. Errors cross as exceptions with a `code`.
 #pragma once
 
 #include <napi.h>

@@ -22,9 +22,13 @@ char* map(size_t bytes) {
 
 }  // namespace
 
-Arena::Arena(std::string name, size_t bytes) : name_(std::move(name)) { reserve(bytes); }
+Arena::Arena(std::string name, size_t bytes) : name_(std::move(name)) {
+  reserve(bytes);
+}
 
-Arena::~Arena() { release(); }
+Arena::~Arena() {
+  release();
+}
 
 void Arena::release() {
   if (memory_ != nullptr) munmap(memory_, mapped_);

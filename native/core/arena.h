@@ -18,7 +18,8 @@ class Arena {
   // The buffer [offset, offset + bytes). Throws Error("MEMORY_PLAN") when it does not lie inside.
   void* at(size_t offset, size_t bytes, const char* what);
 
-  // Grows (or shrinks) the planned size; memory is kept only when it fits. Only for arenas whose contents do not matter.
+  // Grows (or shrinks) the planned size; memory is kept only when it fits. Only for arenas whose contents do not
+  // matter.
   void reserve(size_t bytes);
 
   // Gives the memory back; planned() and highWater() stay. Only reserve() may follow.

@@ -9,14 +9,20 @@ namespace lockstep {
 
 enum class DType : uint8_t { kFloat32, kBFloat16 };
 
-constexpr size_t bytesOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr size_t bytesOf(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-inline float toFloat(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-inline float toFloat(float x) { return x; }
+inline float toFloat(BFloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+inline float toFloat(float x) {
+  return x;
+}
 
 // NaN stays NaN (quiet); denormal inputs give a zero of the same sign, as VCVTNEPS2BF16 does.
 inline BFloat16 toBFloat16(float x) {

@@ -31,7 +31,9 @@ Queue::Queue(int threads, size_t scratchBytes) : pool_(threads), scratchBytes_(r
   memory_ = static_cast<char*>(memory);
 }
 
-Queue::~Queue() { close(); }
+Queue::~Queue() {
+  close();
+}
 
 void Queue::close() {
   pool_.stop();

@@ -1,5 +1,5 @@
-// What an operation needs besides its arguments: the threads that run it and the scratch memory of its rank. On a CPU rank
-// an operation has finished when the call returns.
+// What an operation needs besides its arguments: the threads that run it and the scratch memory of its rank. On a CPU
+// rank an operation has finished when the call returns.
 #pragma once
 
 #include <atomic>

@@ -8,7 +8,9 @@ namespace lockstep {
 
 RankThread::RankThread() : thread_([this] { loop(); }) {}
 
-RankThread::~RankThread() { close(); }
+RankThread::~RankThread() {
+  close();
+}
 
 bool RankThread::post(std::function<void()> job) {
   {

@@ -1,5 +1,5 @@
-// The thread that runs everything of a rank, in the order of the calls. Never libuv's pool: busy workers there freeze file
-// input and output, and a rank that waits for another would hang.
+// The thread that runs everything of a rank, in the order of the calls. Never libuv's pool: busy workers there freeze
+// file input and output, and a rank that waits for another would hang.
 #pragma once
 
 #include <atomic>

@@ -124,7 +124,9 @@ ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()), threads
   for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this, i] { state_->work(i); });
 }
 
-ThreadPool::~ThreadPool() { stop(); }
+ThreadPool::~ThreadPool() {
+  stop();
+}
 
 void ThreadPool::stop() {
   if (state_->stop) return;

@@ -1,5 +1,5 @@
-// A fixed set of threads that run one function together. Waits spin at most 20 microseconds, then park; with more threads
-// than cores they park at once. Every thread computes with denormals flushed (FTZ and DAZ).
+// A fixed set of threads that run one function together. Waits spin at most 20 microseconds, then park; with more
+// threads than cores they park at once. Every thread computes with denormals flushed (FTZ and DAZ).
 #pragma once
 
 #include <cstdint>

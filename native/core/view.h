@@ -31,7 +31,9 @@ struct Operand {
   int64_t rows = 0, cols = 0, stride = 0;  // in elements
 
   template <class T>
-  T* row(int64_t r) const { return static_cast<T*>(data) + r * stride; }
+  T* row(int64_t r) const {
+    return static_cast<T*>(data) + r * stride;
+  }
   void* rowBytes(int64_t r) const { return static_cast<char*>(data) + r * stride * bytesOf(dtype); }
   bool empty() const { return data == nullptr; }
   Operand slice(int64_t begin, int64_t count) const { return {rowBytes(begin), dtype, count, cols, stride}; }

@@ -3,13 +3,15 @@
 // Letters: T packed tokens (rows), B sequences, D model width, F feed-forward width, H query heads, G key/value heads,
 // K head width, V vocabulary, P parts. Matrices are row-major; a `Weight` is prepacked (weight.h).
 //
-// The law: an output row depends on its own inputs only, never on T, on its neighbours, on tiles, threads or instruction
-// sets; every sum is the chain or the tree written beside it. `reference/` (plain loops) and `cpu/` give equal bits.
+// The law: an output row depends on its own inputs only, never on T, on its neighbours, on tiles, threads or
+// instruction sets; every sum is the chain or the tree written beside it. `reference/` (plain loops) and `cpu/` give
+// equal bits.
 //
 // Terms used below
-//   chain over i     acc = fma(a_i, b_i, acc), i ascending, from zero (or from what is accumulated into). When the operands
-//                    are bfloat16, i goes pair by pair (2j, 2j+1), odd element first, then even (the order of VDPBF16PS);
-//                    an odd count is padded by one zero. Denormals are flushed (FTZ, DAZ).
+//   chain over i     acc = fma(a_i, b_i, acc), i ascending, from zero (or from what is accumulated into). When the
+//   operands
+//                    are bfloat16, i goes pair by pair (2j, 2j+1), odd element first, then even (the order of
+//                    VDPBF16PS); an odd count is padded by one zero. Denormals are flushed (FTZ, DAZ).
 //   lanes sum        16 partial sums, lane l adds elements l, l+16, l+32, ... in order; then the tree
 //                    ((l, l+8), (l, l+4), (l, l+2), (l, l+1)).
 //   tree over parts  balanced binary tree in float32: neighbours (0,1), (2,3), ..., then their sums, ...
@@ -29,9 +31,9 @@ namespace lockstep::kernels {
 // residual is another float32 matrix of the same shape, or y itself.
 struct Output {
   enum class Kind : uint8_t { kStore, kRound, kAdd } kind = Kind::kStore;
-  View<float> f32;            // kStore, kAdd
-  Operand operand;            // kRound
-  View<const float> residual; // kAdd
+  View<float> f32;             // kStore, kAdd
+  Operand operand;             // kRound
+  View<const float> residual;  // kAdd
 
   static Output store(View<float> y) { return {Kind::kStore, y, {}, {}}; }
   static Output round(Operand y) { return {Kind::kRound, {}, y, {}}; }
@@ -41,9 +43,9 @@ struct Output {
 enum class Activation : uint8_t { kSwiGlu, kGeluTanh };
 
 // Packed sequences of one call. Rows of sequence b are rowBegin[b] .. rowBegin[b] + length[b] - 1 and stand at absolute
-// positions offset[b] .. offset[b] + length[b] - 1; sequences ascend by row. In training every sequence starts at an even row
-// and offset is 0; the padding rows between sequences belong to none and are zero in every operand (operations that are given
-// the sequences write those zeros).
+// positions offset[b] .. offset[b] + length[b] - 1; sequences ascend by row. In training every sequence starts at an
+// even row and offset is 0; the padding rows between sequences belong to none and are zero in every operand (operations
+// that are given the sequences write those zeros).
 struct Sequences {
   int64_t count = 0;
   const int32_t* rowBegin = nullptr;  // [B]
@@ -55,7 +57,8 @@ struct Sequences {
 
 // Keys and values in pages of 64 positions, in the compute dtype. A page holds, for each key/value head g, a key panel
 // (K x 64: element (position s, dimension i) as a weight panel of width 64 with n = s, k = i) and then, after all key
-// panels, for each g a value panel (64 x K: n = dimension, k = position; width roundUp(K, 16)). KPadded = roundUp(K, 2).
+// panels, for each g a value panel (64 x K: n = dimension, k = position; width roundUp(K, 16)). KPadded = roundUp(K,
+// 2).
 constexpr int64_t kPagePositions = 64;
 struct KvPages {
   void* data = nullptr;
@@ -78,13 +81,16 @@ struct AttentionShape {
   float scale;                              // of the scores, 1 / sqrt(K)
 };
 
-// A row of the qkv projection is laid out part by part: part p holds its query heads (H / P of them), then its key heads,
-// then its value heads. With G >= P it has G / P key/value heads, else one when p is a multiple of P / G, else none.
+// A row of the qkv projection is laid out part by part: part p holds its query heads (H / P of them), then its key
+// heads, then its value heads. With G >= P it has G / P key/value heads, else one when p is a multiple of P / G, else
+// none.
 struct QkvLayout {
   AttentionShape attention;
   int64_t columns() const { return (attention.heads + 2 * attention.keyValueHeads) * attention.headWidth; }
   int64_t headsPerPart() const { return attention.heads / attention.parts; }
-  bool owns(int64_t p) const { return attention.keyValueHeads >= attention.parts || p % (attention.parts / attention.keyValueHeads) == 0; }
+  bool owns(int64_t p) const {
+    return attention.keyValueHeads >= attention.parts || p % (attention.parts / attention.keyValueHeads) == 0;
+  }
   int64_t keyValueHeadsOf(int64_t p) const {
     return attention.keyValueHeads >= attention.parts ? attention.keyValueHeads / attention.parts : owns(p) ? 1 : 0;
   }
@@ -99,11 +105,13 @@ struct QkvLayout {
     return partBegin(p) + (h - p * headsPerPart()) * attention.headWidth;
   }
   int64_t keyColumn(int64_t g) const {
-    const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0) : g * (attention.parts / attention.keyValueHeads);
+    const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0)
+                                                                 : g * (attention.parts / attention.keyValueHeads);
     return partBegin(p) + (headsPerPart() + g - firstKeyValueHead(p)) * attention.headWidth;
   }
   int64_t valueColumn(int64_t g) const {
-    const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0) : g * (attention.parts / attention.keyValueHeads);
+    const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0)
+                                                                 : g * (attention.parts / attention.keyValueHeads);
     return keyColumn(g) + keyValueHeadsOf(p) * attention.headWidth;
   }
   int64_t firstKeyValueHead(int64_t p) const { return p * attention.keyValueHeads / attention.parts; }
@@ -122,11 +130,12 @@ struct Rope {
   const float* sine = nullptr;
 };
 
-// What softmax over the vocabulary leaves behind per row: x = logit * inverseTemperature, logZ = max + log(sum exp(x - max)).
+// What softmax over the vocabulary leaves behind per row: x = logit * inverseTemperature, logZ = max + log(sum exp(x -
+// max)).
 struct LogSoftmax {
-  float* logprobs;         // [T] x_target - logZ; 0 where target < 0
-  float* entropies;        // [T] logZ - sum(p x), computed as log s - u / s with u = sum exp(x - m)(x - m)
-  float* logZ;             // [T]
+  float* logprobs;   // [T] x_target - logZ; 0 where target < 0
+  float* entropies;  // [T] logZ - sum(p x), computed as log s - u / s with u = sum exp(x - m)(x - m)
+  float* logZ;       // [T]
 };
 
 // Memory for one block of rows of logits and, in backward, of their gradients as an operand.
@@ -141,8 +150,8 @@ inline int64_t vocabularyStagingBytes(int64_t rows, int64_t vocabulary, DType dt
 
 struct AdamW {  // each constant of the formula is computed in float64 and rounded to float32 once
   double learningRate, beta1, beta2, epsilon, weightDecay;  // weightDecay 0 for vectors
-  double correction1, correction2;                         // 1 - beta1^n, 1 - beta2^n of step n
-  double gradientScale;                                    // clip factor min(1, clipNorm / (norm + 1e-6))
+  double correction1, correction2;                          // 1 - beta1^n, 1 - beta2^n of step n
+  double gradientScale;                                     // clip factor min(1, clipNorm / (norm + 1e-6))
 };
 
 struct Sampling {
@@ -158,117 +167,152 @@ struct Sampling {
 struct Kernels {
   const char* name;  // "reference", "avx2", "avx512", "avx512-bf16"
 
-  // --- weights --------------------------------------------------------------------------------------------------------
-  // Publishes float32 masters (float32 order) as compute weights (bfloat16 order), rounded once. Padding stays zero.
+  // --- weights ---
+
+  // Publishes
+  // float32 masters (float32 order) as compute weights (bfloat16 order), rounded once. Padding stays zero.
   void (*publish)(Queue&, const WeightLayout&, const float* master, void* weights);
   // dst = src, rounded to the operand dtype.
   void (*round)(Queue&, View<const float> src, Operand dst);
 
-  // --- matrix products -------------------------------------------------------------------------------------------------
-  // y = x W^T + bias. x [T, in], y [T, out], bias [out] float32 or null. Each element: a chain over in from zero within a
-  // part; a weight split along in sums its parts by the tree over parts; then bias is added, then the Output rule.
+  // --- matrix products ---
+
+  // y = x W^T + bias.
+  // x [T, in], y [T, out], bias [out] float32 or null. Each element: a chain over in from zero within a part; a weight
+  // split along in sums its parts by the tree over parts; then bias is added, then the Output rule.
   void (*linear)(Queue&, Operand x, const Weight&, const float* bias, Output y);
-  // y = activation(x W^T + bias). kSwiGlu: part p of W holds F/P gate rows, then F/P up rows; y = silu(gate) * up [T, F],
-  // silu(g) = g / (1 + exp(-g)). kGeluTanh: W [F, D], y = gelu_tanh. The pre-activations are float32, unrounded;
+  // y = activation(x W^T + bias). kSwiGlu: part p of W holds F/P gate rows, then F/P up rows; y = silu(gate) * up [T,
+  // F], silu(g) = g / (1 + exp(-g)). kGeluTanh: W [F, D], y = gelu_tanh. The pre-activations are float32, unrounded;
   // `saved` ([T, out], empty in inference) receives them rounded to the operand dtype, in W's row order.
   void (*activatedLinear)(Queue&, Operand x, const Weight&, const float* bias, Activation, Operand y, Operand saved);
-  // dx = dy W. dy [T, out], dx [T, in]. Each element: within a part a chain over its rows of W; a weight split along out
-  // sums its parts by the tree over parts.
+  // dx = dy W. dy [T, out], dx [T, in]. Each element: within a part a chain over its rows of W; a weight split along
+  // out sums its parts by the tree over parts.
   void (*linearBackwardInput)(Queue&, Operand dy, const Weight&, Output dx);
-  // dW += dy^T x, dBias += sum of dy. Chains over rows t ascending from what is accumulated; T is even, padding rows are
-  // zero. dBias may be null.
+  // dW += dy^T x, dBias += sum of dy. Chains over rows t ascending from what is accumulated; T is even, padding rows
+  // are zero. dBias may be null.
   void (*linearBackwardWeight)(Queue&, Operand dy, Operand x, WeightGradient dW, float* dBias);
   // dSaved (rounded) from dActivated [T, F] float32 and the saved pre-activations.
-  void (*activationBackward)(Queue&, Activation, const WeightLayout& up, Operand saved, View<const float> dActivated, Operand dSaved);
+  void (*activationBackward)(Queue&, Activation, const WeightLayout& up, Operand saved, View<const float> dActivated,
+                             Operand dSaved);
 
-  // --- embeddings --------------------------------------------------------------------------------------------------------
-  // x[t] = E[token[t]] (+ positionTable[position[t]]), widened to float32; zero where token < 0 (padding). E [V, D]
-  // packed; positionTable [positions, D] float32 row-major or null.
-  void (*embed)(Queue&, const int32_t* tokens, const int32_t* positions, const Weight& e, const float* positionTable, View<float> x);
+  // --- embeddings ---
+
+  // x[t] =
+  // E[token[t]] (+ positionTable[position[t]]), widened to float32; zero where token < 0 (padding). E [V, D] packed;
+  // positionTable [positions, D] float32 row-major or null.
+  void (*embed)(Queue&, const int32_t* tokens, const int32_t* positions, const Weight& e, const float* positionTable,
+                View<float> x);
   // dE[token[t]] += dx[t], dPositionTable[position[t]] += dx[t], t ascending.
-  void (*embedBackward)(Queue&, const int32_t* tokens, const int32_t* positions, View<const float> dx, WeightGradient dE, float* dPositionTable);
+  void (*embedBackward)(Queue&, const int32_t* tokens, const int32_t* positions, View<const float> dx,
+                        WeightGradient dE, float* dPositionTable);
 
-  // --- norms -------------------------------------------------------------------------------------------------------------
-  // y = round(x * inverseRms * gain), inverseRms = 1 / sqrt(lanes sum of x^2 / D + eps). x [T, D]. inverseRms [T] may be null.
+  // --- norms ---
+
+  // y =
+  // round(x * inverseRms * gain), inverseRms = 1 / sqrt(lanes sum of x^2 / D + eps). x [T, D]. inverseRms [T] may be
+  // null.
   void (*rmsNorm)(Queue&, View<const float> x, const float* gain, float eps, Operand y, float* inverseRms);
   // dx += r (dy gain - x c), c = (lanes sum of (dy gain) x) r^2 / D; dGain += dy (x r) over t ascending, one chain per
   // element.
-  void (*rmsNormBackward)(Queue&, View<const float> x, const float* gain, const float* inverseRms, View<const float> dy, View<float> dx, float* dGain);
+  void (*rmsNormBackward)(Queue&, View<const float> x, const float* gain, const float* inverseRms, View<const float> dy,
+                          View<float> dx, float* dGain);
   // y = round((x - mean) * inverseStd * gain + bias), population variance, both by lanes sums (mean first). mean and
   // inverseStd [T] may be null.
-  void (*layerNorm)(Queue&, View<const float> x, const float* gain, const float* bias, float eps, Operand y, float* mean, float* inverseStd);
-  // With n = (x - mean) inverseStd and g = dy gain: dx += inverseStd (g - lanes sum of g / D - n (lanes sum of g n / D));
-  // dGain += dy n, dBias += dy over t ascending, one chain per element.
-  void (*layerNormBackward)(Queue&, View<const float> x, const float* gain, const float* mean, const float* inverseStd, View<const float> dy, View<float> dx, float* dGain, float* dBias);
+  void (*layerNorm)(Queue&, View<const float> x, const float* gain, const float* bias, float eps, Operand y,
+                    float* mean, float* inverseStd);
+  // With n = (x - mean) inverseStd and g = dy gain: dx += inverseStd (g - lanes sum of g / D - n (lanes sum of g n /
+  // D)); dGain += dy n, dBias += dy over t ascending, one chain per element.
+  void (*layerNormBackward)(Queue&, View<const float> x, const float* gain, const float* mean, const float* inverseStd,
+                            View<const float> dy, View<float> dx, float* dGain, float* dBias);
 
-  // --- attention -----------------------------------------------------------------------------------------------------------
-  // From qkv [T, columns] float32 (QkvLayout): head norm x r gain (as rmsNorm, over K), rotation by absolute position, rounding;
-  // queries go to q [T, H K] in head order, keys and values into the pages of their sequence, zeros into the padding of their
-  // slots. With (x, y) = elements i and i + K / 2: x' = fma(x, cos, -(y sin)), y' = fma(y, cos, x sin). savedQk (empty unless
-  // training with a head norm) keeps q and k before the norm, rounded: [T, (H + G) K], query heads then key heads.
-  void (*qkvPrepare)(Queue&, const QkvLayout&, View<const float> qkv, const Sequences&, const HeadNorm&, const Rope&, Operand q, const KvPages&, Operand savedQk);
+  // --- attention ---
+
+  // From
+  // qkv [T, columns] float32 (QkvLayout): head norm x r gain (as rmsNorm, over K), rotation by absolute position,
+  // rounding; queries go to q [T, H K] in head order, keys and values into the pages of their sequence, zeros into the
+  // padding of their slots. With (x, y) = elements i and i + K / 2: x' = fma(x, cos, -(y sin)), y' = fma(y, cos, x
+  // sin). savedQk (empty unless training with a head norm) keeps q and k before the norm, rounded: [T, (H + G) K],
+  // query heads then key heads.
+  void (*qkvPrepare)(Queue&, const QkvLayout&, View<const float> qkv, const Sequences&, const HeadNorm&, const Rope&,
+                     Operand q, const KvPages&, Operand savedQk);
   // out [T, H K] = softmax(scale q k^T) v, rounded. Keys are visited in pages of 64 at absolute positions, in order:
   //   s_j = scale * chain over K; m' = max(m, max_j s_j); a = exp(m - m'); e_j = exp(s_j - m');
   //   l = fma(l, a, lanes sum of e_j) (64 slots, invisible ones 0); o = chain over j from o a of (rounded e_j) v_j.
-  // out = o / l. Invisible keys are never read into the result (pages may hold NaN); of a half-visible bfloat16 pair the
-  // invisible half is zero times zero, a wholly invisible one is no step of the chain. The first page: m = -inf, l = 0, o = 0
-  // and no rescaling. logSumExp [H, T] (m + log l; may be null) is kept for backward.
-  void (*attention)(Queue&, const AttentionShape&, Operand q, const KvPages&, const Sequences&, Operand out, View<float> logSumExp);
+  // out = o / l. Invisible keys are never read into the result (pages may hold NaN); of a half-visible bfloat16 pair
+  // the invisible half is zero times zero, a wholly invisible one is no step of the chain. The first page: m = -inf, l
+  // = 0, o = 0 and no rescaling. logSumExp [H, T] (m + log l; may be null) is kept for backward.
+  void (*attention)(Queue&, const AttentionShape&, Operand q, const KvPages&, const Sequences&, Operand out,
+                    View<float> logSumExp);
   // Training only (offset 0). p_ij = exp(scale q_i k_j - logSumExp_i); delta_i = lanes sum of dOut_i * out_i;
-  // dS_ij = (p_ij (dP_ij - delta_i)) scale with p unrounded, dP = chain over K of dOut v. p and dS are rounded as operands.
-  // dq_i: chain over j in key order. dk_j, dv_j: per query head a chain over i in order, continued over the query heads of a
-  // part that share the key/value head; parts that share it are joined by the balanced tree.
-  // dqkv [T, columns] float32 (QkvLayout); padding rows are written as zero.
-  void (*attentionBackward)(Queue&, const QkvLayout&, Operand q, const KvPages&, const Sequences&, Operand out, View<const float> logSumExp, Operand dOut, View<float> dqkv);
-  // Through rotation and head norm: dqkvOut = round(...). dx = fma(dx', cos, dy' sin), dy = fma(dy', cos, -(dx' sin)); the norm
-  // as in rmsNormBackward, with r recomputed from savedQk and dx stored as r fma(-c, x, dy gain), c = dot (r r) / K. Gains'
-  // gradients: chains over t, then heads, ascending, of dy (x r). A row whose position is negative is padding: zeros.
-  void (*qkvPrepareBackward)(Queue&, const QkvLayout&, View<const float> dqkv, const int32_t* positions, const HeadNorm&, const Rope&, Operand savedQk, Operand dqkvOut, float* dQueryGain, float* dKeyGain);
+  // dS_ij = (p_ij (dP_ij - delta_i)) scale with p unrounded, dP = chain over K of dOut v. p and dS are rounded as
+  // operands. dq_i: chain over j in key order. dk_j, dv_j: per query head a chain over i in order, continued over the
+  // query heads of a part that share the key/value head; parts that share it are joined by the balanced tree. dqkv [T,
+  // columns] float32 (QkvLayout); padding rows are written as zero.
+  void (*attentionBackward)(Queue&, const QkvLayout&, Operand q, const KvPages&, const Sequences&, Operand out,
+                            View<const float> logSumExp, Operand dOut, View<float> dqkv);
+  // Through rotation and head norm: dqkvOut = round(...). dx = fma(dx', cos, dy' sin), dy = fma(dy', cos, -(dx' sin));
+  // the norm as in rmsNormBackward, with r recomputed from savedQk and dx stored as r fma(-c, x, dy gain), c = dot (r
+  // r) / K. Gains' gradients: chains over t, then heads, ascending, of dy (x r). A row whose position is negative is
+  // padding: zeros.
+  void (*qkvPrepareBackward)(Queue&, const QkvLayout&, View<const float> dqkv, const int32_t* positions,
+                             const HeadNorm&, const Rope&, Operand savedQk, Operand dqkvOut, float* dQueryGain,
+                             float* dKeyGain);
 
-  // --- vocabulary ------------------------------------------------------------------------------------------------------
-  // Both work row block by row block, never T x V: `staging` (64-byte aligned, planned memory outside the Queue's scratch, which
-  // the products inside need) holds a block of logits [rows, V] float32, in backward also its operand copy; the op takes as many
-  // rows as fit (an even number, at least 2: vocabularyStagingBytes). Bits do not depend on the block.
-  // A row with target < 0 predicts no token (the last of a sequence): its logprob is 0 and its dLogprob is not read, but its
-  // entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and zero gradients.
-  // logits = hidden W^T, x = logit * inverseTemperature. Per part: m = max x,
-  // s = lanes sum of exp(x - m), u = lanes sum of exp(x - m)(x - m), over the part's columns in order; parts are merged by
-  // the tree: (m, s, u) with m = max(m1, m2), d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2).
-  // m starts at the lowest float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a
-  // logit of -inf and an empty part add nothing.
-  void (*logprobs)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature, LogSoftmax out, Staging);
-  // dlogit_v = inverseTemperature * (dLogprob (1[v = target] - p_v) - dEntropy p_v (log p_v + H)), rounded as an operand;
-  // dHidden [T, D] float32 stored as linearBackwardInput does, dW += as linearBackwardWeight does. T is even.
-  // dLogprobs, dEntropies [T] or null (zeros); a dLogprob of a row with target < 0 is ignored; padding rows have dEntropy 0.
-  void (*logprobsBackward)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature, LogSoftmax forward, const float* dLogprobs, const float* dEntropies, View<float> dHidden, WeightGradient dW, Staging);
+  // --- vocabulary ---
+
+  // Both work
+  // row block by row block, never T x V: `staging` (64-byte aligned, planned memory outside the Queue's scratch, which
+  // the products inside need) holds a block of logits [rows, V] float32, in backward also its operand copy; the op
+  // takes as many rows as fit (an even number, at least 2: vocabularyStagingBytes). Bits do not depend on the block. A
+  // row with target < 0 predicts no token (the last of a sequence): its logprob is 0 and its dLogprob is not read, but
+  // its entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and zero gradients. logits =
+  // hidden W^T, x = logit * inverseTemperature. Per part: m = max x, s = lanes sum of exp(x - m), u = lanes sum of
+  // exp(x - m)(x - m), over the part's columns in order; parts are merged by the tree: (m, s, u) with m = max(m1, m2),
+  // d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2). m starts at the lowest
+  // float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a logit of -inf
+  // and an empty part add nothing.
+  void (*logprobs)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
+                   LogSoftmax out, Staging);
+  // dlogit_v = inverseTemperature * (dLogprob (1[v = target] - p_v) - dEntropy p_v (log p_v + H)), rounded as an
+  // operand; dHidden [T, D] float32 stored as linearBackwardInput does, dW += as linearBackwardWeight does. T is even.
+  // dLogprobs, dEntropies [T] or null (zeros); a dLogprob of a row with target < 0 is ignored; padding rows have
+  // dEntropy 0.
+  void (*logprobsBackward)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
+                           LogSoftmax forward, const float* dLogprobs, const float* dEntropies, View<float> dHidden,
+                           WeightGradient dW, Staging);
   // Samples one token per row of logits [N, V] (V = rows of `vocabulary`; its parts fix the order of prefix sums).
-  // tokens [N]; logprobs [N] = x_token - logZ at the sampling temperature (1 when it is 0), the very number that `logprobs`
-  // gives. With u = Philox4x32-10(key seed, counter (request, position)) in (0, 1): the token is the first v, in id order,
-  // whose running sum of kept weights exceeds u times their total. Top-k keeps the k largest (ties: lowest id),
-  // top-p then the shortest prefix in decreasing probability (ties: lowest id) whose share reaches topP; shares are integers,
-  // floor(2^40 weight), of the sum of all that top-k kept.
-  // A weight is e_v a_p, e_v = exp(x_v - m_p), a_p = exp(m_p - m), p the part of v; dropped: e_v = 0. A part is cut into blocks
-  // of 256 columns. The running sum is float64: over blocks in id order it adds a_p times the block's lanes sum of e; inside
-  // the block that passes the target it adds a_p e_v, v ascending, from the sum before the block. u = (i + 1/2) / 2^52,
-  // i the upper 52 bits of the first two words; the counter's words are request (low, high), position, 0. Logits whose weights
-  // have no positive total (NaN) give the argmax and a log-probability of NaN.
-  void (*sample)(Queue&, View<const float> logits, const WeightLayout& vocabulary, const Sampling* settings, int32_t* tokens, float* logprobs);
+  // tokens [N]; logprobs [N] = x_token - logZ at the sampling temperature (1 when it is 0), the very number that
+  // `logprobs` gives. With u = Philox4x32-10(key seed, counter (request, position)) in (0, 1): the token is the first
+  // v, in id order, whose running sum of kept weights exceeds u times their total. Top-k keeps the k largest (ties:
+  // lowest id), top-p then the shortest prefix in decreasing probability (ties: lowest id) whose share reaches topP;
+  // shares are integers, floor(2^40 weight), of the sum of all that top-k kept. A weight is e_v a_p, e_v = exp(x_v -
+  // m_p), a_p = exp(m_p - m), p the part of v; dropped: e_v = 0. A part is cut into blocks of 256 columns. The running
+  // sum is float64: over blocks in id order it adds a_p times the block's lanes sum of e; inside the block that passes
+  // the target it adds a_p e_v, v ascending, from the sum before the block. u = (i + 1/2) / 2^52, i the upper 52 bits
+  // of the first two words; the counter's words are request (low, high), position, 0. Logits whose weights have no
+  // positive total (NaN) give the argmax and a log-probability of NaN.
+  void (*sample)(Queue&, View<const float> logits, const WeightLayout& vocabulary, const Sampling* settings,
+                 int32_t* tokens, float* logprobs);
 
-  // --- optimizer -----------------------------------------------------------------------------------------------------------
-  // dst += src; src = 0. Joins the two accumulators of a tied embedding.
+  // --- optimizer ---
+
+  // dst +=
+  // src; src = 0. Joins the two accumulators of a tied embedding.
   void (*accumulate)(Queue&, int64_t count, float* src, float* dst);
-  // Sum of squares of count float32: leaves of 4096 elements, each a lanes sum in float32; a balanced tree in float64 over leaves.
+  // Sum of squares of count float32: leaves of 4096 elements, each a lanes sum in float32; a balanced tree in float64
+  // over leaves.
   double (*sumOfSquares)(Queue&, const float* gradient, int64_t count);
   // g = gradient * gradientScale; m = fma(beta1, m, (1 - beta1) g); v = fma(beta2, v, (1 - beta2) (g g));
-  // p = p (1 - lr wd) - (lr / correction1) m / fma(sqrt(v), 1 / sqrt(correction2), epsilon); gradient = 0. For a matrix in
-  // bfloat16 `weights` is published in the same pass (layout and weights null otherwise).
-  void (*adamw)(Queue&, const AdamW&, int64_t count, float* parameter, float* m, float* v, float* gradient, const WeightLayout* layout, void* weights);
+  // p = p (1 - lr wd) - (lr / correction1) m / fma(sqrt(v), 1 / sqrt(correction2), epsilon); gradient = 0. For a matrix
+  // in bfloat16 `weights` is published in the same pass (layout and weights null otherwise).
+  void (*adamw)(Queue&, const AdamW&, int64_t count, float* parameter, float* m, float* v, float* gradient,
+                const WeightLayout* layout, void* weights);
 };
 
 const Kernels& referenceKernels();
 
-// The CPU implementation. isa: "avx2", "avx512", "avx512-bf16" or "" for the best one that the CPU has and that passes its
-// self-check. Throws Error("ISA_UNSUPPORTED") naming what is lacking.
+// The CPU implementation. isa: "avx2", "avx512", "avx512-bf16" or "" for the best one that the CPU has and that passes
+// its self-check. Throws Error("ISA_UNSUPPORTED") naming what is lacking.
 const Kernels& cpuKernels(const char* isa);
 
 }  // namespace lockstep::kernels

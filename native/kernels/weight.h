@@ -19,7 +19,9 @@ namespace lockstep::kernels {
 constexpr int64_t kPanel = 64;       // columns of a full panel
 constexpr int64_t kPanelGrain = 16;  // a narrow panel's width is a multiple of this
 
-constexpr int64_t roundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t roundUp(int64_t x, int64_t to) {
+  return (x + to - 1) / to * to;
+}
 
 enum class Split : uint8_t { kNone, kOut, kIn };
 
@@ -49,7 +51,8 @@ struct WeightLayout {
     WeightLayout layout{out, in, split, {}, 0};
     int64_t begin = 0;
     for (const int64_t size : sizes) {
-      Part part = split == Split::kIn ? Part{0, out, begin, size, layout.elements} : Part{begin, size, 0, in, layout.elements};
+      Part part =
+          split == Split::kIn ? Part{0, out, begin, size, layout.elements} : Part{begin, size, 0, in, layout.elements};
       layout.elements += part.elements();
       begin += size;
       layout.parts.push_back(part);

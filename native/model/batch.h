@@ -9,9 +9,9 @@
 namespace lockstep::model {
 
 struct Batch {
-  std::vector<int32_t> tokens, positions, targets;           // [T]; -1 on padding rows and where nothing is predicted
-  std::vector<int32_t> rowBegin, length, offset;             // [B]
-  std::vector<int32_t> pages;                                // [B, pageStride]
+  std::vector<int32_t> tokens, positions, targets;  // [T]; -1 on padding rows and where nothing is predicted
+  std::vector<int32_t> rowBegin, length, offset;    // [B]
+  std::vector<int32_t> pages;                       // [B, pageStride]
   int64_t pageStride = 0, pageCount = 0;
 
   int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
@@ -20,9 +20,9 @@ struct Batch {
     return {count(), rowBegin.data(), length.data(), offset.data(), pages.data(), pageStride};
   }
 
-  // Whole sequences from position 0, each in pages of its own. With `padded` every sequence starts at an even row (DESIGN §2:
-  // pairs of tokens never straddle two sequences), as training needs. tokens is packed without padding; targets are the
-  // next tokens.
+  // Whole sequences from position 0, each in pages of its own. With `padded` every sequence starts at an even row
+  // (DESIGN §2: pairs of tokens never straddle two sequences), as training needs. tokens is packed without padding;
+  // targets are the next tokens.
   static Batch whole(const int32_t* tokens, const int32_t* lengths, int64_t count, bool padded);
 };
 

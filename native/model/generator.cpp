@@ -14,13 +14,17 @@ namespace {
 
 constexpr auto kProgressInterval = std::chrono::milliseconds(25);
 
-int64_t pagesFor(int64_t positions) { return (positions + kernels::kPagePositions - 1) / kernels::kPagePositions; }
+int64_t pagesFor(int64_t positions) {
+  return (positions + kernels::kPagePositions - 1) / kernels::kPagePositions;
+}
 
 kernels::KvPages pageShape(const Spec& spec) {
   return {nullptr, spec.dtype, spec.shape.keyValueHeads, spec.shape.headWidth};
 }
 
-int64_t sizeOf(const std::vector<int32_t>& v) { return static_cast<int64_t>(v.size()); }
+int64_t sizeOf(const std::vector<int32_t>& v) {
+  return static_cast<int64_t>(v.size());
+}
 
 }  // namespace
 
@@ -42,9 +46,11 @@ Generator::Generator(const Spec& spec, Transformer& transformer, const kernels::
       queue_(queue),
       workspace_(workspace),
       settings_(settings),
-      pool_(workspace.take("kv", workspace.bytes("kv")), pageShape(spec), spec.shape.layers, settings.pages, settings.poison) {}
+      pool_(workspace.take("kv", workspace.bytes("kv")), pageShape(spec), spec.shape.layers, settings.pages,
+            settings.poison) {}
 
-std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& requests, GenerateControl& control, const Progress& progress) {
+std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& requests, GenerateControl& control,
+                                      const Progress& progress) {
   std::vector<Generated> results(requests.size());
   enqueue(requests, results);
   std::vector<int32_t> freshRequests, freshTokens;
@@ -85,8 +91,9 @@ void Generator::enqueue(const std::vector<GenerateRequest>& requests, std::vecto
     const int64_t positions = sizeOf(requests[r].prompt) + requests[r].maxNewTokens;
     if (pagesFor(positions) > pool_.total()) {
       throw Error("KV_BUDGET", "request " + std::to_string(r) + " needs " + std::to_string(pagesFor(positions)) +
-                                   " pages of keys and values (" + std::to_string(positions) + " positions), the budget holds " +
-                                   std::to_string(pool_.total()) + "; raise memory.device or lower the number of new tokens");
+                                   " pages of keys and values (" + std::to_string(positions) +
+                                   " positions), the budget holds " + std::to_string(pool_.total()) +
+                                   "; raise memory.device or lower the number of new tokens");
     }
     if (requests[r].maxNewTokens == 0) {
       results[r].finish = Finish::kLength;
@@ -132,8 +139,8 @@ bool Generator::start(Sequence& s) {
   return true;
 }
 
-// Takes over the prompt but its last position, which is read again as a row of its own: that gives the bits of the row that
-// was read first. Whole pages are shared, a partial one is copied.
+// Takes over the prompt but its last position, which is read again as a row of its own: that gives the bits of the row
+// that was read first. Whole pages are shared, a partial one is copied.
 void Generator::attachPrefix(Sequence& s, const Prefix& prefix) {
   const int64_t positions = promptLength(s) - 1, whole = positions / kernels::kPagePositions;
   for (int64_t i = 0; i < whole; ++i) {
@@ -252,13 +259,15 @@ void Generator::sample(Operand hidden) {
   const int64_t count = static_cast<int64_t>(sampled_.size()), vocabulary = spec_.shape.vocabulary;
   const Operand gathered = workspace_.operand("sampledHidden", kAbsent, spec_.dtype, count, hidden.cols);
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]), static_cast<size_t>(hidden.cols) * bytesOf(spec_.dtype));
+    std::memcpy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]),
+                static_cast<size_t>(hidden.cols) * bytesOf(spec_.dtype));
   }
   const View<float> logits = workspace_.f32("logits", kAbsent, count, vocabulary);
   transformer_.logits(gathered, logits);
   sampledTokens_.resize(sampled_.size());
   sampledLogprobs_.resize(sampled_.size());
-  k_.sample(queue_, logits, transformer_.vocabularyLayout(), settings.data(), sampledTokens_.data(), sampledLogprobs_.data());
+  k_.sample(queue_, logits, transformer_.vocabularyLayout(), settings.data(), sampledTokens_.data(),
+            sampledLogprobs_.data());
 }
 
 void Generator::collect(std::vector<Generated>& results) {
@@ -275,7 +284,8 @@ void Generator::collect(std::vector<Generated>& results) {
     s.tokens.push_back(token);
     result.tokens.push_back(token);
     result.logprobs.push_back(sampledLogprobs_[i]);
-    const bool stopped = std::find(settings_.stopTokens.begin(), settings_.stopTokens.end(), token) != settings_.stopTokens.end();
+    const bool stopped =
+        std::find(settings_.stopTokens.begin(), settings_.stopTokens.end(), token) != settings_.stopTokens.end();
     const bool full = sizeOf(result.tokens) == (*requests_)[static_cast<size_t>(s.request)].maxNewTokens;
     if (!stopped && !full) continue;
     result.finish = stopped ? Finish::kStop : Finish::kLength;

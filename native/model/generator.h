@@ -1,6 +1,7 @@
 // Continuous batching: sequences join and leave the running batch at every step, prompts are read in chunks beside the
-// decoding rows, pages are taken as sequences grow, the latest sequence gives way when none is free and comes back later.
-// None of it changes a bit of any sequence (DESIGN §2): a token is a function of weights, prompt, settings, seed and id.
+// decoding rows, pages are taken as sequences grow, the latest sequence gives way when none is free and comes back
+// later. None of it changes a bit of any sequence (DESIGN §2): a token is a function of weights, prompt, settings, seed
+// and id.
 #pragma once
 
 #include <atomic>
@@ -20,10 +21,10 @@ struct GenerateSettings {
   int32_t topK;
   std::vector<int32_t> stopTokens;
   uint64_t seed;
-  int64_t rows;      // rows of one forward pass: prompt chunks and decoding rows together
-  int64_t sequences; // sequences that run together, at most
-  int64_t pages;     // pages of keys and values, per layer
-  bool poison;       // fill freed pages with NaN
+  int64_t rows;       // rows of one forward pass: prompt chunks and decoding rows together
+  int64_t sequences;  // sequences that run together, at most
+  int64_t pages;      // pages of keys and values, per layer
+  bool poison;        // fill freed pages with NaN
 };
 
 struct GenerateRequest {
@@ -96,8 +97,12 @@ class Generator {
   void collect(std::vector<Generated>&);
   void endRequested(GenerateControl&);
   void releasePages(Sequence&);
-  Prefix& prefixOf(const Sequence& s) { return prefixes_[static_cast<size_t>(prefixIndex_[static_cast<size_t>(s.request)])]; }
-  int64_t promptLength(const Sequence& s) const { return static_cast<int64_t>((*requests_)[static_cast<size_t>(s.request)].prompt.size()); }
+  Prefix& prefixOf(const Sequence& s) {
+    return prefixes_[static_cast<size_t>(prefixIndex_[static_cast<size_t>(s.request)])];
+  }
+  int64_t promptLength(const Sequence& s) const {
+    return static_cast<int64_t>((*requests_)[static_cast<size_t>(s.request)].prompt.size());
+  }
 
   const Spec& spec_;
   Transformer& transformer_;

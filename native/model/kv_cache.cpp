@@ -22,7 +22,9 @@ PagePool::PagePool(void* data, kernels::KvPages shape, int64_t layers, int64_t p
   }
 }
 
-char* PagePool::at(int64_t layer, int32_t page) const { return data_ + (layer * pages_ + page) * pageBytes_; }
+char* PagePool::at(int64_t layer, int32_t page) const {
+  return data_ + (layer * pages_ + page) * pageBytes_;
+}
 
 int32_t PagePool::allocate() {
   if (free_.empty()) return kNone;

@@ -52,9 +52,12 @@ void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, 
     }
   }
   requireTokens(tokens, total);
-  Kept call{enter(plan), Batch::whole(tokens, lengths, count, true), {}, inverseTemperature, device_.workspaceUse, {}, {}, {}};
+  Kept call{
+      enter(plan), Batch::whole(tokens, lengths, count, true), {}, inverseTemperature, device_.workspaceUse, {}, {},
+      {}};
   const int64_t rows = call.batch.rows();
-  call.hidden = transformer_.forward(call.workspace, call.batch, keep ? Keep::kActivations : Keep::kNothing, call.batch.pageCount);
+  call.hidden = transformer_.forward(call.workspace, call.batch, keep ? Keep::kActivations : Keep::kNothing,
+                                     call.batch.pageCount);
   const auto width = static_cast<size_t>(rows);
   if (spec_.shape.head == Head::kScalar) {
     std::vector<float> values(width);
@@ -62,9 +65,11 @@ void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, 
     if (out.values != nullptr) copyOut(call.batch, dense<const float>(values.data(), rows, 1), out.values);
   } else if (keep || out.logprobs != nullptr || out.entropies != nullptr) {
     for (auto* array : {&call.logprobs, &call.entropies, &call.logZ}) array->resize(width);
-    transformer_.logprobs(call.workspace, call.batch, call.hidden, inverseTemperature, {call.logprobs.data(), call.entropies.data(), call.logZ.data()});
+    transformer_.logprobs(call.workspace, call.batch, call.hidden, inverseTemperature,
+                          {call.logprobs.data(), call.entropies.data(), call.logZ.data()});
     if (out.logprobs != nullptr) copyOut(call.batch, dense<const float>(call.logprobs.data(), rows, 1), out.logprobs);
-    if (out.entropies != nullptr) copyOut(call.batch, dense<const float>(call.entropies.data(), rows, 1), out.entropies);
+    if (out.entropies != nullptr)
+      copyOut(call.batch, dense<const float>(call.entropies.data(), rows, 1), out.entropies);
   }
   if (out.logits != nullptr) {
     std::vector<float> logits(width * static_cast<size_t>(spec_.shape.vocabulary));
@@ -88,7 +93,9 @@ void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, 
 void Model::backward(const float* dLogprobs, const float* dEntropies, const float* dValues) {
   if (!kept_ || kept_->use != device_.workspaceUse) {
     kept_.reset();
-    throw Error("NO_FORWARD", "backward needs a forward with `keep` just before it: its activations lie in the workspace that the device's next call uses");
+    throw Error("NO_FORWARD",
+                "backward needs a forward with `keep` just before it: its activations lie in the workspace that the "
+                "device's next call uses");
   }
   Kept call = std::move(*kept_);
   kept_.reset();
@@ -114,7 +121,9 @@ void Model::backward(const float* dLogprobs, const float* dEntropies, const floa
                         {pointer(logprobs), pointer(entropies), pointer(values)});
 }
 
-double Model::step(const StepOptions& options) { return parameters_.step(device_.queue, options); }
+double Model::step(const StepOptions& options) {
+  return parameters_.step(device_.queue, options);
+}
 
 std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
                                        const std::vector<GenerateRequest>& requests, GenerateControl& control,

@@ -27,8 +27,8 @@ struct Device {
 // Which per-token outputs a forward pass computes; null pointers are not wanted. Packed without padding.
 struct ForwardOutputs {
   float *logprobs = nullptr, *entropies = nullptr, *values = nullptr;  // [T]
-  float *logits = nullptr;                                             // [T, V]
-  float *hidden = nullptr;                                             // [T, D]
+  float* logits = nullptr;                                             // [T, V]
+  float* hidden = nullptr;                                             // [T, D]
 };
 
 class Model {
@@ -42,8 +42,9 @@ class Model {
   // Throws Error("NO_FORWARD") when there is none.
   void backward(const float* dLogprobs, const float* dEntropies, const float* dValues);
   double step(const StepOptions&);
-  std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&, const std::vector<GenerateRequest>&,
-                                  GenerateControl&, const Generator::Progress&, GenerateStatistics& statistics);
+  std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
+                                  const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
+                                  GenerateStatistics& statistics);
   void publish() { parameters_.publish(device_.queue); }
 
   Parameters& parameters() { return parameters_; }

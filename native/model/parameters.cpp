@@ -13,9 +13,12 @@ using kernels::Split;
 
 namespace {
 
-size_t bytes(int64_t elements, DType dtype) { return static_cast<size_t>(elements) * bytesOf(dtype); }
+size_t bytes(int64_t elements, DType dtype) {
+  return static_cast<size_t>(elements) * bytesOf(dtype);
+}
 
-// Calls visit(index, column) for every element of row `row` of a packed matrix: where it lies in the given element order.
+// Calls visit(index, column) for every element of row `row` of a packed matrix: where it lies in the given element
+// order.
 template <class Visit>
 void eachElement(const kernels::WeightLayout& layout, int64_t row, DType order, const Visit& visit) {
   for (const Part& part : layout.parts) {
@@ -23,7 +26,8 @@ void eachElement(const kernels::WeightLayout& layout, int64_t row, DType order, 
     const int64_t n = (row - part.outBegin) % kPanel, panel = (row - part.outBegin) / kPanel;
     const int64_t width = part.panelWidth(panel), base = part.panelOffset(panel);
     for (int64_t k = 0; k < part.in; ++k) {
-      visit(order == DType::kFloat32 ? base + k * width + n : base + k / 2 * 2 * width + 2 * n + k % 2, part.inBegin + k);
+      visit(order == DType::kFloat32 ? base + k * width + n : base + k / 2 * 2 * width + 2 * n + k % 2,
+            part.inBegin + k);
     }
   }
 }
@@ -68,22 +72,26 @@ const TensorSpec& Parameters::tensor(const std::string& name) const {
 
 kernels::Weight Parameters::weight(const std::string& name) const {
   const TensorSpec& t = tensor(name);
-  return {&t.layout, weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()), spec_.dtype};
+  return {&t.layout, weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()),
+          spec_.dtype};
 }
 
-const float* Parameters::vector(const std::string& name) const { return has(name) ? master(tensor(name)) : nullptr; }
+const float* Parameters::vector(const std::string& name) const {
+  return has(name) ? master(tensor(name)) : nullptr;
+}
 
 float* Parameters::master(const TensorSpec& t) const {
   const bool separate = t.master != kAbsent;
   Arena& arena = separate ? optimizer_ : weights_;
-  return static_cast<float*>(
-      arena.at(static_cast<size_t>(separate ? t.master : t.weights), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
+  return static_cast<float*>(arena.at(static_cast<size_t>(separate ? t.master : t.weights),
+                                      bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
 }
 
 kernels::WeightGradient Parameters::gradient(const std::string& name, int copy) const {
   const TensorSpec& t = tensor(name);
   const int64_t offset = copy == 0 ? t.gradient : t.gradient2;
-  return {&t.layout, static_cast<float*>(gradients_.at(static_cast<size_t>(offset), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()))};
+  return {&t.layout, static_cast<float*>(gradients_.at(static_cast<size_t>(offset),
+                                                       bytes(t.layout.elements, DType::kFloat32), t.name.c_str()))};
 }
 
 float* Parameters::vectorGradient(const std::string& name) const {
@@ -95,16 +103,22 @@ void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t coun
   const int64_t in = t.layout.in;
   const bool rounded = space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16;
   if (rounded) {
-    auto* to = static_cast<BFloat16*>(weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
+    auto* to = static_cast<BFloat16*>(
+        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
     for (int64_t r = 0; r < count; ++r) {
-      eachElement(t.layout, row + r, DType::kBFloat16, [&](int64_t i, int64_t k) { to[i] = toBFloat16(data[r * in + k]); });
+      eachElement(t.layout, row + r, DType::kBFloat16,
+                  [&](int64_t i, int64_t k) { to[i] = toBFloat16(data[r * in + k]); });
     }
     return;
   }
   const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
-  if (space != Space::kWeights && offset == kAbsent) throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
+  if (space != Space::kWeights && offset == kAbsent)
+    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
   Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
-  float* to = space == Space::kWeights ? master(t) : static_cast<float*>(arena.at(static_cast<size_t>(offset), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
+  float* to = space == Space::kWeights
+                  ? master(t)
+                  : static_cast<float*>(arena.at(static_cast<size_t>(offset), bytes(t.layout.elements, DType::kFloat32),
+                                                 t.name.c_str()));
   for (int64_t r = 0; r < count; ++r) {
     if (t.matrix) {
       eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { to[i] = data[r * in + k]; });
@@ -119,17 +133,21 @@ void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count
   const int64_t in = t.layout.in;
   const bool rounded = space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16;
   if (rounded) {
-    const auto* from = static_cast<const BFloat16*>(weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
+    const auto* from = static_cast<const BFloat16*>(
+        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
     for (int64_t r = 0; r < count; ++r) {
-      eachElement(t.layout, row + r, DType::kBFloat16, [&](int64_t i, int64_t k) { data[r * in + k] = toFloat(from[i]); });
+      eachElement(t.layout, row + r, DType::kBFloat16,
+                  [&](int64_t i, int64_t k) { data[r * in + k] = toFloat(from[i]); });
     }
     return;
   }
   const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
-  if (space != Space::kWeights && offset == kAbsent) throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
+  if (space != Space::kWeights && offset == kAbsent)
+    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
   Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
   const auto read = [&](int64_t at) {
-    return static_cast<const float*>(arena.at(static_cast<size_t>(at), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
+    return static_cast<const float*>(
+        arena.at(static_cast<size_t>(at), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
   };
   const float* from = space == Space::kWeights ? master(t) : read(offset);
   const float* second = space == Space::kGradients && t.gradient2 != kAbsent ? read(t.gradient2) : nullptr;
@@ -146,11 +164,14 @@ void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count
 void Parameters::publish(Queue& queue) {
   for (const TensorSpec& t : spec_.tensors) {
     if (!t.matrix || t.master == kAbsent) continue;
-    kernels_.publish(queue, t.layout, master(t), weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
+    kernels_.publish(
+        queue, t.layout, master(t),
+        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
   }
 }
 
-// Canonical whatever the number of tensor-parallel ranks: leaves within a part, a tree over parts, tensors in table order.
+// Canonical whatever the number of tensor-parallel ranks: leaves within a part, a tree over parts, tensors in table
+// order.
 double Parameters::gradientNorm(Queue& queue) {
   double total = 0;
   std::vector<double> sums;
@@ -161,7 +182,8 @@ double Parameters::gradientNorm(Queue& queue) {
     if (!t.matrix) {
       sums.push_back(kernels_.sumOfSquares(queue, first, t.layout.elements));
     } else {
-      for (const Part& part : t.layout.parts) sums.push_back(part.out == 0 ? 0 : kernels_.sumOfSquares(queue, first + part.offset, part.elements()));
+      for (const Part& part : t.layout.parts)
+        sums.push_back(part.out == 0 ? 0 : kernels_.sumOfSquares(queue, first + part.offset, part.elements()));
     }
     for (size_t width = 1; width < sums.size(); width *= 2) {
       for (size_t i = 0; i + width < sums.size(); i += 2 * width) sums[i] += sums[i + width];
@@ -174,26 +196,27 @@ double Parameters::gradientNorm(Queue& queue) {
 double Parameters::step(Queue& queue, const StepOptions& o) {
   const double norm = gradientNorm(queue);
   if (!std::isfinite(norm)) {
-    throw Error("GRADIENT_NOT_FINITE", "the gradient norm of step " + std::to_string(o.step) +
-                                           " is not finite; nothing was updated. Lower optimizer.learningRate or look for bad rows in the data");
+    throw Error(
+        "GRADIENT_NOT_FINITE",
+        "the gradient norm of step " + std::to_string(o.step) +
+            " is not finite; nothing was updated. Lower optimizer.learningRate or look for bad rows in the data");
   }
   const double scale = o.clipNorm > 0 ? std::min(1.0, o.clipNorm / (norm + 1e-6)) : 1.0;
   const double n = static_cast<double>(o.step);
   for (const TensorSpec& t : spec_.tensors) {
-    const kernels::AdamW settings{o.learningRate,
-                                  o.beta1,
-                                  o.beta2,
-                                  o.epsilon,
-                                  t.decay ? o.weightDecay : 0.0,
-                                  1 - std::pow(o.beta1, n),
-                                  1 - std::pow(o.beta2, n),
-                                  scale};
+    const kernels::AdamW settings{
+        o.learningRate,           o.beta1, o.beta2, o.epsilon, t.decay ? o.weightDecay : 0.0, 1 - std::pow(o.beta1, n),
+        1 - std::pow(o.beta2, n), scale};
     const size_t size = bytes(t.layout.elements, DType::kFloat32);
-    const auto moment = [&](int64_t offset) { return static_cast<float*>(optimizer_.at(static_cast<size_t>(offset), size, t.name.c_str())); };
+    const auto moment = [&](int64_t offset) {
+      return static_cast<float*>(optimizer_.at(static_cast<size_t>(offset), size, t.name.c_str()));
+    };
     const bool published = t.matrix && t.master != kAbsent;
-    void* weights = published ? weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()) : nullptr;
-    kernels_.adamw(queue, settings, t.layout.elements, master(t), moment(t.moment1), moment(t.moment2), gradient(t.name).data,
-                   published ? &t.layout : nullptr, weights);
+    void* weights =
+        published ? weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str())
+                  : nullptr;
+    kernels_.adamw(queue, settings, t.layout.elements, master(t), moment(t.moment1), moment(t.moment2),
+                   gradient(t.name).data, published ? &t.layout : nullptr, weights);
   }
   return norm;
 }

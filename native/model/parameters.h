@@ -34,8 +34,8 @@ class Parameters {
   kernels::WeightGradient gradient(const std::string& name, int copy = 0) const;
   float* vectorGradient(const std::string& name) const;
 
-  // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]. Weights means the masters where there are any, else
-  // the compute weights (rounded when written).
+  // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]. Weights means the masters where there are
+  // any, else the compute weights (rounded when written).
   void writeRows(int64_t tensor, Space, int64_t row, int64_t count, const float* data);
   void readRows(int64_t tensor, Space, int64_t row, int64_t count, float* data) const;
   const TensorSpec& spec(int64_t tensor) const { return spec_.tensors[static_cast<size_t>(tensor)]; }

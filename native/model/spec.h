@@ -32,8 +32,8 @@ struct Shape {
 
 constexpr int64_t kAbsent = -1;
 
-// A matrix lies packed (weight.h), a vector as plain row-major float32. Offsets are bytes in the arenas; kAbsent where the
-// model has no such copy (inference has weights only; float32 training has no separate master).
+// A matrix lies packed (weight.h), a vector as plain row-major float32. Offsets are bytes in the arenas; kAbsent where
+// the model has no such copy (inference has weights only; float32 training has no separate master).
 struct TensorSpec {
   std::string name;
   bool matrix;

@@ -9,14 +9,17 @@ namespace lockstep::model {
 
 namespace {
 
-std::string named(int64_t layer, const char* tensor) { return "layers." + std::to_string(layer) + "." + tensor; }
+std::string named(int64_t layer, const char* tensor) {
+  return "layers." + std::to_string(layer) + "." + tensor;
+}
 
 // Rows between sequences are read by products over tokens and must be finite: attention writes none of them.
 void zeroPaddingRows(const Batch& batch, Operand x) {
   for (int64_t b = 0; b < batch.count(); ++b) {
     const int64_t end = batch.rowBegin[static_cast<size_t>(b)] + batch.length[static_cast<size_t>(b)];
     const int64_t next = b + 1 < batch.count() ? batch.rowBegin[static_cast<size_t>(b) + 1] : batch.rows();
-    for (int64_t row = end; row < next; ++row) std::memset(x.rowBytes(row), 0, static_cast<size_t>(x.cols) * bytesOf(x.dtype));
+    for (int64_t row = end; row < next; ++row)
+      std::memset(x.rowBytes(row), 0, static_cast<size_t>(x.cols) * bytesOf(x.dtype));
   }
 }
 
@@ -46,7 +49,8 @@ LayerBuffers Transformer::layer(const Workspace& w, int64_t l, int64_t rows, int
   b.activated = w.operand("activated", l, dtype, rows, s.feedForward);
   b.pages = {nullptr, dtype, s.keyValueHeads, s.headWidth};
   const int64_t pageBytes = pageCount * b.pages.pageElements() * static_cast<int64_t>(bytesOf(dtype));
-  b.pages.data = what == Keep::kCache ? static_cast<char*>(w.take("kv", s.layers * pageBytes)) + l * pageBytes : w.take("kv", l, pageBytes);
+  b.pages.data = what == Keep::kCache ? static_cast<char*>(w.take("kv", s.layers * pageBytes)) + l * pageBytes
+                                      : w.take("kv", l, pageBytes);
   if (!keep) return b;
   b.stat1 = w.f32("stat1", l, rows, norms).data;
   b.stat2 = w.f32("stat2", l, rows, norms).data;
@@ -63,7 +67,8 @@ void Transformer::norm(const std::string& name, View<const float> x, Operand y, 
   k_.layerNorm(queue_, x, gain, parameters_.vector(name + "Bias"), spec_.shape.normEps, y, stat, deviation);
 }
 
-void Transformer::normBackward(const std::string& name, View<const float> x, const float* stat, View<const float> dy, View<float> dx) {
+void Transformer::normBackward(const std::string& name, View<const float> x, const float* stat, View<const float> dy,
+                               View<float> dx) {
   const float* gain = parameters_.vector(name);
   float* dGain = parameters_.vectorGradient(name);
   if (spec_.shape.norm == Norm::kRms) return k_.rmsNormBackward(queue_, x, gain, stat, dy, dx, dGain);
@@ -77,7 +82,8 @@ void Transformer::blockForward(const Batch& batch, int64_t l, const Workspace& w
   const auto weight = [&](const char* name) { return parameters_.weight(named(l, name)); };
   const auto vector = [&](const char* name) { return parameters_.vector(named(l, name)); };
   const kernels::HeadNorm headNorm{vector("queryNorm"), vector("keyNorm"), s.normEps};
-  const kernels::Rope rope{spec_.cosine.empty() ? nullptr : spec_.cosine.data(), spec_.sine.empty() ? nullptr : spec_.sine.data()};
+  const kernels::Rope rope{spec_.cosine.empty() ? nullptr : spec_.cosine.data(),
+                           spec_.sine.empty() ? nullptr : spec_.sine.data()};
 
   norm(named(l, "norm1"), b.in, b.normed1, b.stat1);
   const View<float> wide = w.f32("wide", kAbsent, batch.rows(), qkv.columns());
@@ -85,7 +91,8 @@ void Transformer::blockForward(const Batch& batch, int64_t l, const Workspace& w
   k_.qkvPrepare(queue_, qkv, wide, batch.sequences(), headNorm, rope, b.q, b.pages, b.savedQk);
   k_.attention(queue_, qkv.attention, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp);
   zeroPaddingRows(batch, b.attended);
-  k_.linear(queue_, b.attended, weight("attentionOut"), vector("attentionOutBias"), kernels::Output::add(b.in, b.middle));
+  k_.linear(queue_, b.attended, weight("attentionOut"), vector("attentionOutBias"),
+            kernels::Output::add(b.in, b.middle));
 
   norm(named(l, "norm2"), b.middle, b.normed2, b.stat2);
   k_.activatedLinear(queue_, b.normed2, weight("up"), vector("upBias"), s.activation, b.activated, b.up);
@@ -96,21 +103,27 @@ void Transformer::blockForward(const Batch& batch, int64_t l, const Workspace& w
 Operand Transformer::forward(const Workspace& w, const Batch& batch, Keep what, int64_t pageCount) {
   const Shape& s = spec_.shape;
   const View<float> x = w.f32("x", 0, batch.rows(), s.width);
-  k_.embed(queue_, batch.tokens.data(), batch.positions.data(), parameters_.weight("embed"), parameters_.vector("positions"), x);
+  k_.embed(queue_, batch.tokens.data(), batch.positions.data(), parameters_.weight("embed"),
+           parameters_.vector("positions"), x);
   for (int64_t l = 0; l < s.layers; ++l) blockForward(batch, l, w, layer(w, l, batch.rows(), pageCount, what));
   const Operand hidden = w.operand("hidden", kAbsent, spec_.dtype, batch.rows(), s.width);
-  float* stat = what == Keep::kActivations ? w.f32("hiddenStat", kAbsent, batch.rows(), s.norm == Norm::kLayer ? 2 : 1).data : nullptr;
+  float* stat = what == Keep::kActivations
+                    ? w.f32("hiddenStat", kAbsent, batch.rows(), s.norm == Norm::kLayer ? 2 : 1).data
+                    : nullptr;
   norm("finalNorm", w.f32("x", s.layers, batch.rows(), s.width), hidden, stat);
   return hidden;
 }
 
-void Transformer::logprobs(const Workspace& w, const Batch& batch, Operand hidden, float inverseTemperature, kernels::LogSoftmax out) {
+void Transformer::logprobs(const Workspace& w, const Batch& batch, Operand hidden, float inverseTemperature,
+                           kernels::LogSoftmax out) {
   const kernels::Staging staging{w.take("staging", w.bytes("staging")), w.bytes("staging")};
-  k_.logprobs(queue_, hidden, parameters_.weight(vocabularyName()), batch.targets.data(), inverseTemperature, out, staging);
+  k_.logprobs(queue_, hidden, parameters_.weight(vocabularyName()), batch.targets.data(), inverseTemperature, out,
+              staging);
 }
 
 void Transformer::values(Operand hidden, View<float> values) {
-  k_.linear(queue_, hidden, parameters_.weight("scalarHead"), parameters_.vector("scalarHeadBias"), kernels::Output::store(values));
+  k_.linear(queue_, hidden, parameters_.weight("scalarHead"), parameters_.vector("scalarHeadBias"),
+            kernels::Output::store(values));
 }
 
 void Transformer::logits(Operand hidden, View<float> logits) {
@@ -129,13 +142,14 @@ void Transformer::headBackward(const Workspace& w, const Batch& batch, Operand h
   if (spec_.shape.head == Head::kLanguage) {
     const std::string name = vocabularyName();
     const kernels::Staging staging{w.take("staging", w.bytes("staging")), w.bytes("staging")};
-    k_.logprobsBackward(queue_, hidden, parameters_.weight(name), batch.targets.data(), inverseTemperature, forward, d.logprobs,
-                        d.entropies, dHidden, parameters_.gradient(name), staging);
+    k_.logprobsBackward(queue_, hidden, parameters_.weight(name), batch.targets.data(), inverseTemperature, forward,
+                        d.logprobs, d.entropies, dHidden, parameters_.gradient(name), staging);
     return;
   }
   const Operand dValues = w.operand("operand", kAbsent, spec_.dtype, batch.rows(), 1);
   k_.round(queue_, {d.values, batch.rows(), 1, 1}, dValues);
-  k_.linearBackwardWeight(queue_, dValues, hidden, parameters_.gradient("scalarHead"), parameters_.vectorGradient("scalarHeadBias"));
+  k_.linearBackwardWeight(queue_, dValues, hidden, parameters_.gradient("scalarHead"),
+                          parameters_.vectorGradient("scalarHeadBias"));
   k_.linearBackwardInput(queue_, dValues, parameters_.weight("scalarHead"), kernels::Output::store(dHidden));
 }
 
@@ -146,7 +160,8 @@ void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidde
   const View<float> dHidden = w.f32("wide", kAbsent, rows, s.width), dx = w.f32("dx", kAbsent, rows, s.width);
   headBackward(w, batch, hidden, inverseTemperature, forward, d, dHidden);
   std::fill_n(dx.data, rows * s.width, 0.0f);
-  normBackward("finalNorm", w.f32("x", s.layers, rows, s.width), w.f32("hiddenStat", kAbsent, rows, s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx);
+  normBackward("finalNorm", w.f32("x", s.layers, rows, s.width),
+               w.f32("hiddenStat", kAbsent, rows, s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx);
   for (int64_t l = s.layers - 1; l >= 0; --l) {
     LayerBuffers b = layer(w, l, rows, batch.pageCount, Keep::kActivations);
     if (spec_.recompute) {
@@ -156,10 +171,12 @@ void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidde
     blockBackward(batch, l, w, b, dx);
   }
   const int copy = s.tied && s.head == Head::kLanguage ? 1 : 0;
-  k_.embedBackward(queue_, batch.tokens.data(), batch.positions.data(), dx, parameters_.gradient("embed", copy), parameters_.vectorGradient("positions"));
+  k_.embedBackward(queue_, batch.tokens.data(), batch.positions.data(), dx, parameters_.gradient("embed", copy),
+                   parameters_.vectorGradient("positions"));
 }
 
-void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& w, const LayerBuffers& b, View<float> dx) {
+void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& w, const LayerBuffers& b,
+                                View<float> dx) {
   checkCancelled();
   const Shape& s = spec_.shape;
   const kernels::QkvLayout qkv = s.qkv(l);
@@ -169,7 +186,8 @@ void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& 
   const auto vector = [&](const char* name) { return parameters_.vector(named(l, name)); };
   const auto vectorGradient = [&](const char* name) { return parameters_.vectorGradient(named(l, name)); };
   const kernels::HeadNorm headNorm{vector("queryNorm"), vector("keyNorm"), s.normEps};
-  const kernels::Rope rope{spec_.cosine.empty() ? nullptr : spec_.cosine.data(), spec_.sine.empty() ? nullptr : spec_.sine.data()};
+  const kernels::Rope rope{spec_.cosine.empty() ? nullptr : spec_.cosine.data(),
+                           spec_.sine.empty() ? nullptr : spec_.sine.data()};
   // "wide" (float32) and "operand" (compute dtype) hold one intermediate after the other.
   const auto wide = [&](int64_t cols) { return w.f32("wide", kAbsent, rows, cols); };
   const auto operand = [&](int64_t cols) { return w.operand("operand", kAbsent, spec_.dtype, rows, cols); };
@@ -188,7 +206,8 @@ void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& 
   k_.linearBackwardWeight(queue_, dy, b.attended, gradient("attentionOut"), vectorGradient("attentionOutBias"));
   const Operand dAttended = operand(s.heads * s.headWidth);
   k_.linearBackwardInput(queue_, dy, weight("attentionOut"), kernels::Output::round(dAttended));
-  k_.attentionBackward(queue_, qkv, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp, dAttended, wide(qkv.columns()));
+  k_.attentionBackward(queue_, qkv, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp, dAttended,
+                       wide(qkv.columns()));
   const Operand dqkv = operand(qkv.columns());
   k_.qkvPrepareBackward(queue_, qkv, wide(qkv.columns()), batch.positions.data(), headNorm, rope, b.savedQk, dqkv,
                         vectorGradient("queryNorm"), vectorGradient("keyNorm"));

@@ -1,6 +1,6 @@
 // The transformer: forward and backward as mirror images, one implementation for training, scoring, prefill and decode.
-// What differs between them is the plan of buffers: in training every layer has its own, in inference all layers share one
-// set and the residual stream is updated in place; with recomputation a layer keeps only its input.
+// What differs between them is the plan of buffers: in training every layer has its own, in inference all layers share
+// one set and the residual stream is updated in place; with recomputation a layer keeps only its input.
 #pragma once
 
 #include <atomic>
@@ -17,8 +17,8 @@ namespace lockstep::model {
 
 // Named buffers of one layer and the layer's tensors. Empty views are buffers that this call does not keep.
 struct LayerBuffers {
-  View<float> in, middle, out;             // residual stream before attention, before the MLP, after
-  Operand normed1, normed2;                // norm outputs
+  View<float> in, middle, out;               // residual stream before attention, before the MLP, after
+  Operand normed1, normed2;                  // norm outputs
   float *stat1 = nullptr, *stat2 = nullptr;  // inverse RMS [T], or mean [T] then inverse deviation [T]
   Operand q, savedQk, attended;
   kernels::KvPages pages;
@@ -26,15 +26,16 @@ struct LayerBuffers {
   Operand up, activated;
 };
 
-// What a forward pass leaves behind: activations of every layer for backward; nothing (one set of buffers, keys and values of
-// one layer at a time); or keys and values of every layer, [layer][page], for later calls.
+// What a forward pass leaves behind: activations of every layer for backward; nothing (one set of buffers, keys and
+// values of one layer at a time); or keys and values of every layer, [layer][page], for later calls.
 enum class Keep : uint8_t { kActivations, kNothing, kCache };
 
 class Transformer {
  public:
   Transformer(const Spec&, const Parameters&, const kernels::Kernels&, Queue&, const std::atomic<bool>& cancelled);
 
-  // Runs the trunk over `batch`; returns the final norm's output [T, D]. pageCount: pages of keys and values in a layer.
+  // Runs the trunk over `batch`; returns the final norm's output [T, D]. pageCount: pages of keys and values in a
+  // layer.
   Operand forward(const Workspace&, const Batch&, Keep, int64_t pageCount);
 
   // Per-row log-softmax of the language head at the batch's targets.
@@ -46,19 +47,23 @@ class Transformer {
 
   const kernels::WeightLayout& vocabularyLayout() const { return *parameters_.weight(vocabularyName()).layout; }
 
-  // Gradients of per-row outputs [T] (null: zero) through the heads, into the plan's "wide" buffer; then through the trunk.
+  // Gradients of per-row outputs [T] (null: zero) through the heads, into the plan's "wide" buffer; then through the
+  // trunk.
   struct OutputGradients {
     const float *logprobs = nullptr, *entropies = nullptr, *values = nullptr;
   };
-  void backward(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax forward, const OutputGradients&);
+  void backward(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax forward,
+                const OutputGradients&);
 
  private:
   LayerBuffers layer(const Workspace&, int64_t l, int64_t rows, int64_t pageCount, Keep) const;
   void blockForward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&);
   void blockBackward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&, View<float> dx);
   void norm(const std::string& name, View<const float> x, Operand y, float* stat);
-  void normBackward(const std::string& name, View<const float> x, const float* stat, View<const float> dy, View<float> dx);
-  void headBackward(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax forward, const OutputGradients&, View<float> dHidden);
+  void normBackward(const std::string& name, View<const float> x, const float* stat, View<const float> dy,
+                    View<float> dx);
+  void headBackward(const Workspace&, const Batch&, Operand hidden, float inverseTemperature,
+                    kernels::LogSoftmax forward, const OutputGradients&, View<float> dHidden);
   Operand asOperand(const Workspace&, View<float> dx);
   void checkCancelled() const;
   std::string vocabularyName() const { return spec_.shape.tied ? "embed" : "vocabulary"; }

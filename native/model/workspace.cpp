@@ -15,13 +15,15 @@ const BufferSpec& Workspace::find(const std::string& name, int64_t layer) const 
   return found->second;
 }
 
-int64_t Workspace::bytes(const std::string& name) const { return find(name, kAbsent).bytes; }
+int64_t Workspace::bytes(const std::string& name) const {
+  return find(name, kAbsent).bytes;
+}
 
 void* Workspace::take(const std::string& name, int64_t layer, int64_t bytes) const {
   const BufferSpec& buffer = find(name, layer);
   if (bytes > buffer.bytes) {
-    throw Error("MEMORY_PLAN", "buffer '" + buffer.name + "' is planned with " + std::to_string(buffer.bytes) + " bytes, " +
-                                   std::to_string(bytes) + " are needed");
+    throw Error("MEMORY_PLAN", "buffer '" + buffer.name + "' is planned with " + std::to_string(buffer.bytes) +
+                                   " bytes, " + std::to_string(bytes) + " are needed");
   }
   return arena_->at(static_cast<size_t>(buffer.offset), static_cast<size_t>(bytes), buffer.name.c_str());
 }

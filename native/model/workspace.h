@@ -1,5 +1,5 @@
-// The buffers of one call by name, as planned: activations, KV pages, staging. Plans of different calls and models use the
-// same arena in turn.
+// The buffers of one call by name, as planned: activations, KV pages, staging. Plans of different calls and models use
+// the same arena in turn.
 #pragma once
 
 #include <string>

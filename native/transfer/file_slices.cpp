@@ -19,7 +19,8 @@ namespace {
 
 float halfToFloat(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 1023u;
-  if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(fraction) * 0x1p-24f));
+  if (exponent == 0)
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(fraction) * 0x1p-24f));
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13);
   return std::bit_cast<float>(sign | (exponent + 112u) << 23 | fraction << 13);
 }
@@ -57,7 +58,8 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<char*>(data_), static_cast<size_t>(bytes_));
 }
 
-void readRows(const MappedFile& file, const std::string& path, const FileTensor& t, int64_t row, int64_t count, float* out) {
+void readRows(const MappedFile& file, const std::string& path, const FileTensor& t, int64_t row, int64_t count,
+              float* out) {
   const int64_t size = t.type == StoredType::kFloat32 ? 4 : 2;
   if (t.offset < 0 || row < 0 || row + count > t.rows || t.offset + t.rows * t.columns * size > file.bytes()) {
     throw Error("CHECKPOINT_CORRUPT", path + ": tensor '" + t.name + "' reaches beyond the end of the file (" +
@@ -69,8 +71,9 @@ void readRows(const MappedFile& file, const std::string& path, const FileTensor&
     for (int64_t c = 0; c < t.columns; ++c) {
       const float x = load(from + c * columnStride * size, t.type);
       if (!std::isfinite(x)) {
-        throw Error("CHECKPOINT_NOT_FINITE", path + ": tensor '" + t.name + "' holds " + (std::isnan(x) ? "NaN" : "an infinity") +
-                                                 " at row " + std::to_string(row + r) + ", column " + std::to_string(c) +
+        throw Error("CHECKPOINT_NOT_FINITE", path + ": tensor '" + t.name + "' holds " +
+                                                 (std::isnan(x) ? "NaN" : "an infinity") + " at row " +
+                                                 std::to_string(row + r) + ", column " + std::to_string(c) +
                                                  "; every weight must be a finite number");
       }
       out[r * t.columns + c] = x;

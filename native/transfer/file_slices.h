@@ -1,4 +1,5 @@
-// Reads tensors out of checkpoint files: the file is mapped, rows are widened to float32 on the way, nothing is held twice.
+// Reads tensors out of checkpoint files: the file is mapped, rows are widened to float32 on the way, nothing is held
+// twice.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What the machine can do at most, measured by the benches in the same call as a kernel: multiply-adds from registers, and
-// reading memory.
+// What the machine can do at most, measured by the benches in the same call as a kernel: multiply-adds from registers,
+// and reading memory.
 #include "kernels/cpu/ceiling.h"
 
 #include "kernels/cpu/simd.h"

@@ -83,7 +83,8 @@ const Ceiling& ceilingOf(const Kernels& kernels) {
   for (const Candidate& candidate : kCandidates) {
     if (&candidate.table() == &kernels) return candidate.ceiling();
   }
-  throw Error("BENCH_REFERENCE", "the reference kernels have no ceiling to be measured against; use the cpu implementation");
+  throw Error("BENCH_REFERENCE",
+              "the reference kernels have no ceiling to be measured against; use the cpu implementation");
 }
 
 }  // namespace lockstep::kernels

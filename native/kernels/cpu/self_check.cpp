@@ -6,7 +6,8 @@
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
 
-// 1,000 vectors of 16 random operands each through fma, dotPair, exp and both roundings. FTZ and DAZ are set for its time.
+// 1,000 vectors of 16 random operands each through fma, dotPair, exp and both roundings. FTZ and DAZ are set for its
+// time.
 bool selfCheck() {
   const unsigned int control = _mm_getcsr();
   flushDenormals();
