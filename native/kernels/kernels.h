@@ -188,8 +188,8 @@ struct Kernels {
   // dx = dy W. dy [T, out], dx [T, in]. Each element: within a part a chain over its rows of W; a weight split along
   // out sums its parts by the tree over parts.
   void (*linearBackwardInput)(Queue&, Operand dy, const Weight&, Output dx);
-  // dW += dy^T x, dBias += sum of dy. Chains over rows t ascending from what is accumulated; T is even, padding rows
-  // are zero. dBias may be null.
+  // dW += dy^T x, dBias += sum of dy. Chains over rows t ascending from what is accumulated (dBias by additions, row
+  // after row in either dtype); T is even, padding rows are zero. dBias may be null.
   void (*linearBackwardWeight)(Queue&, Operand dy, Operand x, WeightGradient dW, float* dBias);
   // dSaved (rounded) from dActivated [T, F] float32 and the saved pre-activations.
   void (*activationBackward)(Queue&, Activation, const WeightLayout& up, Operand saved, View<const float> dActivated,

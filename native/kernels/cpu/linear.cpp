@@ -23,9 +23,9 @@ struct Forward {
   int64_t columnParts() const { return w.layout->split == Split::kIn ? 1 : parts(); }
   int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).in); }
   int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
-  // Only bfloat16 that has to be widened is staged: panels serve the tall tile as well as a copy of them would.
-  bool staged() const { return w.dtype == DType::kBFloat16 && !kPairArithmetic; }
-  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kStaged; }
+  // Pairs are read from the panels as they lie; for float32 a copy that is dense costs less than it gives.
+  bool staged() const { return !asPairSteps(w.dtype); }
+  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kPlain; }
 
   void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
     const int64_t k = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
@@ -80,7 +80,6 @@ struct GatedForward : Forward {
 // --- few rows --------------------------------------------------------------------------------------------
 
 constexpr int64_t kFewStride = kPanel + 16;  // of a panel's accumulators
-constexpr int64_t kPrefetchDwords = 1024;    // how far ahead of a sweep over a whole panel width: 4 KiB
 
 // x, packed once for all panels: per leaf and block of kDepth steps, tile by tile.
 struct FewRows {
@@ -117,6 +116,14 @@ inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vec
                        Group group) {
   const TileCall base = call;
   const int64_t columns = group.count;
+  // The next block of the panel comes nearer while this one is used: every tile fetches an equal share of it.
+  const int64_t first = panelVectors(tiles.count(0), vectors), sweeps = (vectors + first - 1) / first;
+  const int64_t fetches = (base.steps + kStepsPerFetch - 1) / kStepsPerFetch;
+  const int64_t lines = base.steps * vectors / (sweeps * tiles.last * (fetches > 0 ? fetches : 1)) + 1;
+  const int64_t share = lines * fetches;
+  const float* next = base.right + base.steps * base.rightStep;
+  call.aheadLines = static_cast<int>(lines);
+  call.aheadStride = lines * 16;
   for (int64_t v = 0; v < vectors;) {
     const int width = panelVectors(tiles.count(0), vectors - v);
     group.vectors = width;
@@ -128,7 +135,7 @@ inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vec
       call.left = base.left + tiles.begin(i) * kDepth;
       call.leftStep = tiles.count(i);
       call.right = base.right + 16 * v;
-      call.prefetch = i > 0 ? 0 : width == 4 ? kPrefetchDwords : base.steps * base.rightStep;
+      call.ahead = next + (v / first * tiles.last + i) * share * 16;
       call.from = base.from == nullptr ? nullptr : base.from + at;
       call.levels = base.levels + at;
       call.to = base.to + at;
@@ -164,7 +171,7 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, const G
       call.to = last ? levels + call.levelCount * few.levelFloats() : result;
       call.stride = kFewStride;
       const bool finished = last && leaf == leaves - 1;
-      sweepPanel(pairPanel ? Form::kPairs : Form::kPanel, call, few.tiles, vectors,
+      sweepPanel(pairPanel ? Form::kPairs : Form::kPlain, call, few.tiles, vectors,
                  finished ? product.direct : Direct{}, group);
     }
   }

@@ -18,7 +18,7 @@ struct BackwardInput {
   int64_t columnParts() const { return w.layout->split == Split::kIn ? parts() : 1; }
   int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).out); }
   int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
-  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kStaged; }
+  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kPlain; }
 
   void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
     const int64_t n = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
@@ -121,7 +121,7 @@ struct WeightProduct {
     const Tiles tiles(part(p).in);
     const float* const lefts = left(tilesBefore(p));
     const float* const rights = right(stripsBefore(p) + index);
-    const Form form = asPairSteps(dy.dtype) ? Form::kPairs : Form::kStaged;
+    const Form form = asPairSteps(dy.dtype) ? Form::kPairs : Form::kPlain;
     for (int64_t first = 0; first < steps; first += kDepth) {
       for (int g = 0; g < strip.count; ++g) {
         const Group& group = strip.groups[g];
@@ -139,8 +139,9 @@ struct WeightProduct {
           call.to = to + begin * width;
           call.from = call.to;
           call.toStride = width;
-          call.ahead = i + 1 < tileLast ? call.to + (end - begin) * width : nullptr;
+          call.ahead = call.to + (end - begin) * width;
           call.aheadStride = width;
+          call.aheadLines = i + 1 < tileLast ? group.vectors : 0;
           runTile(form, static_cast<int>(end - begin), group.vectors, call);
         }
       }
@@ -148,7 +149,9 @@ struct WeightProduct {
   }
 };
 
-constexpr int64_t kTokens = 512;      // steps packed at a time
+constexpr int64_t kTokens = 1024;      // steps packed at a time, at most
+constexpr int64_t kFewestTokens = 64;  // fewer only when there are no more
+constexpr int64_t kPackedBytes = int64_t{32} << 20;
 constexpr int64_t kTilesOfTask = 16;  // tiles that stay in the second-level cache while the columns of a strip pass by
 
 void accumulateWeight(Queue& queue, WeightProduct product) {
@@ -159,7 +162,9 @@ void accumulateWeight(Queue& queue, WeightProduct product) {
   int64_t packTasks = strips, tasks = 0;
   for (int64_t p = 0; p < product.leftParts(); ++p) packTasks += rowTasks(p);
   for (int64_t p = 0; p < product.parts(); ++p) tasks += rowTasks(p) * product.stripsOf(p);
+  const int64_t limit = smaller(kPackedBytes, static_cast<int64_t>(queue.scratchBytes()));
   product.chunk = smaller(kTokens, roundUp(steps, 2));
+  while (product.chunk > kFewestTokens && product.floats() * 4 > limit) product.chunk = roundUp(product.chunk / 2, 2);
   product.memory = static_cast<float*>(queue.shared(static_cast<size_t>(product.floats()) * sizeof(float)));
   for (int64_t first = 0; first < steps; first += product.chunk) {
     const int64_t count = smaller(product.chunk, steps - first);

@@ -19,8 +19,8 @@ struct Group {
   int vectors;
 };
 
-// A strip's staged right operand (kDepth x 304 x 4 bytes) and the packed left operand share the second-level cache.
-constexpr int64_t kStripColumns = 256;
+// A strip's staged right operand (256 KiB) and the packed left operand (448 KiB) share the second-level cache.
+constexpr int64_t kStripColumns = 128;
 constexpr int64_t kStripSlack = 48;                   // columns that a strip cut at odd places may cover on top
 constexpr int64_t kLeftTiles = 224 / kTileRows;       // tiles whose left operands are in cache together
 constexpr int64_t kBlockTiles = 512 / kTileRows + 2;  // tiles for which a strip's right operand is staged once
@@ -147,10 +147,6 @@ inline void runTiles(Form form, TileCall call, const float* left, const Tiles& t
   for (int g = 0; g < strip.count; ++g) {
     const Group& group = strip.groups[g];
     const bool straight = direct.takes(group);
-    // While the first rows pass, the right operand of the next group comes nearer, a piece with every tile.
-    const float* next = origin == tiles.origin() && g + 1 < strip.count ? rights[g + 1] : nullptr;
-    const int64_t piece = (call.steps + tiles.size() - 1) / tiles.size();
-    if (next != nullptr) call.aheadStride = rightSteps[g + 1];
     call.right = rights[g];
     call.rightStep = rightSteps[g];
     call.bias = nullptr;
@@ -163,7 +159,6 @@ inline void runTiles(Form form, TileCall call, const float* left, const Tiles& t
       call.levels = levels + at;
       call.to = to + at;
       call.toStride = kStripStride;
-      call.ahead = next == nullptr ? nullptr : next + (i - tiles.first) * piece * call.aheadStride;
       if (straight) direct.aim(call, tiles, i, group.output);
       runTile(form, static_cast<int>(call.leftStep), group.vectors, call);
     }

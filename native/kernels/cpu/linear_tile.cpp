@@ -70,21 +70,20 @@ void tile(const TileCall& call) {
   }
   const float* left = call.left;
   const float* right = call.right;
-  const int64_t leftStep = call.leftStep, rightStep = call.rightStep, prefetch = call.prefetch;
+  const int64_t leftStep = call.leftStep, rightStep = call.rightStep;
   const int64_t leftAdvance = kForm == Form::kPairs && !kPairArithmetic ? 2 * leftStep : leftStep;
-  const float* ahead = call.ahead != nullptr ? call.ahead : call.right;
+  const float* ahead = call.ahead;
   for (int64_t k = call.steps; k > 0;) {
     const int64_t some = k < kStepsPerFetch ? k : kStepsPerFetch;
-    if constexpr (kForm == Form::kStaged) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(ahead + 16 * v, 0, 2);
+    if constexpr (V < 4) {
+      for (int line = 0; line < call.aheadLines; ++line) __builtin_prefetch(ahead + 16 * line, 0, 2);
       ahead += call.aheadStride;
     }
     for (int64_t i = 0; i < some; ++i) {
       step<kForm, R, V>(acc, left, leftStep, right);
-      if constexpr (kForm != Form::kStaged) {
+      if constexpr (V == 4) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) __builtin_prefetch(right + prefetch + 16 * v, 0, V == 4 ? 3 : 2);
+        for (int v = 0; v < V; ++v) __builtin_prefetch(right + kPanelAhead + 16 * v);
       }
       left += leftAdvance;
       right += rightStep;
@@ -151,34 +150,18 @@ constexpr TileFunction kTiles[15] = {
     tileOrNull<kForm, V, 14>(),
 };
 
-// A panel's tiles may be four vectors wide; staged operands are cut for the tall tile.
 template <Form kForm>
 TileFunction tileFor(int rows, int vectors) {
-  if constexpr (kForm != Form::kStaged) {
-    if (vectors == 4) return kTiles<kForm, 4>[rows];
-  }
-  if constexpr (kForm != Form::kStaged || kTileVectors == 2) {
-    if (vectors == 2) return kTiles<kForm, 2>[rows];
-  }
+  if (vectors == 4) return kTiles<kForm, 4>[rows];
+  if (vectors == 2) return kTiles<kForm, 2>[rows];
   return kTiles<kForm, 1>[rows];
-}
-
-TileFunction tileFor(Form form, int rows, int vectors) {
-  switch (form) {
-    case Form::kStaged:
-      return tileFor<Form::kStaged>(rows, vectors);
-    case Form::kPanel:
-      return tileFor<Form::kPanel>(rows, vectors);
-    case Form::kPairs:
-      return tileFor<Form::kPairs>(rows, vectors);
-  }
-  return nullptr;
 }
 
 }  // namespace
 
 void runTile(Form form, int rows, int vectors, const TileCall& call) {
-  const TileFunction function = tileFor(form, rows, vectors);
+  const TileFunction function =
+      form == Form::kPlain ? tileFor<Form::kPlain>(rows, vectors) : tileFor<Form::kPairs>(rows, vectors);
   if (function != nullptr) return function(call);
   const int half = (rows + 1) / 2;
   TileCall rest = call;
@@ -186,7 +169,7 @@ void runTile(Form form, int rows, int vectors, const TileCall& call) {
   rest.left += half;
   if (rest.from != nullptr) rest.from += half * call.stride;
   if (rest.levels != nullptr) rest.levels += half * call.stride;
-  rest.ahead = nullptr;
+  rest.aheadLines = 0;
   if (rest.residual != nullptr) rest.residual += half * call.residualStride;
   rest.to += half * call.toStride;
   runTile(form, rows - half, vectors, rest);

@@ -19,17 +19,18 @@ constexpr int kRowsOfWidth[5] = {0, 6, 2, 0, 1};
 #endif
 constexpr int64_t kTileColumns = 16 * kTileVectors;
 
-// Steps of a chain that are held in cache at once, in float32 elements or in bfloat16 pairs. The right operand of a
-// tile, kDepth x 32 x 4 bytes, fills the first-level cache while the rows of the left one stream through.
-constexpr int64_t kDepth = 256;
+// Steps of a chain done at once, in float32 elements or in bfloat16 pairs: long enough that reading and writing the
+// accumulators around them costs little, short enough that a strip of the right operand and a block of the left one fit
+// the second-level cache.
+constexpr int64_t kDepth = 512;
 constexpr int64_t kStepsPerFetch = 16;
+constexpr int64_t kPanelAhead = 1024;  // dwords
 
 // The left operand of a tile of R rows is packed step by step, R numbers each: the tile reads it front to back, and
 // every row is a short offset from one pointer.
 enum class Form : uint8_t {
-  kStaged,  // right operand float32, staged in chain order: a step is one element
-  kPanel,   // right operand a float32 panel as it lies, prefetched
-  kPairs,   // right operand bfloat16 pairs, staged or a panel as it lies, prefetched: a step is a pair
+  kPlain,  // right operand float32 in chain order: a step is one element
+  kPairs,  // right operand bfloat16 pairs: a step is a pair
 };
 
 #ifdef __AVX512BF16__
@@ -47,7 +48,6 @@ struct TileCall {
   const float* right;
   int64_t rightStep;  // dwords between steps
   int64_t steps;
-  int64_t prefetch;  // dwords from the data read to the data wanted next
   const float* from;
   const float* levels;
   int64_t levelStride;
@@ -58,9 +58,11 @@ struct TileCall {
   int64_t residualStride;
   float* to;
   int64_t toStride;
-  // What comes next, or null: every kStepsPerFetch steps of a staged tile fetch one row of it, as wide as the tile.
+  // What comes next: every kStepsPerFetch steps fetch a row of it, aheadLines cache lines wide. A tile of four vectors
+  // is alone with its panel and fetches what it will read itself.
   const float* ahead;
   int64_t aheadStride;
+  int aheadLines;
 };
 
 // rows 1..kTileRows; vectors 1, 2 or 4. Rows that the width cannot hold at once are done in several tiles.
