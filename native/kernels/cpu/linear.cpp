@@ -10,24 +10,28 @@ namespace {
 
 // Up to so many rows the panels are read in place: staging them would cost more than it gives.
 constexpr int64_t kFewRows = 64;
+constexpr int64_t kGateWork = 8;  // what silu(gate) * up costs, in FMAs of a product
 
 // x W^T.
-struct Forward {
+struct Forward : BlockedProduct {
   Operand x;
   const Weight& w;
-  Direct direct;
+  const float* bias;
+
+  Forward(Operand left, const Weight& weight, const float* b, Direct to)
+      : BlockedProduct(to), x(left), w(weight), bias(b) {}
 
   const Part& part(int64_t p) const { return w.layout->parts[p]; }
   int64_t parts() const { return static_cast<int64_t>(w.layout->parts.size()); }
-  int64_t leaves() const { return w.layout->split == Split::kIn ? parts() : 1; }
+  int64_t leaves() const final { return w.layout->split == Split::kIn ? parts() : 1; }
   int64_t columnParts() const { return w.layout->split == Split::kIn ? 1 : parts(); }
-  int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).in); }
-  int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
+  int64_t steps(int64_t leaf) const final { return chainSteps(w.dtype, part(leaf).in); }
+  int64_t fmas(int64_t rows) const final { return rows * w.layout->out * w.layout->in; }
   // Pairs are read from the panels as they lie; for float32 a copy that is dense costs less than it gives.
   bool staged() const { return !asPairSteps(w.dtype); }
-  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kPlain; }
+  Form form() const final { return asPairSteps(w.dtype) ? Form::kPairs : Form::kPlain; }
 
-  void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
+  void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const final {
     const int64_t k = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
     packTile(x, row, rows, part(leaf).inBegin + k, smaller(count, part(leaf).in - k), steps, to);
   }
@@ -35,7 +39,7 @@ struct Forward {
     return panelAt(w, part(leaves() == 1 ? p : leaf), column);
   }
   const float* right(int64_t leaf, const Group& group, int64_t first, int64_t steps, float* stage,
-                     int64_t& step) const {
+                     int64_t& step) const final {
     const PanelView from = panel(leaf, group.part, group.column);
     if (!staged()) {
       step = from.width;
@@ -45,35 +49,13 @@ struct Forward {
     step = 16 * group.vectors;
     return stage;
   }
-  int64_t strips() const {
+  int64_t strips() const override {
     return countStrips(columnParts(), [&](int64_t p) { return part(p).out; });
   }
-  void strip(int64_t index, Strip& strip) const {
+  void strip(int64_t index, Strip& strip) const override {
     cutStrip(
         index, columnParts(), [&](int64_t p) { return part(p).out; }, [&](int64_t p) { return part(p).outBegin; },
         strip);
-  }
-};
-
-// The same, in strips that hold a range of gate columns and the up columns that belong to them.
-struct GatedForward : Forward {
-  static constexpr int64_t kGates = kStripColumns / 2;
-
-  int64_t stripsOf(int64_t p) const { return (part(p).out / 2 + kGates - 1) / kGates; }
-  int64_t strips() const {
-    int64_t count = 0;
-    for (int64_t p = 0; p < parts(); ++p) count += stripsOf(p);
-    return count;
-  }
-  void strip(int64_t index, Strip& strip) const {
-    int64_t p = 0;
-    for (; index >= stripsOf(p); ++p) index -= stripsOf(p);
-    const int64_t half = part(p).out / 2;
-    strip.begin = index * kGates;
-    strip.end = smaller(strip.begin + kGates, half);
-    strip.add(p, strip.begin, strip.end, part(p).outBegin);
-    strip.second = strip.columns + (half + strip.begin) % 16;
-    strip.add(p, half + strip.begin, half + strip.end, part(p).outBegin);
   }
 };
 
@@ -87,7 +69,7 @@ struct FewRows {
   Tiles tiles;
 
   static int64_t blocks(int64_t steps) { return steps > kDepth ? (steps + kDepth - 1) / kDepth : 1; }
-  int64_t blockFloats() const { return tiles.rows * kDepth; }
+  int64_t blockFloats() const { return tiles.rows * kLeftFloats; }
   int64_t leftFloats() const {
     int64_t count = 0;
     for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) count += blocks(product.steps(leaf)) * blockFloats();
@@ -103,7 +85,7 @@ struct FewRows {
       for (int64_t first = 0; first < steps || first == 0; first += kDepth, to += blockFloats()) {
         for (int64_t i = 0; i < tiles.last; ++i) {
           product.pack(leaf, first, smaller(kDepth, steps - first), tiles.begin(i), tiles.count(i),
-                       to + tiles.begin(i) * kDepth);
+                       to + tiles.begin(i) * kLeftFloats);
         }
       }
     }
@@ -132,8 +114,8 @@ inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vec
     group.count = smaller(16 * width, columns - 16 * v);
     for (int64_t i = 0; i < tiles.last; ++i) {
       const int64_t at = tiles.begin(i) * kFewStride + 16 * v;
-      call.left = base.left + tiles.begin(i) * kDepth;
-      call.leftStep = tiles.count(i);
+      call.left = base.left + tiles.begin(i) * kLeftFloats;
+      call.leftStep = kLeftByRows ? 1 : tiles.count(i);
       call.right = base.right + 16 * v;
       call.ahead = next + (v / first * tiles.last + i) * share * 16;
       call.from = base.from == nullptr ? nullptr : base.from + at;
@@ -141,7 +123,7 @@ inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vec
       call.to = base.to + at;
       call.toStride = kFewStride;
       if (direct.takes(group)) direct.aim(call, tiles, i, group.output + 16 * v);
-      runTile(form, static_cast<int>(call.leftStep), width, call);
+      runTile(form, static_cast<int>(tiles.count(i)), width, call);
     }
     v += width;
   }
@@ -161,6 +143,7 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, const G
       const bool last = block == blocks - 1;
       TileCall call{};
       call.left = left;
+      call.leftByRows = kLeftByRows;
       call.right = panel.data + block * kDepth / stepsPerPanelRow * panel.width;
       call.rightStep = panel.width;
       call.steps = smaller(kDepth, steps - block * kDepth) / stepsPerPanelRow;
@@ -178,23 +161,17 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, const G
   return result;
 }
 
-// Columns of a finished panel that sweepPanel has not stored directly: the last ones of a part, or all of them.
-template <class Put>
-void finishPanel(const float* result, const FewRows& few, const Group& group, int64_t vectors, const float* bias,
-                 const Put& put) {
+// What sweepPanel has done, as a strip in its widths.
+inline void panelStrip(const FewRows& few, const Group& group, int64_t vectors, Strip& strip) {
   for (int64_t v = 0; v < vectors;) {
     const int width = panelVectors(few.tiles.count(0), vectors - v);
-    Strip strip;
-    strip.count = 1;
-    strip.groups[0] = {
-        group.part, group.column, 16 * v, group.output + 16 * v, smaller(16 * width, group.count - 16 * v), width};
-    finishBlock(result, kFewStride, strip, 0, few.tiles.rows, few.product.direct, bias, put);
+    const int64_t exist = smaller(16 * width, group.count - 16 * v);
+    strip.groups[strip.count++] = {group.part, group.column + 16 * v, 16 * v, group.output + 16 * v, exist, width};
     v += width;
   }
 }
 
-template <class Put>
-void multiplyFewRows(Queue& queue, const Forward& product, const float* bias, const Put& put) {
+void multiplyFewRows(Queue& queue, const Forward& product) {
   const FewRows few{product, Tiles(product.x.rows)};
   const size_t bytes = few.bytes();
   float* const left = static_cast<float*>(queue.scratch(0, bytes));
@@ -210,7 +187,9 @@ void multiplyFewRows(Queue& queue, const Forward& product, const float* bias, co
       for (int64_t panel = begin; panel < smaller(end, part.panels()); ++panel) {
         const int64_t column = panel * kPanel, vectors = part.panelWidth(panel) / 16;
         const Group group{p, column, 0, part.outBegin + column, smaller(kPanel, part.out - column), 0};
-        finishPanel(multiplyPanel(few, left, group, vectors, levels), few, group, vectors, bias, put);
+        Strip strip;
+        panelStrip(few, group, vectors, strip);
+        product.finish(multiplyPanel(few, left, group, vectors, levels), kFewStride, strip, 0, few.tiles.rows);
       }
       begin = begin > part.panels() ? begin - part.panels() : 0;
       end -= part.panels();
@@ -218,16 +197,37 @@ void multiplyFewRows(Queue& queue, const Forward& product, const float* bias, co
   });
 }
 
-// put(row, column, value + bias, count) for every vector of the product.
-template <class Put>
-void multiplyRows(Queue& queue, const Forward& product, const float* bias, const Put& put) {
-  if (product.x.rows <= kFewRows) return multiplyFewRows(queue, product, bias, put);
-  multiply(queue, product, product.x.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
-    finishBlock(result, kStripStride, strip, row, rows, product.direct, bias, put);
-  });
+void multiplyForward(Queue& queue, const Forward& product) {
+  if (product.x.rows == 0) return;
+  if (product.x.rows <= kFewRows) return multiplyFewRows(queue, product);
+  multiply(queue, product, product.x.rows);
 }
 
-// --- activations -----------------------------------------------------------------------------------------
+// --- where results go ------------------------------------------------------------------------------------
+
+struct LinearForward final : Forward {
+  Output y;
+
+  LinearForward(Operand left, const Weight& weight, const float* b, Output to)
+      : Forward(left, weight, b, directOutput(to, b)), y(to) {}
+  void finish(const float* from, int64_t stride, const Strip& strip, int64_t row, int64_t rows) const override {
+    finishBlock(from, stride, strip, row, rows, direct, bias,
+                [&](int64_t r, int64_t column, Vec value, int64_t count) { put(y, r, column, value, count); });
+  }
+};
+
+struct GeluForward final : Forward {
+  Operand y, saved;
+
+  GeluForward(Operand left, const Weight& weight, const float* b, Operand to, Operand pre)
+      : Forward(left, weight, b, {}), y(to), saved(pre) {}
+  void finish(const float* from, int64_t stride, const Strip& strip, int64_t row, int64_t rows) const override {
+    finishBlock(from, stride, strip, row, rows, direct, bias, [&](int64_t r, int64_t column, Vec value, int64_t count) {
+      if (!saved.empty()) putOperand(saved, r, column, value, count);
+      putOperand(y, r, column, geluTanh(value), count);
+    });
+  }
+};
 
 // silu(gate) * up of one vector: pre-activations at column `gate` and half a part further of W's rows.
 struct Gate {
@@ -249,33 +249,51 @@ struct Gate {
   }
 };
 
-void gatedBlocks(Queue& queue, const GatedForward& product, const Gate& gate) {
-  multiply(queue, product, product.x.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
-    const Part& part = product.part(strip.groups[0].part);
-    for (int64_t r = 0; r < rows; ++r, result += kStripStride) {
+// Strips hold a range of gate columns and the up columns that belong to them.
+struct GatedForward final : Forward {
+  static constexpr int64_t kGates = kStripColumns / 2;
+  Gate gate;
+
+  GatedForward(Operand left, const Weight& weight, const Gate& g) : Forward(left, weight, nullptr, {}), gate(g) {}
+  int64_t stripsOf(int64_t p) const { return (part(p).out / 2 + kGates - 1) / kGates; }
+  int64_t strips() const override {
+    int64_t count = 0;
+    for (int64_t p = 0; p < parts(); ++p) count += stripsOf(p);
+    return count;
+  }
+  void strip(int64_t index, Strip& strip) const override {
+    int64_t p = 0;
+    for (; index >= stripsOf(p); ++p) index -= stripsOf(p);
+    const int64_t half = part(p).out / 2;
+    strip.begin = index * kGates;
+    strip.end = smaller(strip.begin + kGates, half);
+    strip.add(p, strip.begin, strip.end, part(p).outBegin);
+    strip.second = strip.columns + (half + strip.begin) % 16;
+    strip.add(p, half + strip.begin, half + strip.end, part(p).outBegin);
+  }
+  void finish(const float* from, int64_t stride, const Strip& strip, int64_t row, int64_t rows) const override {
+    const Part& p = part(strip.groups[0].part);
+    for (int64_t r = 0; r < rows; ++r, from += stride) {
       for (int64_t c = strip.begin; c < strip.end; c += 16) {
-        const float* at = result + (c - strip.begin);
-        gate(row + r, part, c, loadu(at), loadu(at + strip.second), smaller(16, strip.end - c));
+        const float* at = from + (c - strip.begin);
+        gate(row + r, p, c, loadu(at), loadu(at + strip.second), smaller(16, strip.end - c));
       }
     }
-  });
-}
+  }
+};
 
 // Few rows: the pre-activations of all columns first, then the gates, row by row.
-void gatedFewRows(Queue& queue, const Forward& product, const Gate& gate) {
-  const int64_t rows = product.x.rows, stride = roundUp(product.w.layout->out, 16) + 16;
-  float* const pre = static_cast<float*>(queue.shared(static_cast<size_t>(rows * stride) * sizeof(float)));
-  const View<float> all{pre, rows, product.w.layout->out, stride};
-  multiplyFewRows(
-      queue, {product.x, product.w, {all, {}, nullptr}}, nullptr,
-      [&](int64_t row, int64_t column, Vec value, int64_t count) { storeUpTo(all.row(row) + column, value, count); });
-  deal(queue, rows, rows * product.w.layout->out * 8, [&](int64_t row, int) {
-    for (int64_t p = 0; p < product.parts(); ++p) {
-      const Part& part = product.part(p);
-      const float* at = pre + row * stride + part.outBegin;
+void gatedFewRows(Queue& queue, Operand x, const Weight& w, const Gate& gate) {
+  const int64_t stride = roundUp(w.layout->out, 16) + 16;
+  float* const memory = static_cast<float*>(queue.shared(static_cast<size_t>(x.rows * stride) * sizeof(float)));
+  const View<float> pre{memory, x.rows, w.layout->out, stride};
+  multiplyForward(queue, LinearForward(x, w, nullptr, Output::store(pre)));
+  deal(queue, x.rows, x.rows * w.layout->out * kGateWork, [&](int64_t row, int) {
+    for (const Part& part : w.layout->parts) {
+      const float* at = pre.row(row) + part.outBegin;
       const int64_t half = part.out / 2;
       for (int64_t c = 0; c < half; c += 16) {
-        gate(row, part, c, loadu(at + c), loadUpTo(at + half + c, part.out - half - c), smaller(16, half - c));
+        gate(row, part, c, loadu(at + c), loadUpTo(at + half + c, half - c), smaller(16, half - c));
       }
     }
   });
@@ -284,21 +302,15 @@ void gatedFewRows(Queue& queue, const Forward& product, const Gate& gate) {
 }  // namespace
 
 void linear(Queue& queue, Operand x, const Weight& w, const float* bias, Output y) {
-  multiplyRows(queue, Forward{x, w, directOutput(y, bias)}, bias,
-               [&](int64_t row, int64_t column, Vec value, int64_t count) { put(y, row, column, value, count); });
+  multiplyForward(queue, LinearForward(x, w, bias, y));
 }
 
 void activatedLinear(Queue& queue, Operand x, const Weight& w, const float* bias, Activation activation, Operand y,
                      Operand saved) {
-  if (activation == Activation::kGeluTanh) {
-    return multiplyRows(queue, Forward{x, w, {}}, bias, [&](int64_t row, int64_t column, Vec value, int64_t count) {
-      if (!saved.empty()) putOperand(saved, row, column, value, count);
-      putOperand(y, row, column, geluTanh(value), count);
-    });
-  }
+  if (activation == Activation::kGeluTanh) return multiplyForward(queue, GeluForward(x, w, bias, y, saved));
   const Gate gate{y, saved, bias};
-  if (x.rows <= kFewRows) return gatedFewRows(queue, Forward{x, w, {}}, gate);
-  gatedBlocks(queue, GatedForward{{x, w, {}}}, gate);
+  if (x.rows <= kFewRows) return gatedFewRows(queue, x, w, gate);
+  multiplyForward(queue, GatedForward(x, w, gate));
 }
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA

@@ -7,35 +7,42 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 namespace {
 
 // dy W.
-struct BackwardInput {
+struct BackwardInput final : BlockedProduct {
   Operand dy;
   const Weight& w;
-  Direct direct;
+  Output dx;
+
+  BackwardInput(Operand left, const Weight& weight, Output to)
+      : BlockedProduct(directOutput(to, nullptr)), dy(left), w(weight), dx(to) {}
 
   const Part& part(int64_t p) const { return w.layout->parts[p]; }
   int64_t parts() const { return static_cast<int64_t>(w.layout->parts.size()); }
-  int64_t leaves() const { return w.layout->split == Split::kIn ? 1 : parts(); }
+  int64_t leaves() const override { return w.layout->split == Split::kIn ? 1 : parts(); }
   int64_t columnParts() const { return w.layout->split == Split::kIn ? parts() : 1; }
-  int64_t steps(int64_t leaf) const { return chainSteps(w.dtype, part(leaf).out); }
-  int64_t fmas(int64_t rows) const { return rows * w.layout->out * w.layout->in; }
-  Form form() const { return asPairSteps(w.dtype) ? Form::kPairs : Form::kPlain; }
+  int64_t steps(int64_t leaf) const override { return chainSteps(w.dtype, part(leaf).out); }
+  int64_t fmas(int64_t rows) const override { return rows * w.layout->out * w.layout->in; }
+  Form form() const override { return asPairSteps(w.dtype) ? Form::kPairs : Form::kPlain; }
 
-  void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const {
+  void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const override {
     const int64_t n = first * stepElements(w.dtype), count = steps * stepElements(w.dtype);
     packTile(dy, row, rows, part(leaf).outBegin + n, smaller(count, part(leaf).out - n), steps, to);
   }
   const float* right(int64_t leaf, const Group& group, int64_t first, int64_t steps, float* stage,
-                     int64_t& step) const {
+                     int64_t& step) const override {
     stageTransposed(w, part(leaves() == 1 ? group.part : leaf), first, steps, group.column, group.vectors, stage);
     step = 16 * group.vectors;
     return stage;
   }
-  int64_t strips() const {
+  int64_t strips() const override {
     return countStrips(columnParts(), [&](int64_t p) { return part(p).in; });
   }
-  void strip(int64_t index, Strip& strip) const {
+  void strip(int64_t index, Strip& strip) const override {
     cutStrip(
         index, columnParts(), [&](int64_t p) { return part(p).in; }, [&](int64_t p) { return part(p).inBegin; }, strip);
+  }
+  void finish(const float* from, int64_t stride, const Strip& strip, int64_t row, int64_t rows) const override {
+    finishBlock(from, stride, strip, row, rows, direct, nullptr,
+                [&](int64_t r, int64_t column, Vec value, int64_t count) { put(dx, r, column, value, count); });
   }
 };
 
@@ -208,11 +215,7 @@ constexpr int64_t kBiasWork = 4;       // what an addition costs, in FMAs of a p
 }  // namespace
 
 void linearBackwardInput(Queue& queue, Operand dy, const Weight& w, Output dx) {
-  const BackwardInput product{dy, w, directOutput(dx, nullptr)};
-  multiply(queue, product, dy.rows, [&](const float* result, const Strip& strip, int64_t row, int64_t rows) {
-    finishBlock(result, kStripStride, strip, row, rows, product.direct, nullptr,
-                [&](int64_t r, int64_t column, Vec value, int64_t count) { put(dx, r, column, value, count); });
-  });
+  multiply(queue, BackwardInput(dy, w, dx), dy.rows);
 }
 
 void linearBackwardWeight(Queue& queue, Operand dy, Operand x, WeightGradient dW, float* dBias) {

@@ -4,10 +4,9 @@
 
 #include "core/queue.h"
 #include "kernels/cpu/linear_pack.h"
+#include "kernels/kernels.h"
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
-
-namespace {
 
 // Neighbouring columns of a product that one tile width covers.
 struct Group {
@@ -19,10 +18,11 @@ struct Group {
   int vectors;
 };
 
-// A strip's staged right operand (256 KiB) and the packed left operand (448 KiB) share the second-level cache.
+// A strip's staged right operand (kDepth x 128 floats) and a block of the packed left operand share the second-level
+// cache.
 constexpr int64_t kStripColumns = 128;
 constexpr int64_t kStripSlack = 48;                   // columns that a strip cut at odd places may cover on top
-constexpr int64_t kLeftTiles = 224 / kTileRows;       // tiles whose left operands are in cache together
+constexpr int64_t kLeftTiles = 16;                    // tiles whose left operands are in cache together
 constexpr int64_t kBlockTiles = 512 / kTileRows + 2;  // tiles for which a strip's right operand is staged once
 constexpr int64_t kStripStride = kStripColumns + kStripSlack;
 constexpr int kMaxGroups = static_cast<int>(kStripStride / 16);
@@ -73,46 +73,6 @@ LOCKSTEP_INLINE int treeLevels(int64_t leaves) {
   return __builtin_ctzll(static_cast<uint64_t>(leaves));
 }
 
-// Scratch of one thread, in floats: staged right operand, packed left operand (where it is not packed once for all
-// strips), and the accumulators of every level.
-struct BlockScratch {
-  float* right;
-  float* left;
-  float* levels;
-
-  static constexpr int64_t kRightFloats = kDepth * kStripStride;
-  static constexpr int64_t kLeftFloats = kLeftTiles * kTileRows * kDepth;
-  static constexpr int64_t kLevelFloats = kBlockTiles * kTileRows * kStripStride;
-  static size_t bytes(int levels) {
-    return static_cast<size_t>(kRightFloats + kLeftFloats + (levels + 1) * kLevelFloats) * sizeof(float);
-  }
-  explicit BlockScratch(void* memory)
-      : right(static_cast<float*>(memory)), left(right + kRightFloats), levels(left + kLeftFloats) {}
-};
-
-// The steps of a leaf, cut into blocks of nearly equal depth that fit the cache. An empty leaf is one block of no
-// steps.
-struct Depth {
-  int64_t steps, each, blocks;
-
-  explicit Depth(int64_t count) : steps(count) {
-    const int64_t fewest = steps > kDepth ? (steps + kDepth - 1) / kDepth : 1;
-    each = smaller(roundUp((steps + fewest - 1) / fewest, 32), kDepth);
-    blocks = steps > 0 ? (steps + each - 1) / each : 1;
-  }
-  int64_t first(int64_t block) const { return block * each; }
-  int64_t count(int64_t block) const { return smaller(each, steps - first(block)); }
-};
-
-// The left operand packed once for all strips: block after block of steps, each with its tiles kDepth * their rows
-// apart. Null: every task packs what it needs.
-struct PackedLeft {
-  float* data = nullptr;
-  int64_t rows = 0;
-
-  float* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kDepth; }
-};
-
 // Where finished tiles may go without passing by a finish: float32 with an optional bias and residual. Null: nowhere.
 struct Direct {
   View<float> y;
@@ -138,79 +98,6 @@ LOCKSTEP_INLINE Direct directOutput(const Output& y, const float* bias) {
   return {{y.operand.row<float>(0), y.operand.rows, y.operand.cols, y.operand.stride}, {}, bias};
 }
 
-// Runs tiles against every group of the strip. `call` carries what all of them share; `left` holds the first tile;
-// `from` (or null), call.levels and `to` are accumulators of the row `origin` on.
-inline void runTiles(Form form, TileCall call, const float* left, const Tiles& tiles, int64_t origin,
-                     const Strip& strip, const float* const* rights, const int64_t* rightSteps, float* from, float* to,
-                     const Direct& direct) {
-  const float* levels = call.levels;
-  for (int g = 0; g < strip.count; ++g) {
-    const Group& group = strip.groups[g];
-    const bool straight = direct.takes(group);
-    call.right = rights[g];
-    call.rightStep = rightSteps[g];
-    call.bias = nullptr;
-    call.residual = nullptr;
-    for (int64_t i = tiles.first; i < tiles.last; ++i) {
-      const int64_t at = (tiles.begin(i) - origin) * kStripStride + group.at;
-      call.left = left + (tiles.begin(i) - tiles.origin()) * kDepth;
-      call.leftStep = tiles.count(i);
-      call.from = from == nullptr ? nullptr : from + at;
-      call.levels = levels + at;
-      call.to = to + at;
-      call.toStride = kStripStride;
-      if (straight) direct.aim(call, tiles, i, group.output);
-      runTile(form, static_cast<int>(call.leftStep), group.vectors, call);
-    }
-  }
-}
-
-// Tiles (at most kBlockTiles) of a strip; finish(accumulators, strip, row, rows) takes finished rows, kStripStride
-// apart. A product says: leaves(); steps(leaf); pack(leaf, first, steps, row, rows, to), which packs one tile; and
-// right(leaf, group, first, steps, stage, rightStep): where the right operand lies, staged into `stage` or not.
-template <class Product, class Finish>
-void multiplyBlock(const Product& product, const PackedLeft& packed, const Strip& strip, const Tiles& tiles,
-                   BlockScratch scratch, const Finish& finish) {
-  const int64_t leaves = product.leaves();
-  float* const result = scratch.levels + treeLevels(leaves) * BlockScratch::kLevelFloats;
-  const float* rights[kMaxGroups];
-  int64_t rightSteps[kMaxGroups], blocksBefore = 0;
-  for (int64_t leaf = 0; leaf < leaves; ++leaf) {
-    const Depth depth(product.steps(leaf));
-    for (int64_t block = 0; block < depth.blocks; ++block) {
-      const int64_t first = depth.first(block), count = depth.count(block);
-      float* stage = scratch.right;
-      for (int g = 0; g < strip.count; ++g) {
-        rights[g] = product.right(leaf, strip.groups[g], first, count, stage, rightSteps[g]);
-        stage += kDepth * 16 * strip.groups[g].vectors;
-      }
-      const bool last = block == depth.blocks - 1;
-      TileCall call{};
-      call.steps = count;
-      call.stride = kStripStride;
-      call.levels = scratch.levels;
-      call.levelStride = BlockScratch::kLevelFloats;
-      call.levelCount = last ? __builtin_ctzll(~static_cast<uint64_t>(leaf)) : 0;
-      float* const from = block == 0 ? nullptr : result;
-      float* const to = last ? scratch.levels + call.levelCount * BlockScratch::kLevelFloats : result;
-      for (int64_t i = tiles.first; i < tiles.last; i += kLeftTiles) {
-        const Tiles some = tiles.range(i, smaller(i + kLeftTiles, tiles.last));
-        const float* left = packed.data == nullptr ? scratch.left : packed.at(blocksBefore + block, some.origin());
-        for (int64_t t = some.first; t < some.last && packed.data == nullptr; ++t) {
-          float* const to = scratch.left + (some.begin(t) - some.origin()) * kDepth;
-          product.pack(leaf, first, count, some.begin(t), some.count(t), to);
-        }
-        const bool finished = last && leaf == leaves - 1;
-        runTiles(product.form(), call, left, some, tiles.origin(), strip, rights, rightSteps, from, to,
-                 finished ? product.direct : Direct{});
-        if (!finished) continue;
-        finish(result + (some.origin() - tiles.origin()) * kStripStride, strip, some.origin(), some.allRows());
-      }
-    }
-    blocksBefore += depth.blocks;
-  }
-}
-
 // Products below this many FMAs run on the caller alone: waking a thread would cost more.
 constexpr int64_t kTinyProduct = 50'000;
 
@@ -224,62 +111,33 @@ void deal(Queue& queue, int64_t tasks, int64_t fmas, const Body& body) {
   queue.pool().forEach(tasks, body);
 }
 
-// Blocks of rows. Staging a strip costs about as much as one tile of it; the fewest blocks that keep every thread busy
-// to the end cost the least.
-LOCKSTEP_INLINE int64_t rowBlocks(int64_t tiles, int64_t strips, int64_t threads) {
-  const int64_t fewest = (tiles + kBlockTiles - 1) / kBlockTiles;
-  int64_t best = fewest, bestCost = INT64_MAX;
-  for (int64_t blocks = fewest; blocks <= smaller(tiles, fewest + 2 * threads); ++blocks) {
-    const int64_t each = (tiles + blocks - 1) / blocks;
-    const int64_t cost = (strips * blocks + threads - 1) / threads * (each + 1);
-    if (cost < bestCost) {
-      best = blocks;
-      bestCost = cost;
-    }
-  }
-  return best;
-}
+// A product cut into leaves (chains whose sums form the tree) and strips. Its methods are called per strip and per
+// block of steps, never per element.
+struct BlockedProduct {
+  Direct direct;
 
-// Packs the left operand once, on all threads, when several strips read it and it is small enough to stay near.
-constexpr int64_t kPackedLeftBytes = int64_t{24} << 20;
-template <class Product>
-PackedLeft packLeft(Queue& queue, const Product& product, const Tiles& tiles, int64_t strips) {
-  int64_t blocks = 0;
-  for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) blocks += Depth(product.steps(leaf)).blocks;
-  const int64_t bytes = blocks * tiles.rows * kDepth * static_cast<int64_t>(sizeof(float));
-  if (strips < 2 || bytes > smaller(kPackedLeftBytes, static_cast<int64_t>(queue.scratchBytes()))) return {};
-  const PackedLeft packed{static_cast<float*>(queue.shared(static_cast<size_t>(bytes))), tiles.rows};
-  deal(queue, tiles.last, product.fmas(tiles.rows), [&](int64_t i, int) {
-    int64_t index = 0;
-    for (int64_t leaf = 0; leaf < product.leaves(); ++leaf) {
-      const Depth depth(product.steps(leaf));
-      for (int64_t block = 0; block < depth.blocks; ++block, ++index) {
-        float* const to = packed.at(index, tiles.begin(i));
-        product.pack(leaf, depth.first(block), depth.count(block), tiles.begin(i), tiles.count(i), to);
-      }
-    }
-  });
-  return packed;
-}
+  virtual int64_t leaves() const = 0;
+  virtual int64_t steps(int64_t leaf) const = 0;  // of the leaf's chain
+  virtual int64_t fmas(int64_t rows) const = 0;
+  virtual Form form() const = 0;
+  // Packs the left operand of one tile: steps first .. first + steps - 1 of rows row .. row + rows - 1.
+  virtual void pack(int64_t leaf, int64_t first, int64_t steps, int64_t row, int64_t rows, float* to) const = 0;
+  // Where the right operand of a group lies and how far apart its steps are; it may be staged into `stage`.
+  virtual const float* right(int64_t leaf, const Group& group, int64_t first, int64_t steps, float* stage,
+                             int64_t& step) const = 0;
+  virtual int64_t strips() const = 0;
+  virtual void strip(int64_t index, Strip& strip) const = 0;
+  // Takes finished rows of a strip, `stride` apart: the groups that `direct` does not take.
+  virtual void finish(const float* accumulators, int64_t stride, const Strip& strip, int64_t row,
+                      int64_t rows) const = 0;
 
-// All rows of a product. finish(accumulators, strip, row, rows) takes a finished block; product.strip(i, strip) fills
-// the i-th of product.strips().
-template <class Product, class Finish>
-void multiply(Queue& queue, const Product& product, int64_t rows, const Finish& finish) {
-  const size_t bytes = BlockScratch::bytes(treeLevels(product.leaves()));
-  const Tiles all(rows);
-  const int64_t strips = product.strips(), blocks = rowBlocks(all.last, strips, queue.threads());
-  queue.scratch(0, bytes);
-  const PackedLeft packed = packLeft(queue, product, all, strips);
-  deal(queue, strips * blocks, product.fmas(rows), [&](int64_t task, int thread) {
-    const int64_t block = task % blocks;
-    const Tiles tiles = all.range(all.last * block / blocks, all.last * (block + 1) / blocks);
-    Strip strip;
-    product.strip(task / blocks, strip);
-    const BlockScratch scratch(queue.scratch(thread, bytes));
-    multiplyBlock(product, packed, strip, tiles, scratch, finish);
-  });
-}
+ protected:
+  explicit BlockedProduct(Direct to) : direct(to) {}
+  ~BlockedProduct() = default;
+};
+
+// All rows of a product.
+void multiply(Queue& queue, const BlockedProduct& product, int64_t rows);
 
 // --- where results go ------------------------------------------------------------------------------------
 
@@ -319,7 +177,5 @@ LOCKSTEP_INLINE void finishBlock(const float* accumulators, int64_t stride, cons
     }
   }
 }
-
-}  // namespace
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA

@@ -11,8 +11,6 @@
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
 
-namespace {
-
 constexpr int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -107,10 +105,26 @@ void packTileOf(const typename Row::Element* x, int64_t stride, int64_t rows, in
   }
 }
 
+// The same row by row, whole vectors at a time: a row has room for one more than it needs.
+template <class Row>
+void packRowsOf(const typename Row::Element* x, int64_t stride, int64_t rows, int64_t count, int64_t steps, float* to) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, to += kLeftFloats) {
+    int64_t k = 0;
+    for (; k + 16 <= count; k += 16) storeu(to + k, Row::load(x + k));
+    for (; k < steps; k += 16) storeu(to + k, Row::load(x + k, count - k));
+  }
+}
+
 // Left operand of a tile from rows: `rows` (at most 16) of them from `row`, `count` elements from column `col`.
 inline void packTile(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t count, int64_t steps,
                      float* to) {
-  if (x.dtype == DType::kFloat32) {
+  if constexpr (kLeftByRows) {
+    if (x.dtype == DType::kFloat32) {
+      packRowsOf<PlainRow>(x.row<float>(row) + col, x.stride, rows, count, steps, to);
+    } else {
+      packRowsOf<WidenedRow>(x.row<BFloat16>(row) + col, x.stride, rows, count, steps, to);
+    }
+  } else if (x.dtype == DType::kFloat32) {
     packTileOf<PlainRow>(x.row<float>(row) + col, x.stride, rows, count, steps, to);
   } else if constexpr (kPairArithmetic) {
     packTileOf<PairedRow>(x.row<BFloat16>(row) + col, x.stride, rows, count, steps, to);
@@ -171,18 +185,26 @@ LOCKSTEP_INLINE PanelView panelAt(const Weight& w, const Part& part, int64_t col
   return {reinterpret_cast<const float*>(base) + column % kPanel, part.panelWidth(panel)};
 }
 
+// Rows of a panel between what is read and what is fetched from memory meanwhile.
+constexpr int64_t kRowsAhead = 16;
+
 // Right operand from a panel, steps first .. first + steps - 1 in chain order.
 inline void stagePanel(DType dtype, PanelView panel, int64_t first, int64_t steps, int vectors, float* to) {
+  const int64_t ahead = kRowsAhead * panel.width;
   if (dtype == DType::kFloat32) {
     const float* from = panel.data + first * panel.width;
     for (int64_t k = 0; k < steps; ++k, from += panel.width) {
-      for (int v = 0; v < vectors; ++v, to += 16) storeu(to, loadu(from + 16 * v));
+      for (int v = 0; v < vectors; ++v, to += 16) {
+        __builtin_prefetch(from + ahead + 16 * v);
+        storeu(to, loadu(from + 16 * v));
+      }
     }
     return;
   }
   const float* from = panel.data + first / 2 * panel.width;
   for (int64_t k = 0; k < steps; k += 2, from += panel.width, to += 32 * vectors) {
     for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(from + ahead + 16 * v);
       const Pairs pairs = loadPairs(from + 16 * v);
       storeu(to + 16 * v, odd(pairs));
       storeu(to + 16 * (vectors + v), even(pairs));
@@ -197,10 +219,12 @@ LOCKSTEP_INLINE void loadTransposed(const Weight& w, const Part& part, int64_t r
   const int64_t exist = part.in - column;
   if (w.dtype == DType::kFloat32) {
     const float* from = panel.data + column * panel.width;
+    for (int i = 0; i < 16; ++i) __builtin_prefetch(from + i * panel.width + kPanel * part.inPadded(), 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = i < exist ? loadu(from + i * panel.width) : zero();
   } else {
     const float* from = panel.data + column / 2 * panel.width;
+    for (int i = 0; i < 8; ++i) __builtin_prefetch(from + i * panel.width + kPanel / 2 * part.inPadded(), 0, 2);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       const Pairs pairs = i < exist ? loadPairs(from + i / 2 * panel.width) : asPairs(zero());
@@ -254,7 +278,5 @@ inline void stageTransposed(const Weight& w, const Part& part, int64_t first, in
     }
   }
 }
-
-}  // namespace
 
 }  // namespace lockstep::kernels::LOCKSTEP_ISA

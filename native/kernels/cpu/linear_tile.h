@@ -10,24 +10,33 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 // 2 loads and 14 broadcasts for 28 FMAs. AVX2 has 16 registers of half a Vec: 6 x 1 needs 2 loads and 6 broadcasts for
 // 12 FMAs. Few rows take wider tiles instead, so that enough chains hide the latency of FMA and a panel is read in one
 // sweep.
+// kDepth: steps of a chain done at once, in float32 elements or in bfloat16 pairs: long enough that reading and writing
+// the accumulators around them costs little, short enough that a strip of the right operand and a block of the left one
+// fit the second-level cache (1 MiB or more where there is AVX-512, else 512 KiB).
 #ifdef __AVX512F__
 constexpr int kTileRows = 14, kTileVectors = 2;
 constexpr int kRowsOfWidth[5] = {0, 4, 14, 0, 6};  // most rows of a tile of 1, 2, 4 vectors
+constexpr bool kLeftByRows = false;
+constexpr int64_t kDepth = 512;
 #else
 constexpr int kTileRows = 6, kTileVectors = 1;
 constexpr int kRowsOfWidth[5] = {0, 6, 2, 0, 1};
+constexpr bool kLeftByRows = true;
+constexpr int64_t kDepth = 384;
 #endif
 constexpr int64_t kTileColumns = 16 * kTileVectors;
 
-// Steps of a chain done at once, in float32 elements or in bfloat16 pairs: long enough that reading and writing the
-// accumulators around them costs little, short enough that a strip of the right operand and a block of the left one fit
-// the second-level cache.
-constexpr int64_t kDepth = 512;
+// Floats of a row of a packed left operand: rows of equal distance must not meet in the same sets of the first cache.
+constexpr int64_t kLeftFloats = kDepth + (kLeftByRows ? 16 : 0);
 constexpr int64_t kStepsPerFetch = 16;
 constexpr int64_t kPanelAhead = 1024;  // dwords
+// Packed tiles lie one after another: while one is used, the next comes nearer. Streams of the hardware end at each
+// page.
+constexpr int64_t kLeftAhead = 1024;  // floats
 
-// The left operand of a tile of R rows is packed step by step, R numbers each: the tile reads it front to back, and
-// every row is a short offset from one pointer.
+// The left operand of a tile lies step by step, R numbers each: the tile reads it front to back, and every row is a
+// short offset from one pointer. Or, with six rows (kLeftByRows), row by row, kLeftFloats apart: then packing a row is
+// copying it.
 enum class Form : uint8_t {
   kPlain,  // right operand float32 in chain order: a step is one element
   kPairs,  // right operand bfloat16 pairs: a step is a pair
@@ -44,7 +53,8 @@ constexpr bool kPairArithmetic =
 // bias; acc = residual + acc; to = acc. The null ones are left out.
 struct TileCall {
   const float* left;
-  int64_t leftStep;  // floats between steps: the rows that are packed together
+  int64_t leftStep;  // floats between steps: the rows that are packed together; 1 by rows
+  bool leftByRows;
   const float* right;
   int64_t rightStep;  // dwords between steps
   int64_t steps;
