@@ -30,7 +30,7 @@ export interface WorkerGroupOptions<W, P> extends RankLayout {
   /** Makes the worker of a rank; or the workers by rank. */
   readonly worker: ((rank: RankContext) => W) | readonly W[];
   /** A method's first argument is spread by its protocol; the others go to every rank as they are. */
-  readonly protocols: P & { readonly [K in Exclude<keyof P, MethodName<W>>]: never };
+  readonly protocols: P;
   /** Default: ranks of this process. */
   readonly transport?: Transport;
   /** How long a call that failed waits for the ranks that are still running; default 30. */
@@ -69,7 +69,7 @@ export const WorkerGroup = {
    * `PROTOCOL_INVALID`. A call rejects with `RANK_FAILED` when ranks fail, with `BATCH_INVALID` when a batch cannot be cut or
    * joined, with `PROTOCOL_MISSING` when the table does not name it.
    */
-  create: <W extends object, const P extends ProtocolTable<W>>(
+  create: <W extends object, const P extends ProtocolTable<NoInfer<W>>>(
     options: WorkerGroupOptions<W, P>,
   ): WorkerGroup<W, P> => {
     const { name, layout, generation, transport = inProcess, timeoutSeconds = 30 } = options;
@@ -78,7 +78,7 @@ export const WorkerGroup = {
     const group: Group = { name, ranks, workers, transport, timeoutSeconds };
     const methods: Record<string, Method> = {};
     for (const method of methodNames(workers[0]!)) methods[method] = refusal(name, method);
-    for (const [method, entry] of Object.entries<ProtocolEntry>(options.protocols)) {
+    for (const [method, entry] of Object.entries(options.protocols as Readonly<Record<string, ProtocolEntry>>)) {
       methods[method] = methodOver(group, method, entry);
     }
     return methods as WorkerGroup<W, P>;

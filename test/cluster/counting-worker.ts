@@ -1,20 +1,20 @@
 /** A worker that knows nothing: it counts its calls and answers with what it received. */
 import type { Degrees, GenerationDegrees } from '../../src/layout/parallel.js';
 
-export class CountingWorker {
+export class CountingWorker<Batch = unknown> {
   readonly calls: Record<string, number> = {};
   readonly received: unknown[] = [];
 
   constructor(readonly rank: number) {}
 
-  echo<T>(batch: T): T {
+  echo(batch: Batch): Batch {
     this.count('echo', batch);
     return batch;
   }
 
   /** Like a batch of one row: which rank answered. */
-  who(_batch: unknown): number[] {
-    this.count('who', _batch);
+  who(batch: unknown): number[] {
+    this.count('who', batch);
     return [this.rank];
   }
 
@@ -34,7 +34,7 @@ export class CountingWorker {
   }
 }
 
-export const countingWorkers = (count: number): CountingWorker[] =>
+export const countingWorkers = <Batch = unknown>(count: number): CountingWorker<Batch>[] =>
   Array.from({ length: count }, (_, rank) => new CountingWorker(rank));
 
 export const degrees = (pipeline: number, tensor: number, data: number): Degrees => ({ pipeline, tensor, data });
