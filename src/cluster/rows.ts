@@ -12,7 +12,8 @@ import { LockstepError } from '../errors.js';
 
 type TypedArray = Exclude<NodeJS.ArrayBufferView, DataView>;
 type RowArray = readonly unknown[] | TypedArray;
-type Record_ = Readonly<Record<string, unknown>>;
+/** A plain object. */
+type Fields = Readonly<Record<string, unknown>>;
 
 /** What a row is in an object: how many there are and, when packed, where each one's tokens start. */
 interface Axes {
@@ -214,7 +215,7 @@ function isRowArray(value: unknown): value is RowArray {
   return Array.isArray(value) || isTypedArray(value);
 }
 
-function isRecord(value: unknown): value is Record_ {
+function isRecord(value: unknown): value is Fields {
   if (typeof value !== 'object' || value === null) return false;
   const prototype = Object.getPrototypeOf(value);
   return prototype === Object.prototype || prototype === null;
@@ -224,7 +225,7 @@ function isShared(value: unknown): boolean {
   return typeof value !== 'object' || value === null;
 }
 
-function mapRecord(record: Record_, map: (value: unknown, name: string) => unknown): Record_ {
+function mapRecord(record: Fields, map: (value: unknown, name: string) => unknown): Fields {
   return Object.fromEntries(Object.entries(record).map(([name, value]) => [name, map(value, name)]));
 }
 

@@ -125,6 +125,8 @@ describe('joining', () => {
     const swapped = concatRows([high, low]);
     expect(swapped).toEqual(Float32Array.of(2, 3, 0, 1));
     expect(swapped.buffer).not.toBe(whole.buffer);
+    const other = Float32Array.of(4, 5, 6, 7);
+    expect(concatRows([low, other.subarray(2)])).toEqual(Float32Array.of(0, 1, 6, 7));
     expect(concatRows([low, new Float32Array(0), Float32Array.of(9)])).toEqual(Float32Array.of(0, 1, 9));
     expect(concatRows([whole.subarray(0, 1), high])).toEqual(Float32Array.of(0, 2, 3));
     expect(concatRows([BigInt64Array.of(1n), BigInt64Array.of(2n)])).toEqual(BigInt64Array.of(1n, 2n));

@@ -258,6 +258,11 @@ describe('failing', () => {
     expect((await failureOf(group.work([1]))).details.ranks).toEqual([0]);
   });
 
+  it('a rank that stops of itself before any other is one that failed', async () => {
+    const group = groupOf((rank) => (rank === 1 ? Promise.reject(new DOMException('stop', 'AbortError')) : [rank]));
+    expect((await failureOf(group.work([1, 2]))).details.ranks).toEqual([1]);
+  });
+
   it('reports the errors of several ranks, in the order of time', async () => {
     const group = groupOf(async (rank) => {
       if (rank % 2 === 0) return [];
@@ -426,6 +431,12 @@ describe('pairs of a user', () => {
     registerProtocol('DEALT', dealt);
     const group = WorkerGroup.create({ ...options, worker: countingWorkers(2), protocols: { echo: 'DEALT' } });
     expect(await group.echo([1, 2, 3])).toBe(6);
+  });
+
+  it('see the answers of the ranks they name', async () => {
+    const first = { ...dealt, answers: () => [true, false], collect: (answers: readonly unknown[]) => answers };
+    const group = WorkerGroup.create({ ...options, worker: countingWorkers(2), protocols: { echo: first } });
+    expect(await group.echo([1, 2, 3])).toEqual([[1, 3], undefined]);
   });
 
   it('are held to one part per rank', async () => {
