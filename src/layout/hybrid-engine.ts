@@ -14,7 +14,7 @@ import {
   microReplicas,
   worldSize,
 } from './parallel.js';
-import { type LayerRange, stageLayers } from './stages.js';
+import { type Range, stageLayers } from './stages.js';
 
 /** How weights come from training to generation: DeepSpeed-Chat's way, HybridFlow's with vanilla groups, HybridFlow's. */
 export type TransitionEngine = 'ds-chat' | 'hybridflow-v' | 'hybridflow';
@@ -31,7 +31,7 @@ export interface GenerationGroups {
 }
 
 /** Layers begin .. end - 1 of the model, and slices firstSlice .. endSlice - 1 of the t into which each is cut. */
-export interface Region extends LayerRange {
+export interface Region extends Range {
   firstSlice: number;
   endSlice: number;
 }
@@ -90,7 +90,7 @@ export function generationGroups(train: Degrees, generation: GenerationDegrees, 
 /** What of the model a rank holds in training. */
 export function trainingRegion(rank: number, train: Degrees, layers: number): Region {
   const { pipeline, tensor } = coordinatesOf(rank, train);
-  const range = stageLayers(layers, train.pipeline)[pipeline] as LayerRange;
+  const range = stageLayers(layers, train.pipeline)[pipeline] as Range;
   return { ...range, firstSlice: tensor, endSlice: tensor + 1 };
 }
 
@@ -107,8 +107,8 @@ export function generationRegion(
   const m = train.pipeline / generation.pipeline;
   const k = train.tensor / generation.tensor;
   return {
-    begin: (stages[pipeline * m] as LayerRange).begin,
-    end: (stages[pipeline * m + m - 1] as LayerRange).end,
+    begin: (stages[pipeline * m] as Range).begin,
+    end: (stages[pipeline * m + m - 1] as Range).end,
     firstSlice: tensor * k,
     endSlice: (tensor + 1) * k,
   };

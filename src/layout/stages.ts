@@ -1,8 +1,8 @@
 /** Which layers a pipeline stage holds. */
 import { LockstepError } from '../errors.js';
 
-/** Layers begin .. end - 1. */
-export interface LayerRange {
+/** Layers, parts, rows or columns begin .. end - 1. */
+export interface Range {
   begin: number;
   end: number;
 }
@@ -13,7 +13,7 @@ export interface LayerRange {
  * flight on it (the first has the embedding besides), so the extra layers lie between.
  * @throws PARALLEL_INVALID when a stage would have no layer
  */
-export function stageLayers(layers: number, stages: number): LayerRange[] {
+export function stageLayers(layers: number, stages: number): Range[] {
   if (!Number.isSafeInteger(stages) || stages < 1 || stages > layers) {
     const message =
       `parallel.pipeline: ${stages} stages are not possible for ${layers} layers: it must be an integer from 1 to ` +
@@ -21,7 +21,7 @@ export function stageLayers(layers: number, stages: number): LayerRange[] {
     throw new LockstepError('PARALLEL_INVALID', message, { key: 'parallel.pipeline', received: stages, layers });
   }
   const extra = layers % stages;
-  const ranges: LayerRange[] = [];
+  const ranges: Range[] = [];
   let begin = 0;
   for (let stage = 0; stage < stages; stage++) {
     const more = stage < stages - 1 && stage >= stages - 1 - extra ? 1 : 0;
