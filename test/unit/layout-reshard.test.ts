@@ -23,8 +23,11 @@ const degreesOf = (name: string): Degrees => {
 };
 
 const shapes: [string, ModelShape][] = [
-  // A key/value head that eight ranks share, in parts of 120 and 40 rows: more than a panel on one side.
-  ['one wide key/value head, with biases', rotary({ num_key_value_heads: 1, head_dim: 40, attention_bias: true })],
+  // A key/value head that eight ranks share, in parts of 120 and 40 rows: more than a panel on one side; an odd width.
+  [
+    'one wide key/value head, with biases',
+    rotary({ num_key_value_heads: 1, head_dim: 40, hidden_size: 13, attention_bias: true }),
+  ],
   ['two key/value heads, tied, head norms', rotary({ model_type: 'qwen3', tie_word_embeddings: true })],
   ['gpt2', gpt2()],
 ];
@@ -131,6 +134,7 @@ describe('what a general plan moves', () => {
     arenas.forEach((arena, rank) => {
       expect(firstDifference(arena, filledArena(to![rank]!))).toBe(-1);
     });
+    expect(to![0]!.tensors.every(({ elementBytes }) => elementBytes === 4)).toBe(true);
     const names = to![0]!.tensors.map(({ tensor }) => tensor.name);
     expect(names.includes('layers.0.norm1')).toBe(space !== 'master');
   });
