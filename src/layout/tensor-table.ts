@@ -20,6 +20,8 @@ export interface TensorSource {
   /** Stored [in, out] (GPT-2's Conv1D): rows of `pieces` are its columns. */
   transposed: boolean;
   pieces: readonly Piece[];
+  /** Columns begin .. begin + count - 1 of those rows are the engine's columns 0 .. count - 1; absent: all columns. */
+  columns?: { begin: number; count: number };
 }
 
 export interface TensorSpec {
