@@ -257,12 +257,14 @@ class LocalCommunicator final : public Communicator {
     if (!ready()) raise();
   }
 
-  // Whether a member has shown no life for the timeout since `began`. Who waits for others itself is blamed later than
-  // who does not, so that the cause is found first.
+  // When a member that is waited for since `began` was last seen alive.
+  int64_t aliveAt(int i, int64_t began) { return std::max(began, world_.stampOf(member(i).worldRank)); }
+
+  // Whether that is too long ago. Who waits for others itself is blamed later than who does not, so that the cause is
+  // found first.
   bool silent(int i, int64_t began) {
-    const int rank = member(i).worldRank;
-    const int64_t limit = world_.timeout() + (world_.waitsOf(rank).load() > 0 ? world_.timeout() / 4 : 0);
-    return nowNanoseconds() - std::max(began, world_.stampOf(rank)) > limit;
+    const int64_t patience = world_.waitsOf(member(i).worldRank).load() > 0 ? world_.timeout() / 4 : 0;
+    return nowNanoseconds() - aliveAt(i, began) > world_.timeout() + patience;
   }
 
   // `who` cannot be waited for any longer; `expected` says what for.
@@ -315,12 +317,15 @@ class LocalCommunicator final : public Communicator {
 
   void examineMissing(uint64_t meeting, int64_t began) {
     std::vector<int> gone, late;
+    int64_t alive = nowNanoseconds();
     for (int i = 0; i < size(); ++i) {
       const bool left = member(i).left.load();
       if (member(i).meetings.load() >= meeting) continue;
       if (left) gone.push_back(i);
       if (silent(i, began)) late.push_back(i);
+      alive = std::min(alive, aliveAt(i, began));
     }
+    world_.inherit(me_.worldRank, alive);
     const std::string expected = "expected " + describe(me_.call) + " of all " + std::to_string(size()) + " ranks";
     if (!gone.empty()) {
       reportAbsent("RANK_LEFT", gone, expected);
@@ -511,6 +516,7 @@ class LocalCommunicator final : public Communicator {
   // serve a message of this call.
   void examinePeers(const Exchange& x, int64_t began) {
     const uint64_t sending = x.sendingTo(), receiving = x.receivingFrom();
+    int64_t alive = nowNanoseconds();
     for (int i = 0; i < size(); ++i) {
       if (i == rank() || ((sending | receiving) & bit(i)) == 0) continue;
       const bool sends = (sending & bit(i)) != 0;
@@ -526,7 +532,9 @@ class LocalCommunicator final : public Communicator {
       } else if (left || late) {
         reportAbsent(left ? "RANK_LEFT" : "RANK_MISSING", {i}, expected);
       }
+      alive = std::min(alive, aliveAt(i, began));
     }
+    world_.inherit(me_.worldRank, alive);
   }
 
   Call firstTo(const Exchange& x, int peer) {

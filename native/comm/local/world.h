@@ -29,6 +29,13 @@ class World {
 
   int64_t timeout() const { return timeout_; }
   void stamp(int rank) { lives_[rank].stamp.store(nowNanoseconds(), std::memory_order_relaxed); }
+  // A rank that waits lives as long as those that it waits for.
+  void inherit(int rank, int64_t stamp) {
+    std::atomic<int64_t>& own = lives_[rank].stamp;
+    int64_t seen = own.load(std::memory_order_relaxed);
+    while (seen < stamp && !own.compare_exchange_weak(seen, stamp, std::memory_order_relaxed)) {
+    }
+  }
   int64_t stampOf(int rank) const { return lives_[rank].stamp.load(std::memory_order_relaxed); }
   // Calls of a rank that have waited for others for a while.
   std::atomic<int>& waitsOf(int rank) { return lives_[rank].waits; }

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "communicator_program.h"
+#include "core/arena.h"
 #include "core/error.h"
 #include "harness.h"
 
@@ -162,8 +163,10 @@ const CommunicatorRegistration kOther("faults.otherCall", 60, [](CommunicatorTri
     callOtherwise(mine, step, seed);
     require(false, "a different call passed");
   });
+  // Who waits for a message of the rank later on may find the call before those of this step do.
+  const std::string site = p.step().operation == Operation::kSend ? "planted" : p.step().site;
   t.expectAll(outcomes, "COLLECTIVE_MISMATCH",
-              {"group 'world", p.group(), p.rank(), "expected", "received", " at '" + p.step().site + "'"});
+              {"group 'world", p.group(), p.rank(), "expected", "received", " at '" + site + "'"});
   expectWithin(t, outcomes, p.fault.rank, 0, kBoundSeconds);
   expectAlive(t);
 });
@@ -206,7 +209,7 @@ const CommunicatorRegistration kSilent("faults.silent", 8, [](CommunicatorTrial&
   for (int r = 0; r < p.program.ranks; ++r) {
     const Outcome& o = outcomes[static_cast<size_t>(r)];
     const bool named = o.message.find("rank " + name + " (") != std::string::npos ||
-                       o.message.find(" (" + name + " of all)") != std::string::npos;
+                       o.message.find(" (" + name + " of the world)") != std::string::npos;
     if (!named) t.fail("rank " + std::to_string(r) + " does not name the silent rank: " + o.message);
     if (r == p.fault.rank) continue;
     const double after = o.endedSeconds - outcomes[static_cast<size_t>(p.fault.rank)].markedSeconds;
@@ -217,8 +220,33 @@ const CommunicatorRegistration kSilent("faults.silent", 8, [](CommunicatorTrial&
   expectAlive(t);
 });
 
+// Rank 0 falls silent; 1 waits for it, and 2 for 1: all name 0.
+const CommunicatorRegistration kChain("faults.chain", 4, [](CommunicatorTrial& t) {
+  const auto outcomes = t.run(
+      3,
+      [](Rank& rank) {
+        Communicator& c = *rank.world;
+        const auto pair = c.split(c.rank() == 0 ? 0 : 1, 0, "pair");
+        char byte = 0;
+        if (c.rank() == 0) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(250));
+          c.progress();
+          std::this_thread::sleep_for(std::chrono::milliseconds(900));
+        } else if (c.rank() == 1) {
+          c.receive(&byte, 1, Element::kByte, 0, "from the silent");
+        }
+        pair->barrier("after the message");
+      },
+      0.5);
+  t.expectAll(
+      outcomes, "RANK_MISSING",
+      {"group 'world': expected receive 0 of 1 bytes from rank 0 at 'from the silent' (of rank 1)", "; rank 0 ("});
+});
+
+// The others are at another call then, or wait in a group that the rank does not come to.
 const CommunicatorRegistration kSkip("faults.skip", 8, [](CommunicatorTrial& t) {
-  const Planted p = drawPlanted(t);
+  Planted p = drawPlanted(t);
+  while (p.step().operation == Operation::kSend || p.fault.step + 1 == p.program.steps.size()) p = drawPlanted(t);
   const auto outcomes = runWithFault(
       t, p.program, p.fault, [](Rank&, ProgramRank&, const Step&) {}, 0.5);
   for (int r = 0; r < p.program.ranks; ++r) {
@@ -322,6 +350,39 @@ const CommunicatorRegistration kOutside("faults.abortFromOutside", 2, [](Communi
   t.expectOne(outcomes, 0, "");
   t.expectOne(outcomes, 1, "RANK_ABORTED", {"aborted by rank 0", "closing"});
   expectWithin(t, outcomes, 1, 0, kBoundSeconds);
+});
+
+// A call that throws in the middle of a copy leaves no reader behind: its buffers, large enough to have pages of their
+// own, are given back to the system at once.
+const CommunicatorRegistration kMiddle("faults.abortInTheMiddle", 12, [](CommunicatorTrial& t) {
+  const int64_t microseconds = t.integer(0, 12000);
+  const int64_t kind = t.integer(0, 3);
+  const auto outcomes = t.run(3, [&](Rank& rank) {
+    constexpr int64_t kCount = 600'000;
+    Communicator& c = *rank.world;
+    std::thread closing([&] {
+      if (c.rank() != 0) return;
+      std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+      c.abort("closing");
+    });
+    try {
+      Arena sent("sent", kCount * 12), received("received", kCount * 12);
+      auto* const send = static_cast<float*>(sent.at(0, kCount * 12, "all"));
+      auto* const receive = static_cast<float*>(received.at(0, kCount * 12, "all"));
+      const comm::Outgoing to{(c.rank() + 1) % 3, send, kCount * 3, Element::kFloat32};
+      const comm::Incoming from{(c.rank() + 2) % 3, receive, kCount * 3, Element::kFloat32};
+      for (;;) {
+        if (kind == 0) c.allReduce(send, receive, kCount * 3, "sum");
+        if (kind == 1) c.reduceScatter(send, receive, kCount, "sums");
+        if (kind == 2) c.allGather(send, receive, kCount, Element::kFloat32, "gather");
+        if (kind == 3) c.exchange({&to, 1}, {&from, 1}, "ring");
+      }
+    } catch (const Error&) {
+      closing.join();
+      throw;
+    }
+  });
+  t.expectAll(outcomes, "RANK_ABORTED", {"closing"});
 });
 
 const CommunicatorRegistration kArguments("faults.arguments", 1, [](CommunicatorTrial& t) {

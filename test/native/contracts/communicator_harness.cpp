@@ -49,6 +49,9 @@ Outcome runRank(std::unique_ptr<comm::Communicator> world, const Body& body) {
 }
 
 std::vector<Outcome> runLocal(int ranks, double timeoutSeconds, const Body& body) {
+  // A sanitizer starts a thread of its own beside the first.
+  static const bool started = (std::thread([] {}).join(), true);
+  (void)started;
   const int64_t threadsBefore = threadsOfProcess();
   std::vector<std::unique_ptr<comm::Communicator>> handles =
       comm::localWorld(ranks, {.name = "world", .timeoutSeconds = timeoutSeconds});

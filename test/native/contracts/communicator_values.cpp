@@ -162,16 +162,18 @@ const CommunicatorRegistration kProgress("progress", 1, [](CommunicatorTrial& t)
           }
         }
         c.barrier("after a long computation");
+        // Rank 0 waits for 1, and 2 for 0: it has to see that 1 lives.
+        const auto pair = c.split(c.rank() == 1 ? 1 : 0, 0, "pair");
         char byte = 'a';
-        if (c.rank() == 0) {
-          c.receive(&byte, 1, Element::kByte, 1, "a late message");
-        } else if (c.rank() == 1) {
+        if (c.rank() == 1) {
           for (int i = 0; i < 24; ++i) {
             std::this_thread::sleep_for(std::chrono::milliseconds(50));
             c.progress();
           }
-          c.send(&byte, 1, Element::kByte, 0, "a late message");
+          return c.send(&byte, 1, Element::kByte, 0, "a late message");
         }
+        if (c.rank() == 0) c.receive(&byte, 1, Element::kByte, 1, "a late message");
+        pair->barrier("after the message");
       },
       0.5));
 });
