@@ -66,7 +66,8 @@ Group::~Group() {
 
 std::string Group::rank(int member) const {
   const int worldRank = members[static_cast<size_t>(member)].worldRank;
-  return "rank " + std::to_string(member) + (worldRank == member ? "" : " (" + std::to_string(worldRank) + " of the world)");
+  return "rank " + std::to_string(member) +
+         (worldRank == member ? "" : " (" + std::to_string(worldRank) + " of the world)");
 }
 
 std::string Group::ranks(const std::vector<int>& list) const {
