@@ -1,12 +1,17 @@
 // kernel_contracts --list | --implementations
 // kernel_contracts [--implementation NAME] [--case NAME] [--seed N] [--trials N]
 //
+// kernel_contracts --communicator-list | --communicators
+// kernel_contracts --communicator NAME [--case NAME] [--seed N] [--trials N]
+//
 // --list prints the cases; --implementations prints those that this machine can run. Otherwise runs the cases (all, or
-// one) of one implementation ("" is the best). Exit 0: all hold; 1: one does not; 2: the command line is wrong.
+// one) of one implementation ("" is the best). Exit 0: all hold; 1: one does not; 2: the command line is wrong. The
+// same for communicators.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
+#include "communicator_harness.h"
 #include "core/error.h"
 #include "harness.h"
 
@@ -16,7 +21,7 @@ namespace {
 constexpr const char* kImplementations[] = {"reference", "avx2", "avx512", "avx512-bf16"};
 
 struct Options {
-  std::string implementation, only;
+  std::string implementation, communicator, only;
   uint64_t seed = 1;
   int trials = 0;  // 0: as many as each case asks for
 };
@@ -83,9 +88,19 @@ int run(int count, char** arguments) {
       for (const Case& contract : sortedCases()) std::printf("%s\n", contract.name().c_str());
       return 0;
     }
+    if (name == "--communicators") {
+      for (const auto& implementation : communicatorImplementations()) std::printf("%s\n", implementation.name.c_str());
+      return 0;
+    }
+    if (name == "--communicator-list") {
+      for (const CommunicatorCase& contract : communicatorCases()) std::printf("%s\n", contract.name.c_str());
+      return 0;
+    }
     const char* value = i + 1 < count ? arguments[++i] : nullptr;
     if (value != nullptr && name == "--implementation")
       options.implementation = value;
+    else if (value != nullptr && name == "--communicator")
+      options.communicator = value;
     else if (value != nullptr && name == "--case")
       options.only = value;
     else if (value != nullptr && name == "--seed")
@@ -96,6 +111,9 @@ int run(int count, char** arguments) {
       std::fprintf(stderr, "unknown or incomplete option '%s'\n", name.c_str());
       return 2;
     }
+  }
+  if (!options.communicator.empty()) {
+    return runCommunicatorCases(options.communicator, options.only, options.seed, options.trials);
   }
   try {
     return runAll(options);
