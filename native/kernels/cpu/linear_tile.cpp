@@ -99,9 +99,9 @@ void tile(const TileCall& call) {
     }
     for (int64_t i = 0; i < some; ++i) {
       step<kForm, kLeftRow, R, V>(acc, left, leftStep, right);
-      if constexpr (V == 4) {
+      if constexpr (V == 4 && kPanelAhead < kForm >> 0) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) __builtin_prefetch(right + kPanelAhead + 16 * v);
+        for (int v = 0; v < V; ++v) __builtin_prefetch(right + kPanelAhead<kForm> + 16 * v);
       }
       if constexpr (V == 2) __builtin_prefetch(left + kLeftAhead, 0, 2);
       left += leftAdvance;

@@ -29,7 +29,6 @@ constexpr int64_t kTileColumns = 16 * kTileVectors;
 // Floats of a row of a packed left operand: rows of equal distance must not meet in the same sets of the first cache.
 constexpr int64_t kLeftFloats = kDepth + (kLeftByRows ? 16 : 0);
 constexpr int64_t kStepsPerFetch = 16;
-constexpr int64_t kPanelAhead = 1024;  // dwords
 // Packed tiles lie one after another: while one is used, the next comes nearer. Streams of the hardware end at each
 // page.
 constexpr int64_t kLeftAhead = 1024;  // floats
@@ -41,6 +40,13 @@ enum class Form : uint8_t {
   kPlain,  // right operand float32 in chain order: a step is one element
   kPairs,  // right operand bfloat16 pairs: a step is a pair
 };
+
+// Dwords between what a tile of four vectors uses and what it fetches. With AVX2 the hardware alone is faster where a
+// step is short enough that many of them are under way together (docs/performance.md).
+template <Form kForm>
+constexpr int64_t kPanelAhead = !kLeftByRows            ? 1024
+                                : kForm == Form::kPairs ? 128
+                                                        : 0;
 
 #ifdef __AVX512BF16__
 constexpr bool kPairArithmetic = true;  // bfloat16 operands stay pairs up to the product
