@@ -35,7 +35,7 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
       model: join(folder, 'policy'),
       reward: { model: join(folder, 'reward') },
       data: { train: join(folder, 'prompts.jsonl') },
-      batch: { sequences, microTokens: 8192 },
+      batch: { sequences, microTokens: 2048 },
       rollout: { maxNewTokens: newTokens },
       ppo: { miniBatches: 1 },
       steps: runs + 1,

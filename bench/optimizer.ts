@@ -10,6 +10,8 @@ export async function* measure({ threads, runs }: BenchOptions): AsyncGenerator<
     ...share,
     name: 'adamw + clip + publish, 27.8 M parameters',
     value: round(1 / share.value),
+    min: round(1 / (share.max as number)),
+    max: round(1 / (share.min as number)),
     unit: 'times the bytes at bandwidth',
   };
 }

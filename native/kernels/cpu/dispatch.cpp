@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <iterator>
 #include <string>
 
 #include "core/error.h"
@@ -44,7 +45,7 @@ bool hasAvx512BFloat16() {
 
 struct Candidate {
   const char* name;
-  const char* lacking;
+  const char* needs;  // besides what the sets below it need
   bool (*present)();
   bool (*selfCheck)();
   const Kernels& (*table)();
@@ -58,6 +59,17 @@ const Candidate kCandidates[] = {
     {"avx2", "AVX2 and FMA", hasAvx2, avx2::selfCheck, avx2::table, avx2::ceiling},
 };
 
+// What a CPU without `candidate` lacks, the simplest thing first.
+std::string lacking(const Candidate& candidate) {
+  std::string names;
+  const auto count = std::size(kCandidates);
+  for (size_t i = count; i-- > 0;) {
+    if (!kCandidates[i].present()) names += (names.empty() ? "" : " and ") + std::string(kCandidates[i].needs);
+    if (&kCandidates[i] == &candidate) break;
+  }
+  return names;
+}
+
 }  // namespace
 
 const Kernels& cpuKernels(const char* isa) {
@@ -69,7 +81,7 @@ const Kernels& cpuKernels(const char* isa) {
     if (asked) {
       throw Error("ISA_UNSUPPORTED", "LOCKSTEP_ISA=" + std::string(isa) +
                                          (candidate.present() ? ": its arithmetic fails the self-check on this CPU"
-                                                              : std::string(": this CPU lacks ") + candidate.lacking) +
+                                                              : ": this CPU lacks " + lacking(candidate)) +
                                          "; unset it to use the best instruction set there is");
     }
   }
