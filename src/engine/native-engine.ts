@@ -12,8 +12,11 @@ import {
   wholeSequences,
 } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { Degrees } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
+import { type RankShare, rankShare, wholeShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
+import { shardTable } from '../layout/shards.js';
 import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
 import { type Device, rethrow, rethrowAsync } from './device.js';
 import type {
@@ -31,7 +34,14 @@ import type {
   StepResult,
   TokenGradients,
 } from './engine.js';
-import { loadNative, type NativeLoad, type NativeModel, type NativePieces } from './native.js';
+import {
+  loadNative,
+  type NativeForward,
+  type NativeLoad,
+  type NativeModel,
+  type NativePieces,
+  type NativeWorld,
+} from './native.js';
 
 export interface EngineOptions {
   shape: ModelShape;
@@ -43,6 +53,14 @@ export interface EngineOptions {
   parts?: number | 'auto';
   /** Layers keep only their input for backward and are computed again. Default false. */
   recompute?: boolean;
+  /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
+  rank?: RankOfWorld;
+}
+
+export interface RankOfWorld {
+  degrees: Degrees;
+  rank: number;
+  world: NativeWorld;
 }
 
 /** Rows of one step of generation: prompt chunks and decoding rows together. */
@@ -50,7 +68,8 @@ export const generationRows = 512;
 /** Sequences that generate together, at most. */
 export const generationSequences = 256;
 
-interface TensorHome {
+/** Where rows of a checkpoint tensor are in the engine. */
+export interface TensorHome {
   index: number;
   spec: TensorSpec;
   source: TensorSource;
@@ -64,11 +83,13 @@ export interface GenerationStatistics {
   sharedPositions: number;
 }
 
-/** Parameters start at zero: `load` or `writeTensor` fills them. */
+/** One rank's model, or its part of one. Parameters start at zero: `load` or `writeTensor` fills them. */
 export class NativeEngine implements Engine {
   readonly shape: ModelShape;
   readonly dtype: Dtype;
   readonly parts: number;
+  /** What the rank has of the model. */
+  readonly share: RankShare;
   readonly table: readonly TensorSpec[];
   lastGeneration: GenerationStatistics | undefined;
   private readonly device: Device;
@@ -84,10 +105,14 @@ export class NativeEngine implements Engine {
     this.train = options.train ?? false;
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
-    this.table = tensorTable(options.shape, this.parts);
+    const { rank } = options;
+    this.share = rank ? rankShare(this.shape, this.parts, rank.degrees, rank.rank) : wholeShare(this.shape, this.parts);
+    this.table = rank
+      ? shardTable(this.shape, this.parts, rank.degrees, rank.rank)
+      : tensorTable(this.shape, this.parts);
     const plan = planModel(this.table, this.dtype, this.train);
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
-    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan)));
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -98,19 +123,24 @@ export class NativeEngine implements Engine {
   }
 
   private nativeSpec(plan: ModelPlan): object {
-    const { shape } = this;
+    const { shape, share } = this;
     const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
     return {
       shape: {
-        ...shape,
+        ...share.shape,
+        vocabulary: shape.vocabulary,
         learnedPositions: shape.positions.type === 'learned',
-        head: shape.head,
-        parts: this.parts,
+        parts: share.parts,
       },
       dtype: this.dtype,
       train: this.train,
       recompute: this.recompute,
-      tensors: this.table.map((tensor, i) => ({ ...tensor, sources: undefined, ...plan.places[i] })),
+      firstLayer: share.firstLayer,
+      vocabularyBegin: share.vocabularyBegin,
+      tensors: this.table.map(({ name, kind, out, in: columns, split, sizes, elements, decay }, i) => ({
+        ...{ name, kind, out, in: columns, split, sizes, elements, decay },
+        ...plan.places[i],
+      })),
       weightsBytes: plan.weightsBytes,
       gradientBytes: plan.gradientBytes,
       optimizerBytes: plan.optimizerBytes,
@@ -119,12 +149,22 @@ export class NativeEngine implements Engine {
     };
   }
 
+  /** Forms the groups of a rank with others; all of them at the same time. */
+  async join(): Promise<void> {
+    await rethrowAsync(() => this.native.join(this.share.tensorRanks));
+  }
+
   /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
   async load(items: NativeLoad[]): Promise<void> {
     await rethrowAsync(() => this.native.load(items));
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
+    return this.runForward(this.planForward(batch, options));
+  }
+
+  /** @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET */
+  planForward(batch: TokenBatch, options: ForwardOptions): NativeForward {
     const keep = options.keep ?? false;
     if (keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
@@ -132,19 +172,21 @@ export class NativeEngine implements Engine {
     const size = wholeSequences(batch.lengths);
     const plan = keep
       ? planTraining(this.shape, this.dtype, size, this.recompute)
-      : planScoring(this.shape, this.dtype, size);
+      : planScoring(this.share.shape, this.dtype, size, this.share);
     this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
-    return rethrowAsync(() =>
-      this.native.forward({
-        tokens: batch.tokens,
-        lengths: batch.lengths,
-        // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
-        inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
-        keep,
-        plan,
-        outputs: Object.fromEntries(options.outputs.map((name) => [name, true])),
-      }),
-    );
+    return {
+      tokens: batch.tokens,
+      lengths: batch.lengths,
+      // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
+      inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
+      keep,
+      plan,
+      outputs: this.share.lastStage ? Object.fromEntries(options.outputs.map((name) => [name, true])) : {},
+    };
+  }
+
+  runForward(call: NativeForward): Promise<ForwardResult> {
+    return rethrowAsync(() => this.native.forward(call));
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -243,16 +285,30 @@ export class NativeEngine implements Engine {
     return { pieces, columns: homes[0]!.spec.in, transposed: homes[0]!.source.transposed };
   }
 
+  /** Where a rank has rows of a checkpoint tensor; none where other ranks have them all. */
+  homesOf(name: string): readonly TensorHome[] {
+    return this.homes.get(name) ?? [];
+  }
+
+  /** Rows as `pieces` says, of one tensor of the table. */
+  readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+    return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+  }
+
+  writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+    return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+  }
+
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
     const { pieces, columns, transposed } = this.home(name);
-    const rows = await rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+    const rows = await this.readRows(space, columns, pieces);
     return transposed ? transpose(rows, rows.length / columns, columns) : rows;
   }
 
   async writeTensor(name: string, data: Float32Array, space: ParameterSpace = 'weights'): Promise<void> {
     const { pieces, columns, transposed } = this.home(name);
     const rows = transposed ? transpose(data, columns, data.length / columns) : data;
-    await rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data: rows }));
+    await this.writeRows(space, columns, pieces, rows);
   }
 
   async publish(): Promise<void> {
@@ -274,7 +330,7 @@ export class NativeEngine implements Engine {
 }
 
 /** [rows, columns] to [columns, rows]. */
-function transpose(data: Float32Array, rows: number, columns: number): Float32Array {
+export function transpose(data: Float32Array, rows: number, columns: number): Float32Array {
   const out = new Float32Array(data.length);
   for (let r = 0; r < rows; r++) {
     for (let c = 0; c < columns; c++) out[c * rows + r] = data[r * columns + c]!;
