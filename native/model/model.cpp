@@ -139,6 +139,14 @@ double Model::step(const StepOptions& options) {
 std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
                                        const std::vector<GenerateRequest>& requests, GenerateControl& control,
                                        const Generator::Progress& progress, GenerateStatistics& statistics) {
+  std::vector<Generated> results;
+  together([&] { results = runGenerate(plan, settings, requests, control, progress, statistics); });
+  return results;
+}
+
+std::vector<Generated> Model::runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
+                                          const std::vector<GenerateRequest>& requests, GenerateControl& control,
+                                          const Generator::Progress& progress, GenerateStatistics& statistics) {
   for (const GenerateRequest& request : requests) {
     requireTokens(request.prompt.data(), static_cast<int64_t>(request.prompt.size()));
     const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.maxNewTokens;
@@ -149,7 +157,7 @@ std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, cons
     }
   }
   const Workspace workspace = enter(plan);
-  Generator generator(spec_, transformer_, device_.kernels, device_.queue, workspace, settings);
+  Generator generator(spec_, parallel_, transformer_, device_.kernels, device_.queue, workspace, settings);
   std::vector<Generated> results = generator.run(requests, control, progress);
   statistics = generator.statistics();
   return results;

@@ -60,6 +60,7 @@ class Model {
   // Throws Error("NO_FORWARD") when there is none.
   void backward(const float* dLogprobs, const float* dEntropies, const float* dValues);
   double step(const StepOptions&);
+  // All ranks make the call together; the leader's control and progress count, and its results are whole.
   std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
                                   const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
                                   GenerateStatistics& statistics);
@@ -72,6 +73,9 @@ class Model {
   Workspace enter(const std::vector<BufferSpec>& plan);
   void runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
                   float inverseTemperature, bool keep, const ForwardOutputs&);
+  std::vector<Generated> runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
+                                     const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
+                                     GenerateStatistics& statistics);
   void requireTokens(const int32_t* tokens, int64_t count) const;
   void copyOut(const Batch&, View<const float> rows, float* out) const;
 

@@ -24,6 +24,8 @@ struct Parallel {
 
   bool joined() const { return world == nullptr || tensor != nullptr || pipeline != nullptr; }
   int tensorRanks() const { return tensor == nullptr ? 1 : tensor->size(); }
+  // The rank of the world that has the answers: the first of the last stage.
+  int leader() const { return world == nullptr ? 0 : world->size() - tensorRanks(); }
   bool firstStage() const { return pipeline == nullptr || pipeline->rank() == 0; }
   bool lastStage() const { return pipeline == nullptr || pipeline->rank() == pipeline->size() - 1; }
 };

@@ -186,6 +186,15 @@ void Transformer::logits(Operand hidden, View<float> logits) {
   parallel_.tensor->allGatherPieces(pieces, logits.data, logits.rows * logits.stride * 4, "logits");
 }
 
+kernels::WeightLayout Transformer::vocabularyLayout() const {
+  if (parallel_.tensor == nullptr) return *parameters_.weight(vocabularyName()).layout;
+  const int64_t all = spec_.shape.vocabulary, parts = spec_.shape.parts * parallel_.tensorRanks();
+  const int64_t size = (all + parts - 1) / parts;
+  std::vector<int64_t> sizes;
+  for (int64_t p = 0; p < parts; ++p) sizes.push_back(std::clamp<int64_t>(all - p * size, 0, size));
+  return kernels::WeightLayout::make(all, spec_.shape.width, kernels::Split::kOut, sizes);
+}
+
 Operand Transformer::asOperand(const Workspace& w, View<float> dx) {
   if (spec_.dtype == DType::kFloat32) return denseOperand(dx.data, DType::kFloat32, dx.rows, dx.cols);
   const Operand rounded = w.operand("dxOperand", kAbsent, spec_.dtype, dx.rows, dx.cols);

@@ -51,7 +51,8 @@ class Transformer {
   // logits [rows, V] of given rows of hidden, on every rank of the last stage.
   void logits(Operand hidden, View<float> logits);
 
-  const kernels::WeightLayout& vocabularyLayout() const { return *parameters_.weight(vocabularyName()).layout; }
+  // Of the whole model's vocabulary.
+  kernels::WeightLayout vocabularyLayout() const;
 
   // Gradients of per-row outputs [T] (null: zero) through the heads, into the plan's "wide" buffer; then through the
   // trunk.

@@ -36,12 +36,6 @@ export const generateCommand: Command = {
 
 async function run(input: Input, { terminal, interrupts }: Session): Promise<number> {
   const options = modelOptions(input);
-  for (const name of ['tensor', 'pipeline'] as const) {
-    const degree = options[name] ?? 1;
-    if (degree === 1) continue;
-    const message = `--${name} ${degree}: this version generates on one rank; leave the flag out, or give 1`;
-    throw new LockstepError('RANKS_UNSUPPORTED', message, { [name]: degree });
-  }
   const settings = settingsOf(input);
   const rows = await inputRows(input, '--prompt TEXT or --input FILE.jsonl');
   const json = input.switches.has('json');

@@ -30,6 +30,7 @@ import type {
   GenerateProgress,
   GenerateRequest,
   ParameterSpace,
+  SamplingOptions,
   StepOptions,
   StepResult,
   TokenGradients,
@@ -37,6 +38,7 @@ import type {
 import {
   loadNative,
   type NativeForward,
+  type NativeGenerate,
   type NativeLoad,
   type NativeModel,
   type NativePieces,
@@ -61,6 +63,15 @@ export interface RankOfWorld {
   degrees: Degrees;
   rank: number;
   world: NativeWorld;
+}
+
+/** One generation, before it is decided how many pages of keys and values it has. */
+export interface GenerationNeeds {
+  requests: NativeGenerate['requests'];
+  options: SamplingOptions;
+  sequences: number;
+  rows: number;
+  pages: number;
 }
 
 /** Rows of one step of generation: prompt chunks and decoding rows together. */
@@ -203,7 +214,12 @@ export class NativeEngine implements Engine {
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
     options.signal?.throwIfAborted();
     if (requests.length === 0) return [];
-    const call = this.planGeneration(requests, options);
+    const needs = this.generationNeeds(requests, options);
+    return this.runGeneration(this.planGeneration(needs, this.pagesFor(needs)), options);
+  }
+
+  /** The rank that answers: `options` says what happens on the way. */
+  async runGeneration(call: NativeGenerate, options: GenerateOptions): Promise<Generated[]> {
     let thrown: { error: unknown } | undefined;
     const onProgress = options.onProgress;
     const report =
@@ -233,8 +249,15 @@ export class NativeEngine implements Engine {
     }
   }
 
-  private planGeneration(requests: readonly GenerateRequest[], options: GenerateOptions) {
-    const { shape, dtype } = this;
+  /** Another rank: it does as that one says. */
+  async followGeneration(call: NativeGenerate): Promise<Generated[]> {
+    const { promise } = rethrow(() => this.native.generate(call));
+    return (await rethrowAsync(() => promise)).results;
+  }
+
+  /** @throws LockstepError PROMPT_TOO_LONG */
+  generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
+    const { shape } = this;
     const native = requests.map((request, i) => {
       const room = shape.maxPositions - request.prompt.length;
       if (request.prompt.length < 1 || room < 0) {
@@ -255,10 +278,22 @@ export class NativeEngine implements Engine {
       .sort((a, b) => b - a)
       .slice(0, sequences)
       .reduce((sum, pages) => sum + pages + 1, 0);
-    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }).total;
-    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }).total - without;
-    const pages = Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
-    const plan: CallPlan = planGeneration(shape, dtype, { rows, sequences, pages });
+    return { requests: native, options, sequences, rows, pages: needed };
+  }
+
+  /** Pages of keys and values that the rank has room for, at most what is needed. */
+  pagesFor({ rows, sequences, pages: needed }: GenerationNeeds): number {
+    const { dtype, share } = this;
+    const { shape } = share;
+    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }, share).total;
+    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }, share).total - without;
+    return Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
+  }
+
+  /** @throws LockstepError MEMORY_BUDGET */
+  planGeneration({ requests, options, sequences, rows }: GenerationNeeds, pages: number): NativeGenerate {
+    const { dtype, share } = this;
+    const plan: CallPlan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share);
     this.device.requireWorkspace(plan.total, `Generation of ${sequences} sequences together`);
     return {
       plan,
@@ -270,7 +305,7 @@ export class NativeEngine implements Engine {
       rows,
       sequences,
       pages,
-      requests: native,
+      requests,
     };
   }
 

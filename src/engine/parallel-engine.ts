@@ -4,6 +4,7 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
+import { pagePositions } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import { type Degrees, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
@@ -17,10 +18,12 @@ import type {
   ForwardOptions,
   ForwardResult,
   Generated,
+  GenerateOptions,
+  GenerateRequest,
   ParameterSpace,
   StepResult,
 } from './engine.js';
-import { loadNative } from './native.js';
+import { loadNative, type NativeGenerate } from './native.js';
 import { NativeEngine } from './native-engine.js';
 import { readShards, writeShards } from './shard-access.js';
 
@@ -92,17 +95,21 @@ export class ParallelEngine implements Engine {
 
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
   private checkBatch({ tokens, lengths }: TokenBatch): void {
-    const { vocabulary, maxPositions } = this.shape;
-    const outside = tokens.findIndex((token) => token < 0 || token >= vocabulary);
-    if (outside >= 0) {
-      const message = `Token id ${tokens[outside]} at position ${outside} of the batch is outside the model's vocabulary 0..${vocabulary - 1}.`;
-      throw new LockstepError('TOKEN_OUT_OF_RANGE', message, { position: outside, token: tokens[outside] });
-    }
+    const { maxPositions } = this.shape;
+    this.checkTokens(tokens, 'the batch');
     const wrong = lengths.findIndex((length) => length < 1 || length > maxPositions);
     if (wrong >= 0) {
       const message = `Sequence ${wrong} has ${lengths[wrong]} tokens; the model takes 1..${maxPositions}.`;
       throw new LockstepError('SEQUENCE_TOO_LONG', message, { sequence: wrong, tokens: lengths[wrong] });
     }
+  }
+
+  private checkTokens(tokens: Int32Array, where: string): void {
+    const { vocabulary } = this.shape;
+    const outside = tokens.findIndex((token) => token < 0 || token >= vocabulary);
+    if (outside < 0) return;
+    const message = `Token id ${tokens[outside]} at position ${outside} of ${where} is outside the model's vocabulary 0..${vocabulary - 1}.`;
+    throw new LockstepError('TOKEN_OUT_OF_RANGE', message, { position: outside, token: tokens[outside] });
   }
 
   async backward(): Promise<void> {
@@ -113,8 +120,36 @@ export class ParallelEngine implements Engine {
     throw unsupported('takes no optimizer step');
   }
 
-  async generate(): Promise<Generated[]> {
-    throw unsupported('does not generate');
+  /** All ranks run the same program with as many pages as the one with the least room has. */
+  async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
+    options.signal?.throwIfAborted();
+    if (requests.length === 0) return [];
+    const [first] = this.ranks;
+    const needs = first!.generationNeeds(requests, options);
+    const pages = Math.min(...this.ranks.map((rank) => rank.pagesFor(needs)));
+    for (const [i, request] of needs.requests.entries()) this.checkRequest(request, i, pages);
+    const calls = this.ranks.map((rank) => rank.planGeneration(needs, pages));
+    const results = await together(
+      this.ranks.map((rank, i) =>
+        i === this.leader ? rank.runGeneration(calls[i]!, options) : rank.followGeneration(calls[i]!),
+      ),
+    );
+    return results[this.leader]!;
+  }
+
+  private checkRequest(
+    { prompt, maxNewTokens }: NativeGenerate['requests'][number],
+    index: number,
+    pages: number,
+  ): void {
+    this.checkTokens(prompt, `prompt ${index}`);
+    const positions = prompt.length + maxNewTokens;
+    const needed = Math.ceil(positions / pagePositions);
+    if (needed <= pages) return;
+    const message =
+      `Request ${index} needs ${needed} pages of keys and values (${positions} positions), the smallest budget of a rank holds ${pages}; ` +
+      'raise memory.device or lower the number of new tokens.';
+    throw new LockstepError('KV_BUDGET', message, { request: index, needed, pages });
   }
 
   readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {

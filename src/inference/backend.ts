@@ -59,7 +59,7 @@ async function openRanks(
   return {
     createEngine: (checkpoint, { head, dtype, parts, train }) => {
       if (train) {
-        const message = `A model is trained on one rank in this version; pipeline ${degrees.pipeline} x tensor ${degrees.tensor} only scores.`;
+        const message = `A model is trained on one rank in this version; pipeline ${degrees.pipeline} x tensor ${degrees.tensor} only scores and generates.`;
         throw new LockstepError('RANKS_UNSUPPORTED', message, { ...degrees });
       }
       const given = { ...(head === undefined ? {} : { head }), ...(parts === undefined ? {} : { parts }) };

@@ -43,7 +43,7 @@ export interface CallSize {
 }
 
 /** What of a rank's share decides its buffers besides the shape. */
-export type Place = Pick<RankShare, 'tensorRanks' | 'lastStage'>;
+export type Place = Pick<RankShare, 'tensorRanks' | 'lastStage'> & Partial<Pick<RankShare, 'logitColumns'>>;
 
 const alone: Place = { tensorRanks: 1, lastStage: true };
 const alignment = 64;
@@ -200,11 +200,13 @@ export function planGeneration(
   s: ModelShape,
   dtype: Dtype,
   size: { rows: number; sequences: number; pages: number },
+  place: Place = alone,
 ): CallPlan {
   const planner = new CallPlanner();
   const kvBytes = size.pages * s.layers * pageBytes(s, dtype);
-  addInference(planner, { shape: s, place: alone, dtype, rows: size.rows, kvBytes });
+  addInference(planner, { shape: s, place, dtype, rows: size.rows, kvBytes });
+  if (!place.lastStage) return planner.done();
   planner.add('sampledHidden', size.sequences * s.width * bytesOf(dtype));
-  planner.add('logits', size.sequences * s.vocabulary * 4);
+  planner.add('logits', size.sequences * (place.logitColumns ?? s.vocabulary) * 4);
   return planner.done();
 }

@@ -18,13 +18,23 @@ export interface RankShare {
   vocabularyBegin: number;
   /** Ranks that share each of its layers. */
   tensorRanks: number;
+  /** Columns of a row of logits: the whole vocabulary. */
+  logitColumns: number;
   /** It has the final norm and the head, and with them the answers. */
   lastStage: boolean;
 }
 
 /** The share of a rank that is alone: the model. */
 export function wholeShare(shape: ModelShape, parts: number): RankShare {
-  return { shape, parts, firstLayer: 0, vocabularyBegin: 0, tensorRanks: 1, lastStage: true };
+  return {
+    shape,
+    parts,
+    firstLayer: 0,
+    vocabularyBegin: 0,
+    tensorRanks: 1,
+    logitColumns: shape.vocabulary,
+    lastStage: true,
+  };
 }
 
 /** @throws PARALLEL_INVALID, RANK_INVALID */
@@ -49,6 +59,7 @@ export function rankShare(shape: ModelShape, parts: number, degrees: Degrees, ra
     firstLayer: layers.begin,
     vocabularyBegin: rows(0, held.begin),
     tensorRanks: tensor,
+    logitColumns: shape.vocabulary,
     lastStage: at.pipeline === degrees.pipeline - 1,
   };
 }

@@ -7,9 +7,10 @@ import { checkpointTensors, openCheckpoint } from '../../src/checkpoints/hugging
 import { createDevice, createEngine, createParallelEngine } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
 import type { Device } from '../../src/engine/device.js';
-import type { Engine, ForwardOutput, ForwardResult } from '../../src/engine/engine.js';
+import type { Engine, ForwardOutput, ForwardResult, Generated } from '../../src/engine/engine.js';
 import type { NativeEngine } from '../../src/engine/native-engine.js';
 import { ParallelEngine, together } from '../../src/engine/parallel-engine.js';
+import { planGeneration } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import { resolveParts } from '../../src/layout/parts.js';
 import { goldenDirectories } from './golden.js';
@@ -20,9 +21,12 @@ import {
   random,
   randomModel,
   readAll,
+  requestsOf,
   runModule,
   sameBits,
+  sameGenerated,
   sameTensors,
+  sampling,
   sequencesOf,
   smallShape,
   type TestModel,
@@ -75,6 +79,25 @@ function sameResults(actual: readonly ForwardResult[], expected: readonly Forwar
   }
 }
 
+/** Prompts shared, short, and longer than a page; two ways of sampling; stop tokens. */
+async function generateAll(engine: Engine): Promise<Generated[]> {
+  const { vocabulary, maxPositions } = engine.shape;
+  const longest = Math.min(90, maxPositions - 20);
+  const prompts = sequencesOf(engine.shape, [3, 17, longest, 1]);
+  const requests = requestsOf([...prompts, prompts[2]!, prompts[1]!]);
+  const sampled = { ...sampling, maxNewTokens: 16, stopTokens: [Math.floor(vocabulary / 3)] };
+  return [
+    ...(await engine.generate(requests, sampled)),
+    ...(await engine.generate(requests, { ...sampled, temperature: 0.7, topP: 0.9, topK: 12 })),
+    ...(await engine.generate(requests.slice(0, 2), { ...sampled, temperature: 0 })),
+  ];
+}
+
+function sameTexts(actual: readonly Generated[], expected: readonly Generated[], what: string): void {
+  expect(actual.length).toBe(expected.length);
+  for (const [i, text] of expected.entries()) sameGenerated(actual[i]!, text, `${what}: text ${i}`);
+}
+
 /** Every power of two up to the parts, every number of stages up to 3, but not one rank. */
 function layoutsOf(shape: ModelShape, parts: number): Layout[] {
   const layouts: Layout[] = [];
@@ -100,17 +123,20 @@ function mostParts(shape: ModelShape): number {
 const folders = goldenDirectories();
 
 describe.each(folders)('$name over ranks', ({ directory }) => {
-  test.each(dtypes)('reads its parts of the files and scores as one rank does, %s', async (dtype) => {
+  test.each(dtypes)('reads its parts of the files, scores and generates as one rank does, %s', async (dtype) => {
     const checkpoint = await openCheckpoint(directory);
     const parts = mostParts(checkpoint.shape);
     const expected = await withDevices(1, async ([device]) => {
       const one = await createEngine({ model: checkpoint, device: device!, dtype, parts });
-      return { results: await forwardAll(one), tensors: await readAll(one, 'weights') };
+      const results = await forwardAll(one);
+      const texts = checkpoint.shape.head === 'language' ? await generateAll(one) : [];
+      return { results, texts, tensors: await readAll(one, 'weights') };
     });
     for (const degrees of layoutsOf(checkpoint.shape, parts)) {
       await withDevices(degrees.pipeline * degrees.tensor, async (devices) => {
         const engine = await createParallelEngine({ model: checkpoint, devices, degrees, dtype, parts });
         sameResults(await forwardAll(engine), expected.results, layoutName(degrees));
+        if (expected.texts.length > 0) sameTexts(await generateAll(engine), expected.texts, layoutName(degrees));
         sameTensors(await readAll(engine, 'weights'), expected.tensors, layoutName(degrees));
       });
     }
@@ -138,30 +164,117 @@ const shapes: Record<string, ModelShape> = {
 const models: TestModel[] = Object.entries(shapes).map(([name, shape]) => randomModel(name, shape));
 
 describe.each(models)('eight parts: $name', (model) => {
-  test.each(dtypes)('log-probs, entropies, logits, values of one rank, %s', async (dtype) => {
+  test.each(dtypes)('log-probs, entropies, logits, values and texts of one rank, %s', async (dtype) => {
     await withDevices(1, async ([device]) => {
       const one = await model.open({ device: device!, dtype, parts: 8 });
+      const language = model.shape.head === 'language';
       const expected = await forwardAll(one);
+      const texts = language ? await generateAll(one) : [];
       const deep = { pipeline: model.shape.layers, tensor: 4 };
       for (const degrees of [2, 4, 8].map((tensor) => ({ pipeline: 1, tensor })).concat(deep)) {
         await withDevices(degrees.pipeline * degrees.tensor, async (devices) => {
           const engine = await spread(one, devices, degrees);
           sameResults(await forwardAll(engine), expected, layoutName(degrees));
+          if (language) sameTexts(await generateAll(engine), texts, layoutName(degrees));
         });
       }
     });
   });
 });
 
+describe('generation over ranks', () => {
+  const shape = { ...smallShape, maxPositions: 400 };
+  const model = randomModel('small', shape);
+  const requests = requestsOf(sequencesOf(shape, [40, 3, 70, 12]));
+  const long = { ...sampling, maxNewTokens: 300 };
+
+  const withRanks = (degrees: Layout, run: (engine: ParallelEngine, one: NativeEngine) => Promise<void>) =>
+    withDevices(1, async ([device]) => {
+      const one = await model.open({ device: device!, dtype: 'float32', parts: 8 });
+      await withDevices(degrees.pipeline * degrees.tensor, async (devices) =>
+        run(await spread(one, devices, degrees), one),
+      );
+    });
+
+  test('ends the requests that the callback ends, on all ranks', async () => {
+    await withRanks({ pipeline: 2, tensor: 2 }, async (engine, one) => {
+      const expected = await one.generate(requests, long);
+      const onProgress = () => [1];
+      const actual = await engine.generate(requests, { ...long, onProgress });
+      const [ended] = actual.splice(1, 1);
+      const [whole] = expected.splice(1, 1);
+      expect(ended!.finish).toBe('aborted');
+      expect(ended!.tokens.length).toBeLessThan(300);
+      sameBits(ended!.tokens, whole!.tokens.subarray(0, ended!.tokens.length), 'what there was at its end');
+      sameTexts(actual, expected, 'the others');
+    });
+  });
+
+  test('an abort and a callback that throws end it, and the ranks go on', async () => {
+    await withRanks({ pipeline: 3, tensor: 1 }, async (engine, one) => {
+      const controller = new AbortController();
+      const onProgress = () => void controller.abort();
+      const aborted = engine.generate(requests, { ...long, onProgress, signal: controller.signal });
+      await expect(aborted).rejects.toMatchObject({ name: 'AbortError' });
+      const thrown = engine.generate(requests, {
+        ...long,
+        onProgress: () => {
+          throw new Error('no more');
+        },
+      });
+      await expect(thrown).rejects.toThrow('no more');
+      const few = { ...sampling, maxNewTokens: 5 };
+      sameTexts(await engine.generate(requests, few), await one.generate(requests, few), 'afterwards');
+    });
+  });
+
+  test('pages that run out on one rank give the same texts', async () => {
+    const degrees = { pipeline: 2, tensor: 1 };
+    await withDevices(1, async ([device]) => {
+      const one = await model.open({ device: device!, dtype: 'float32', parts: 8 });
+      const expected = await one.generate(requests, long);
+      const budgets = await withDevices(2, async (devices) => {
+        const { ranks } = await spread(one, devices, degrees);
+        return ranks.map(({ share, dtype }, i) => {
+          const size = { rows: 125, sequences: requests.length, pages: i === 0 ? 9 : 30 };
+          return devices[i]!.heldBytes + planGeneration(share.shape, dtype, size, share).total;
+        });
+      });
+      const devices = budgets.map((memoryBytes) => createDevice({ threads: 1, memoryBytes, poison: true }));
+      try {
+        const engine = await spread(one, devices, degrees);
+        sameTexts(await engine.generate(requests, long), expected, 'nine pages');
+        const statistics = engine.ranks.map((rank) => rank.lastGeneration);
+        expect(statistics[1]!.preemptions).toBeGreaterThan(0);
+        await expect(engine.generate([{ id: 0, prompt: new Int32Array(401) }], long)).rejects.toMatchObject({
+          code: 'PROMPT_TOO_LONG',
+        });
+        await expect(engine.generate([{ id: 0, prompt: Int32Array.of(1000) }], long)).rejects.toMatchObject({
+          code: 'TOKEN_OUT_OF_RANGE',
+        });
+        expect(await engine.generate(requests.slice(0, 1), { ...long, maxNewTokens: 2 })).toHaveLength(1);
+      } finally {
+        for (const owned of devices) await owned.close();
+      }
+    });
+  });
+});
+
 describe('memory of a rank', () => {
+  const sameMemory = (engine: ParallelEngine): void => {
+    for (const [arena, { planned, highWater }] of Object.entries(engine.memory())) {
+      if (!arena.endsWith('scratch')) expect(highWater, arena).toBe(planned);
+    }
+  };
+
   test.each(dtypes)('is what was planned, %s', async (dtype) => {
     await withDevices(6, async (devices) => {
       const degrees = { pipeline: 3, tensor: 2 };
       const engine = await ParallelEngine.create({ shape: smallShape, devices, degrees, dtype, parts: 8 });
       await engine.forward(packBatch(sequencesOf(smallShape, [90, 33])), { outputs: ['logprobs'] });
-      for (const [arena, { planned, highWater }] of Object.entries(engine.memory())) {
-        if (!arena.endsWith('scratch')) expect(highWater, arena).toBe(planned);
-      }
+      sameMemory(engine);
+      await engine.generate(requestsOf(sequencesOf(smallShape, [300, 100])), { ...sampling, maxNewTokens: 4 });
+      sameMemory(engine);
     });
   });
 });
