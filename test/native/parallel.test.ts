@@ -365,6 +365,20 @@ describe('a rank that fails', () => {
     }
   });
 
+  test('a device closed while its rank waits for one that does not come', async () => {
+    await withDevices(2, async (devices) => {
+      const degrees = { pipeline: 1, tensor: 2 };
+      const engine = await ParallelEngine.create({ ...common, shape: smallShape, devices, degrees });
+      const [call] = engine.ranks.map((rank) =>
+        rank.planForward(packBatch(sequencesOf(smallShape, [9])), { outputs: ['logprobs'] }),
+      );
+      const waiting = expect(engine.ranks[0]!.runForward(call!)).rejects.toMatchObject({ code: 'RANK_ABORTED' });
+      await new Promise((resolve) => setTimeout(resolve, 50));
+      expect(await seconds(() => devices[0]!.close())).toBeLessThan(2);
+      await waiting;
+    });
+  });
+
   test('a process that ends in the middle of a call ends quietly', async () => {
     const ended = await runModule(`${childPrelude({ ...smallShape, layers: 12, windows: new Array(12).fill(0) })}
       const { ParallelEngine } = await import(${built('engine/parallel-engine.js')});
