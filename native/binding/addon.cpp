@@ -1,4 +1,4 @@
-// The addon: two classes and a few facts about the machine.
+// The addon: three classes and a few facts about the machine.
 #include <napi.h>
 
 #include "binding/device.h"
@@ -22,6 +22,7 @@ Napi::Value instructionSet(const Napi::CallbackInfo& info) {
 
 Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("Device", DeviceWrap::define(env));
+  exports.Set("World", WorldWrap::define(env));
   exports.Set("Model", ModelWrap::define(env));
   exports.Set("instructionSet", Napi::Function::New<instructionSet>(env));
   return exports;

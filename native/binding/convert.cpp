@@ -145,6 +145,8 @@ model::Spec readSpec(Napi::Object o) {
   spec.dtype = stringAt(o, "dtype") == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
   spec.train = booleanAt(o, "train");
   spec.recompute = booleanAt(o, "recompute");
+  spec.firstLayer = integerAt(o, "firstLayer");
+  spec.vocabularyBegin = integerAt(o, "vocabularyBegin");
   spec.weightsBytes = integerAt(o, "weightsBytes");
   spec.gradientBytes = integerAt(o, "gradientBytes");
   spec.optimizerBytes = integerAt(o, "optimizerBytes");

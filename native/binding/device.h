@@ -1,11 +1,13 @@
-// Device and Model as JavaScript classes.
+// Device, World and Model as JavaScript classes.
 #pragma once
 
 #include <napi.h>
 
 #include <memory>
+#include <vector>
 
 #include "binding/rank.h"
+#include "comm/communicator.h"
 #include "model/model.h"
 
 namespace lockstep::binding {
@@ -24,12 +26,25 @@ class DeviceWrap : public Napi::ObjectWrap<DeviceWrap> {
   std::shared_ptr<Rank> rank_;
 };
 
+// new World(ranks, timeoutSeconds): ranks of this process, whose handles models take.
+class WorldWrap : public Napi::ObjectWrap<WorldWrap> {
+ public:
+  static Napi::Function define(Napi::Env);
+  explicit WorldWrap(const Napi::CallbackInfo&);
+  // The handle of a rank, once.
+  std::shared_ptr<comm::Communicator> take(Napi::Env, int64_t rank);
+
+ private:
+  std::vector<std::unique_ptr<comm::Communicator>> handles_;
+};
+
 class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
  public:
   static Napi::Function define(Napi::Env);
   explicit ModelWrap(const Napi::CallbackInfo&);
 
  private:
+  Napi::Value join(const Napi::CallbackInfo&);
   Napi::Value load(const Napi::CallbackInfo&);
   Napi::Value forward(const Napi::CallbackInfo&);
   Napi::Value backward(const Napi::CallbackInfo&);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <utility>
 
 #include "binding/convert.h"
@@ -18,6 +19,16 @@ model::Space readSpace(Napi::Object o) {
   invalid(o.Env(), "space", "weights, moment1, moment2 or gradients");
 }
 
+// {world, rank}: the handle of the model's rank; the device's end ends its waits.
+model::Parallel readParallel(Napi::Object o, Rank& rank) {
+  model::Parallel parallel;
+  parallel.world = WorldWrap::Unwrap(objectAt(o, "world"))->take(o.Env(), integerAt(o, "rank"));
+  rank.onClose([handle = std::weak_ptr(parallel.world)] {
+    if (const auto world = handle.lock()) world->abort("its device was closed");
+  });
+  return parallel;
+}
+
 // Rows of one checkpoint tensor and where they go: source row, engine tensor, row there, count.
 struct Piece {
   int64_t sourceRow, tensor, row, rows;
@@ -33,6 +44,7 @@ std::vector<Piece> readPieces(Napi::Object o) {
 struct LoadItem {
   std::string path;
   transfer::FileTensor tensor;
+  int64_t columnBegin, columnCount;  // of the rows in the file, those that the engine's tensor has
   std::vector<Piece> pieces;
 };
 
@@ -44,6 +56,8 @@ LoadItem readLoadItem(Napi::Object o) {
   return {stringAt(o, "file"),
           {stringAt(o, "name"), integerAt(o, "offset"), stored, integerAt(o, "rows"), integerAt(o, "columns"),
            booleanAt(o, "transposed")},
+          integerAt(o, "columnBegin"),
+          integerAt(o, "columnCount"),
           readPieces(o)};
 }
 
@@ -54,6 +68,10 @@ void loadItem(model::Parameters& parameters, const transfer::MappedFile& file, c
     for (int64_t r = 0; r < piece.rows; r += kRows) {
       const int64_t count = std::min(kRows, piece.rows - r);
       transfer::readRows(file, item.path, item.tensor, piece.sourceRow + r, count, rows.data());
+      const int64_t columns = item.columnCount;
+      for (int64_t i = 0; i < count && columns < item.tensor.columns; ++i) {
+        std::copy_n(rows.data() + i * item.tensor.columns + item.columnBegin, columns, rows.data() + i * columns);
+      }
       parameters.writeRows(piece.tensor, model::Space::kWeights, piece.row + r, count, rows.data());
     }
   }
@@ -64,17 +82,20 @@ void loadItem(model::Parameters& parameters, const transfer::MappedFile& file, c
 Napi::Function ModelWrap::define(Napi::Env env) {
   return DefineClass(
       env, "Model",
-      {InstanceMethod<&ModelWrap::load>("load"), InstanceMethod<&ModelWrap::forward>("forward"),
-       InstanceMethod<&ModelWrap::backward>("backward"), InstanceMethod<&ModelWrap::step>("step"),
-       InstanceMethod<&ModelWrap::generate>("generate"), InstanceMethod<&ModelWrap::readRows>("readRows"),
-       InstanceMethod<&ModelWrap::writeRows>("writeRows"), InstanceMethod<&ModelWrap::publish>("publish"),
-       InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::close>("close")});
+      {InstanceMethod<&ModelWrap::join>("join"), InstanceMethod<&ModelWrap::load>("load"),
+       InstanceMethod<&ModelWrap::forward>("forward"), InstanceMethod<&ModelWrap::backward>("backward"),
+       InstanceMethod<&ModelWrap::step>("step"), InstanceMethod<&ModelWrap::generate>("generate"),
+       InstanceMethod<&ModelWrap::readRows>("readRows"), InstanceMethod<&ModelWrap::writeRows>("writeRows"),
+       InstanceMethod<&ModelWrap::publish>("publish"), InstanceMethod<&ModelWrap::memory>("memory"),
+       InstanceMethod<&ModelWrap::close>("close")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWrap>(info) {
   rank_ = DeviceWrap::Unwrap(info[0].As<Napi::Object>())->rank();
   try {
-    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device());
+    model::Parallel parallel;
+    if (info[2].IsObject()) parallel = readParallel(info[2].As<Napi::Object>(), *rank_);
+    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel));
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
@@ -85,7 +106,16 @@ std::shared_ptr<model::Model> ModelWrap::open(Napi::Env env) const {
   return model_;
 }
 
-// load([{file, name, dtype, offset, rows, columns, transposed, pieces: [sourceRow, tensor, row, rows, ...]}])
+// join(tensorRanks): resolves when all ranks of the world have called it
+Napi::Value ModelWrap::join(const Napi::CallbackInfo& info) {
+  const int tensorRanks = info[0].As<Napi::Number>().Int32Value();
+  return rank_->call(
+      info.Env(), [model = open(info.Env()), tensorRanks] { model->join(tensorRanks); },
+      [](Napi::Env env) { return env.Undefined(); });
+}
+
+// load([{file, name, dtype, offset, rows, columns, columnBegin, columnCount, transposed, pieces: [sourceRow, tensor,
+// row, rows, ...]}])
 Napi::Value ModelWrap::load(const Napi::CallbackInfo& info) {
   const auto list = info[0].As<Napi::Array>();
   auto items = std::make_shared<std::vector<LoadItem>>();

@@ -45,6 +45,7 @@ void Rank::atExit(void* rank) {
 
 void Rank::close() {
   if (closed_.exchange(true)) return;
+  for (const auto& hook : hooks_) hook();
   thread_.close();
   queue_->close();
   workspace_.release();

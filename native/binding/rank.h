@@ -38,6 +38,9 @@ class Rank : public std::enable_shared_from_this<Rank> {
   // From the rank's thread: runs `visit` on the JavaScript thread, without waiting for it.
   void notify(std::function<void(Napi::Env)> visit);
 
+  // Called by close() before it waits for what runs, from the closing thread: ends waits for other ranks.
+  void onClose(std::function<void()> hook) { hooks_.push_back(std::move(hook)); }
+
   // Cancels what runs, waits for it, ends the thread. Idempotent; any thread but the rank's.
   void close();
   bool closed() const { return closed_; }
@@ -61,6 +64,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   napi_env env_;
   Napi::ThreadSafeFunction door_;
   int pending_ = 0;
+  std::vector<std::function<void()>> hooks_;
   std::atomic<bool> closed_{false};
   bool hooked_ = true;
   RankThread thread_;

@@ -138,6 +138,12 @@ struct LogSoftmax {
   float* logZ;       // [T]
 };
 
+// The same before it is finished: of one row, over some parts of the vocabulary. x_target is -infinity where the target
+// is not among their columns.
+struct SoftmaxStatistics {
+  float m, s, u, target;
+};
+
 // Memory for one block of rows of logits and, in backward, of their gradients as an operand.
 struct Staging {
   void* data;
@@ -181,6 +187,9 @@ struct Kernels {
   // x [T, in], y [T, out], bias [out] float32 or null. Each element: a chain over in from zero within a part; a weight
   // split along in sums its parts by the tree over parts; then bias is added, then the Output rule.
   void (*linear)(Queue&, Operand x, const Weight&, const float* bias, Output y);
+  // Finishes a product whose parts ranks have summed: y = residual + (sum + bias), as `linear` with Output::add; bias
+  // may be null, y may be sum or residual.
+  void (*finishSum)(Queue&, View<const float> sum, const float* bias, View<const float> residual, View<float> y);
   // y = activation(x W^T + bias). kSwiGlu: part p of W holds F/P gate rows, then F/P up rows; y = silu(gate) * up [T,
   // F], silu(g) = g / (1 + exp(-g)). kGeluTanh: W [F, D], y = gelu_tanh. The pre-activations are float32, unrounded;
   // `saved` ([T, out], empty in inference) receives them rounded to the operand dtype, in W's row order.
@@ -260,7 +269,7 @@ struct Kernels {
 
   // --- vocabulary ---
 
-  // Both work
+  // Products work
   // row block by row block, never T x V: `staging` (64-byte aligned, planned memory outside the Queue's scratch, which
   // the products inside need) holds a block of logits [rows, V] float32, in backward also its operand copy; the op
   // takes as many rows as fit (an even number, at least 2: vocabularyStagingBytes). Bits do not depend on the block. A
@@ -271,8 +280,12 @@ struct Kernels {
   // d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2). m starts at the lowest
   // float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a logit of -inf
   // and an empty part add nothing.
-  void (*logprobs)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
-                   LogSoftmax out, Staging);
+  // softmaxStatistics [T] holds what a rank's parts give, targets being rows of its w; mergeStatistics continues the
+  // tree over `groups` (a power of two) such arrays, [groups, T], and finishes: targets only tells rows without one.
+  void (*softmaxStatistics)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
+                            SoftmaxStatistics* out, Staging);
+  void (*mergeStatistics)(Queue&, const SoftmaxStatistics* statistics, int64_t groups, int64_t rows,
+                          const int32_t* targets, LogSoftmax out);
   // dlogit_v = inverseTemperature * (dLogprob (1[v = target] - p_v) - dEntropy p_v (log p_v + H)), rounded as an
   // operand; dHidden [T, D] float32 stored as linearBackwardInput does, dW += as linearBackwardWeight does. T is even.
   // dLogprobs, dEntropies [T] or null (zeros); a dLogprob of a row with target < 0 is ignored; padding rows have
@@ -282,15 +295,15 @@ struct Kernels {
                            WeightGradient dW, Staging);
   // Samples one token per row of logits [N, V] (V = rows of `vocabulary`; its parts fix the order of prefix sums).
   // tokens [N]; logprobs [N] = x_token - logZ at the sampling temperature (1 when it is 0), the very number that
-  // `logprobs` gives. With u = Philox4x32-10(key seed, counter (request, position)) in (0, 1): the token is the first
-  // v, in id order, whose running sum of kept weights exceeds u times their total. Top-k keeps the k largest (ties:
-  // lowest id), top-p then the shortest prefix in decreasing probability (ties: lowest id) whose share reaches topP;
-  // shares are integers, floor(2^40 weight), of the sum of all that top-k kept. A weight is e_v a_p, e_v = exp(x_v -
-  // m_p), a_p = exp(m_p - m), p the part of v; dropped: e_v = 0. A part is cut into blocks of 256 columns. The running
-  // sum is float64: over blocks in id order it adds a_p times the block's lanes sum of e; inside the block that passes
-  // the target it adds a_p e_v, v ascending, from the sum before the block. u = (i + 1/2) / 2^52, i the upper 52 bits
-  // of the first two words; the counter's words are request (low, high), position, 0. Logits whose weights have no
-  // positive total (NaN) give the argmax and a log-probability of NaN.
+  // mergeStatistics gives. With u = Philox4x32-10(key seed, counter (request, position)) in (0, 1): the token is the
+  // first v, in id order, whose running sum of kept weights exceeds u times their total. Top-k keeps the k largest
+  // (ties: lowest id), top-p then the shortest prefix in decreasing probability (ties: lowest id) whose share reaches
+  // topP; shares are integers, floor(2^40 weight), of the sum of all that top-k kept. A weight is e_v a_p, e_v =
+  // exp(x_v - m_p), a_p = exp(m_p - m), p the part of v; dropped: e_v = 0. A part is cut into blocks of 256 columns.
+  // The running sum is float64: over blocks in id order it adds a_p times the block's lanes sum of e; inside the block
+  // that passes the target it adds a_p e_v, v ascending, from the sum before the block. u = (i + 1/2) / 2^52, i the
+  // upper 52 bits of the first two words; the counter's words are request (low, high), position, 0. Logits whose
+  // weights have no positive total (NaN) give the argmax and a log-probability of NaN.
   void (*sample)(Queue&, View<const float> logits, const WeightLayout& vocabulary, const Sampling* settings,
                  int32_t* tokens, float* logprobs);
 

@@ -38,9 +38,11 @@ std::vector<int32_t> GenerateControl::takeEnded() {
   return std::exchange(ended_, {});
 }
 
-Generator::Generator(const Spec& spec, Transformer& transformer, const kernels::Kernels& kernels, Queue& queue,
-                     const Workspace& workspace, const GenerateSettings& settings)
+Generator::Generator(const Spec& spec, const Parallel& parallel, Transformer& transformer,
+                     const kernels::Kernels& kernels, Queue& queue, const Workspace& workspace,
+                     const GenerateSettings& settings)
     : spec_(spec),
+      parallel_(parallel),
       transformer_(transformer),
       k_(kernels),
       queue_(queue),
@@ -55,8 +57,10 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
   enqueue(requests, results);
   std::vector<int32_t> freshRequests, freshTokens;
   auto last = std::chrono::steady_clock::now();
-  while ((!waiting_.empty() || !running_.empty()) && !control.aborted()) {
-    endRequested(control);
+  while (!waiting_.empty() || !running_.empty()) {
+    const Orders orders = agree(control);
+    if (orders.aborted) break;
+    endRequested(orders.ended);
     admit();
     if (running_.empty()) continue;
     const Batch batch = plan();
@@ -77,6 +81,24 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
   }
   if (progress && !freshTokens.empty()) progress(std::move(freshRequests), std::move(freshTokens));
   return results;
+}
+
+Generator::Orders Generator::agree(GenerateControl& control) {
+  comm::Communicator* world = parallel_.world.get();
+  if (world == nullptr) return {control.aborted(), control.takeEnded()};
+  Orders orders{};
+  int32_t header[2] = {};  // aborted, requests to end
+  const int leader = parallel_.leader();
+  if (world->rank() == leader) {
+    orders = {control.aborted(), control.takeEnded()};
+    header[0] = orders.aborted ? 1 : 0;
+    header[1] = static_cast<int32_t>(orders.ended.size());
+  }
+  world->broadcast(header, sizeof header, comm::Element::kByte, leader, "orders");
+  orders.aborted = header[0] != 0;
+  orders.ended.resize(static_cast<size_t>(header[1]));
+  if (header[1] > 0) world->broadcast(orders.ended.data(), header[1] * 4, comm::Element::kByte, leader, "ended");
+  return orders;
 }
 
 // Requests with equal prompts form a prefix.
@@ -256,7 +278,19 @@ void Generator::sample(Operand hidden) {
                         (*requests_)[static_cast<size_t>(s.request)].id, static_cast<uint32_t>(s.tokens.size())});
   }
   if (sampled_.empty()) return;
-  const int64_t count = static_cast<int64_t>(sampled_.size()), vocabulary = spec_.shape.vocabulary;
+  sampledTokens_.resize(sampled_.size());
+  sampledLogprobs_.assign(sampled_.size(), 0.0f);
+  if (parallel_.lastStage()) sampleRows(hidden, rows, settings);
+  if (comm::Communicator* pipeline = parallel_.pipeline.get()) {
+    pipeline->broadcast(sampledTokens_.data(), sizeOf(sampledTokens_) * 4, comm::Element::kByte, pipeline->size() - 1,
+                        "sampled tokens");
+  }
+}
+
+// Into sampledTokens_ and sampledLogprobs_. All ranks of a tensor group have all logits and draw the same tokens.
+void Generator::sampleRows(Operand hidden, const std::vector<int64_t>& rows,
+                           const std::vector<kernels::Sampling>& settings) {
+  const int64_t count = static_cast<int64_t>(rows.size()), vocabulary = spec_.shape.vocabulary;
   const Operand gathered = workspace_.operand("sampledHidden", kAbsent, spec_.dtype, count, hidden.cols);
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]),
@@ -264,10 +298,8 @@ void Generator::sample(Operand hidden) {
   }
   const View<float> logits = workspace_.f32("logits", kAbsent, count, vocabulary);
   transformer_.logits(gathered, logits);
-  sampledTokens_.resize(sampled_.size());
-  sampledLogprobs_.resize(sampled_.size());
-  k_.sample(queue_, logits, transformer_.vocabularyLayout(), settings.data(), sampledTokens_.data(),
-            sampledLogprobs_.data());
+  const kernels::WeightLayout layout = transformer_.vocabularyLayout();
+  k_.sample(queue_, logits, layout, settings.data(), sampledTokens_.data(), sampledLogprobs_.data());
 }
 
 void Generator::collect(std::vector<Generated>& results) {
@@ -304,8 +336,8 @@ void Generator::collect(std::vector<Generated>& results) {
 }
 
 // Requests that the caller ended keep what they have and finish as aborted.
-void Generator::endRequested(GenerateControl& control) {
-  for (const int32_t request : control.takeEnded()) {
+void Generator::endRequested(const std::vector<int32_t>& requests) {
+  for (const int32_t request : requests) {
     const auto isIt = [request](const Sequence& s) { return s.request == request; };
     if (const auto at = std::find_if(running_.begin(), running_.end(), isIt); at != running_.end()) {
       if (at->cached < promptLength(*at)) prefixOf(*at).reading = false;

@@ -2,6 +2,9 @@
 // decoding rows, pages are taken as sequences grow, the latest sequence gives way when none is free and comes back
 // later. None of it changes a bit of any sequence (DESIGN §2): a token is a function of weights, prompt, settings, seed
 // and id.
+//
+// Several ranks run the same program on the same tokens: what comes from outside is told to all by the rank that
+// answers, and what the last stage samples by its ranks to their pipelines.
 #pragma once
 
 #include <atomic>
@@ -12,6 +15,7 @@
 #include <vector>
 
 #include "model/kv_cache.h"
+#include "model/parallel.h"
 #include "model/transformer.h"
 
 namespace lockstep::model {
@@ -64,7 +68,8 @@ class Generator {
   // New tokens since the last call: (request, token) pairs, in order.
   using Progress = std::function<void(std::vector<int32_t> requests, std::vector<int32_t> tokens)>;
 
-  Generator(const Spec&, Transformer&, const kernels::Kernels&, Queue&, const Workspace&, const GenerateSettings&);
+  Generator(const Spec&, const Parallel&, Transformer&, const kernels::Kernels&, Queue&, const Workspace&,
+            const GenerateSettings&);
 
   std::vector<Generated> run(const std::vector<GenerateRequest>&, GenerateControl&, const Progress&);
   const GenerateStatistics& statistics() const { return statistics_; }
@@ -84,6 +89,12 @@ class Generator {
     std::vector<int32_t> pages;
   };
 
+  // What the outside wants before a step, the same on all ranks.
+  struct Orders {
+    bool aborted;
+    std::vector<int32_t> ended;
+  };
+
   void enqueue(const std::vector<GenerateRequest>&, std::vector<Generated>&);
   void admit();
   bool start(Sequence&);
@@ -94,8 +105,10 @@ class Generator {
   void preemptLast();
   Batch plan();
   void sample(Operand hidden);
+  void sampleRows(Operand hidden, const std::vector<int64_t>& rows, const std::vector<kernels::Sampling>&);
   void collect(std::vector<Generated>&);
-  void endRequested(GenerateControl&);
+  void endRequested(const std::vector<int32_t>& requests);
+  Orders agree(GenerateControl&);
   void releasePages(Sequence&);
   Prefix& prefixOf(const Sequence& s) {
     return prefixes_[static_cast<size_t>(prefixIndex_[static_cast<size_t>(s.request)])];
@@ -105,6 +118,7 @@ class Generator {
   }
 
   const Spec& spec_;
+  const Parallel& parallel_;
   Transformer& transformer_;
   const kernels::Kernels& k_;
   Queue& queue_;

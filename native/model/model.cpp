@@ -7,11 +7,16 @@
 
 namespace lockstep::model {
 
-Model::Model(Spec spec, Device device)
+Model::Model(Spec spec, Device device, Parallel parallel)
     : spec_(std::move(spec)),
       device_(device),
+      parallel_(std::move(parallel)),
       parameters_(spec_, device.kernels),
-      transformer_(spec_, parameters_, device.kernels, device.queue, device.cancelled) {}
+      transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
+
+void Model::join(int tensorRanks) {
+  parallel_.join(tensorRanks);
+}
 
 // Takes the workspace for one call, grown to its plan.
 Workspace Model::enter(const std::vector<BufferSpec>& plan) {
@@ -43,6 +48,11 @@ void Model::copyOut(const Batch& batch, View<const float> rows, float* out) cons
 
 void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
                     float inverseTemperature, bool keep, const ForwardOutputs& out) {
+  together([&] { runForward(plan, tokens, lengths, count, inverseTemperature, keep, out); });
+}
+
+void Model::runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths,
+                       int64_t count, float inverseTemperature, bool keep, const ForwardOutputs& out) {
   int64_t total = 0;
   for (int64_t b = 0; b < count; ++b) {
     total += lengths[b];
@@ -58,6 +68,7 @@ void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, 
   const int64_t rows = call.batch.rows();
   call.hidden = transformer_.forward(call.workspace, call.batch, keep ? Keep::kActivations : Keep::kNothing,
                                      call.batch.pageCount);
+  if (!parallel_.lastStage()) return;
   const auto width = static_cast<size_t>(rows);
   if (spec_.shape.head == Head::kScalar) {
     std::vector<float> values(width);
@@ -128,6 +139,14 @@ double Model::step(const StepOptions& options) {
 std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
                                        const std::vector<GenerateRequest>& requests, GenerateControl& control,
                                        const Generator::Progress& progress, GenerateStatistics& statistics) {
+  std::vector<Generated> results;
+  together([&] { results = runGenerate(plan, settings, requests, control, progress, statistics); });
+  return results;
+}
+
+std::vector<Generated> Model::runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
+                                          const std::vector<GenerateRequest>& requests, GenerateControl& control,
+                                          const Generator::Progress& progress, GenerateStatistics& statistics) {
   for (const GenerateRequest& request : requests) {
     requireTokens(request.prompt.data(), static_cast<int64_t>(request.prompt.size()));
     const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.maxNewTokens;
@@ -138,7 +157,7 @@ std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, cons
     }
   }
   const Workspace workspace = enter(plan);
-  Generator generator(spec_, transformer_, device_.kernels, device_.queue, workspace, settings);
+  Generator generator(spec_, parallel_, transformer_, device_.kernels, device_.queue, workspace, settings);
   std::vector<Generated> results = generator.run(requests, control, progress);
   statistics = generator.statistics();
   return results;

@@ -1,4 +1,4 @@
-// One rank's model: what the binding calls, on the rank's thread.
+// One rank's model, or its part of a model: what the binding calls, on the rank's thread.
 #pragma once
 
 #include <memory>
@@ -6,8 +6,10 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/error.h"
 #include "core/queue.h"
 #include "model/generator.h"
+#include "model/parallel.h"
 #include "model/parameters.h"
 #include "model/spec.h"
 #include "model/transformer.h"
@@ -33,15 +35,32 @@ struct ForwardOutputs {
 
 class Model {
  public:
-  Model(Spec spec, Device device);
+  // `parallel` unjoined: join() comes before any other call.
+  Model(Spec spec, Device device, Parallel parallel = {});
 
-  // Whole sequences, packed without padding. With `keep` the activations stay for backward.
+  // Forms the groups of `tensorRanks` ranks; all ranks of the world at the same time.
+  void join(int tensorRanks);
+  // Runs `work`; if it fails, the other ranks are told, so that their calls fail as well and none waits for this one.
+  template <class Work>
+  void together(const Work& work) {
+    try {
+      if (!parallel_.joined()) throw Error("RANKS_NOT_JOINED", "the ranks of this model have not joined");
+      work();
+    } catch (const std::exception& error) {
+      if (parallel_.world != nullptr) parallel_.world->abort(error.what());
+      throw;
+    }
+  }
+
+  // Whole sequences, packed without padding. With `keep` the activations stay for backward. All ranks make the call
+  // together; those of the last stage have the outputs.
   void forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
                float inverseTemperature, bool keep, const ForwardOutputs&);
   // Per-token gradients of the last kept forward's outputs, packed without padding; null is zero.
   // Throws Error("NO_FORWARD") when there is none.
   void backward(const float* dLogprobs, const float* dEntropies, const float* dValues);
   double step(const StepOptions&);
+  // All ranks make the call together; the leader's control and progress count, and its results are whole.
   std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
                                   const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
                                   GenerateStatistics& statistics);
@@ -52,11 +71,17 @@ class Model {
 
  private:
   Workspace enter(const std::vector<BufferSpec>& plan);
+  void runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
+                  float inverseTemperature, bool keep, const ForwardOutputs&);
+  std::vector<Generated> runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
+                                     const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
+                                     GenerateStatistics& statistics);
   void requireTokens(const int32_t* tokens, int64_t count) const;
   void copyOut(const Batch&, View<const float> rows, float* out) const;
 
   Spec spec_;
   Device device_;
+  Parallel parallel_;
   Parameters parameters_;
   Transformer transformer_;
 

@@ -14,14 +14,16 @@ namespace lockstep::model {
 enum class Norm : uint8_t { kRms, kLayer };
 enum class Head : uint8_t { kLanguage, kScalar };
 
+// What a rank has of it: with several ranks, its layers, heads, feed-forward columns and parts only.
 struct Shape {
-  int64_t vocabulary, width, layers, heads, keyValueHeads, headWidth, feedForward;
+  int64_t vocabulary;  // of the whole model, whatever part of it the rank has
+  int64_t width, layers, heads, keyValueHeads, headWidth, feedForward;
   Norm norm;
   float normEps;
   kernels::Activation activation;
   bool headNorm, learnedPositions, tied;
   int64_t maxPositions;
-  std::vector<int64_t> windows;  // per layer, 0: none
+  std::vector<int64_t> windows;  // per layer of the rank, 0: none
   Head head;
   int64_t parts;
 
@@ -48,6 +50,8 @@ struct Spec {
   bool train;
   bool recompute;
   std::vector<TensorSpec> tensors;
+  int64_t firstLayer = 0;       // of the rank, in the whole model: tensors carry the model's names
+  int64_t vocabularyBegin = 0;  // first row of the embedding and the vocabulary that the rank has
   int64_t weightsBytes, gradientBytes, optimizerBytes;
   std::vector<float> cosine, sine;  // rope tables [maxPositions, K / 2], empty without rotation
 };

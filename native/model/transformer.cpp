@@ -9,10 +9,6 @@ namespace lockstep::model {
 
 namespace {
 
-std::string named(int64_t layer, const char* tensor) {
-  return "layers." + std::to_string(layer) + "." + tensor;
-}
-
 // Rows between sequences are read by products over tokens and must be finite: attention writes none of them.
 void zeroPaddingRows(const Batch& batch, Operand x) {
   for (int64_t b = 0; b < batch.count(); ++b) {
@@ -25,9 +21,13 @@ void zeroPaddingRows(const Batch& batch, Operand x) {
 
 }  // namespace
 
-Transformer::Transformer(const Spec& spec, const Parameters& parameters, const kernels::Kernels& kernels, Queue& queue,
-                         const std::atomic<bool>& cancelled)
-    : spec_(spec), parameters_(parameters), k_(kernels), queue_(queue), cancelled_(cancelled) {}
+Transformer::Transformer(const Spec& spec, const Parallel& parallel, const Parameters& parameters,
+                         const kernels::Kernels& kernels, Queue& queue, const std::atomic<bool>& cancelled)
+    : spec_(spec), parallel_(parallel), parameters_(parameters), k_(kernels), queue_(queue), cancelled_(cancelled) {}
+
+std::string Transformer::named(int64_t layer, const char* tensor) const {
+  return "layers." + std::to_string(spec_.firstLayer + layer) + "." + tensor;
+}
 
 void Transformer::checkCancelled() const {
   if (cancelled_) throw Error("ABORTED", "the model was closed while it was working");
@@ -91,34 +91,81 @@ void Transformer::blockForward(const Batch& batch, int64_t l, const Workspace& w
   k_.qkvPrepare(queue_, qkv, wide, batch.sequences(), headNorm, rope, b.q, b.pages, b.savedQk);
   k_.attention(queue_, qkv.attention, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp);
   zeroPaddingRows(batch, b.attended);
-  k_.linear(queue_, b.attended, weight("attentionOut"), vector("attentionOutBias"),
-            kernels::Output::add(b.in, b.middle));
+  rowProduct(w, b.attended, named(l, "attentionOut"), b.in, b.middle);
 
   norm(named(l, "norm2"), b.middle, b.normed2, b.stat2);
   k_.activatedLinear(queue_, b.normed2, weight("up"), vector("upBias"), s.activation, b.activated, b.up);
   if (b.out.empty()) return;  // recomputation for backward needs what the block saves, not what it returns
-  k_.linear(queue_, b.activated, weight("down"), vector("downBias"), kernels::Output::add(b.middle, b.out));
+  rowProduct(w, b.activated, named(l, "down"), b.middle, b.out);
+}
+
+void Transformer::rowProduct(const Workspace& w, Operand x, const std::string& name, View<const float> residual,
+                             View<float> y) {
+  const kernels::Weight weight = parameters_.weight(name);
+  const float* bias = parameters_.vector(name + "Bias");
+  if (parallel_.tensor == nullptr) return k_.linear(queue_, x, weight, bias, kernels::Output::add(residual, y));
+  const View<float> sum = w.f32("wide", kAbsent, y.rows, y.cols);
+  k_.linear(queue_, x, weight, nullptr, kernels::Output::store(sum));
+  parallel_.tensor->allReduce(sum.data, sum.data, sum.rows * sum.cols, name);
+  k_.finishSum(queue_, sum, bias, residual, y);
+}
+
+// Tokens as rows of the rank's part of the vocabulary, -1 for those of other ranks.
+std::vector<int32_t> Transformer::localTokens(const std::vector<int32_t>& tokens, int64_t rows) const {
+  std::vector<int32_t> local;
+  local.reserve(tokens.size());
+  for (const int32_t token : tokens) {
+    const int64_t row = token - spec_.vocabularyBegin;
+    local.push_back(token < 0 || row < 0 || row >= rows ? -1 : static_cast<int32_t>(row));
+  }
+  return local;
+}
+
+// One rank of the group has the token; the others add zero.
+void Transformer::embed(const Batch& batch, View<float> x) {
+  const kernels::Weight weight = parameters_.weight("embed");
+  const std::vector<int32_t> tokens = localTokens(batch.tokens, weight.layout->out);
+  k_.embed(queue_, tokens.data(), batch.positions.data(), weight, parameters_.vector("positions"), x);
+  if (parallel_.tensor != nullptr) parallel_.tensor->allReduce(x.data, x.data, x.rows * x.cols, "embed");
 }
 
 Operand Transformer::forward(const Workspace& w, const Batch& batch, Keep what, int64_t pageCount) {
   const Shape& s = spec_.shape;
   const View<float> x = w.f32("x", 0, batch.rows(), s.width);
-  k_.embed(queue_, batch.tokens.data(), batch.positions.data(), parameters_.weight("embed"),
-           parameters_.vector("positions"), x);
+  comm::Communicator* pipeline = parallel_.pipeline.get();
+  if (parallel_.firstStage()) {
+    embed(batch, x);
+  } else {
+    pipeline->receive(x.data, x.rows * x.cols, comm::Element::kFloat32, pipeline->rank() - 1, "activations");
+  }
   for (int64_t l = 0; l < s.layers; ++l) blockForward(batch, l, w, layer(w, l, batch.rows(), pageCount, what));
+  const View<float> last = w.f32("x", s.layers, batch.rows(), s.width);
+  if (!parallel_.lastStage()) {
+    pipeline->send(last.data, last.rows * last.cols, comm::Element::kFloat32, pipeline->rank() + 1, "activations");
+    return {};
+  }
   const Operand hidden = w.operand("hidden", kAbsent, spec_.dtype, batch.rows(), s.width);
   float* stat = what == Keep::kActivations
                     ? w.f32("hiddenStat", kAbsent, batch.rows(), s.norm == Norm::kLayer ? 2 : 1).data
                     : nullptr;
-  norm("finalNorm", w.f32("x", s.layers, batch.rows(), s.width), hidden, stat);
+  norm("finalNorm", last, hidden, stat);
   return hidden;
 }
 
 void Transformer::logprobs(const Workspace& w, const Batch& batch, Operand hidden, float inverseTemperature,
                            kernels::LogSoftmax out) {
   const kernels::Staging staging{w.take("staging", w.bytes("staging")), w.bytes("staging")};
-  k_.logprobs(queue_, hidden, parameters_.weight(vocabularyName()), batch.targets.data(), inverseTemperature, out,
-              staging);
+  const kernels::Weight weight = parameters_.weight(vocabularyName());
+  const std::vector<int32_t> targets = localTokens(batch.targets, weight.layout->out);
+  const int64_t rows = batch.rows(), groups = parallel_.tensorRanks();
+  std::vector<kernels::SoftmaxStatistics> all(static_cast<size_t>(groups * rows));
+  kernels::SoftmaxStatistics* own = all.data() + (parallel_.tensor == nullptr ? 0 : parallel_.tensor->rank() * rows);
+  k_.softmaxStatistics(queue_, hidden, weight, targets.data(), inverseTemperature, own, staging);
+  if (parallel_.tensor != nullptr) {
+    constexpr int64_t kFloats = sizeof(kernels::SoftmaxStatistics) / sizeof(float);
+    parallel_.tensor->allGather(own, all.data(), rows * kFloats, comm::Element::kFloat32, "softmax statistics");
+  }
+  k_.mergeStatistics(queue_, all.data(), groups, rows, batch.targets.data(), out);
 }
 
 void Transformer::values(Operand hidden, View<float> values) {
@@ -127,7 +174,25 @@ void Transformer::values(Operand hidden, View<float> values) {
 }
 
 void Transformer::logits(Operand hidden, View<float> logits) {
-  k_.linear(queue_, hidden, parameters_.weight(vocabularyName()), nullptr, kernels::Output::store(logits));
+  const kernels::Weight weight = parameters_.weight(vocabularyName());
+  const int64_t begin = spec_.vocabularyBegin, columns = weight.layout->out;
+  const View<float> own{logits.data + begin, logits.rows, columns, logits.stride};
+  if (columns > 0) k_.linear(queue_, hidden, weight, nullptr, kernels::Output::store(own));
+  if (parallel_.tensor == nullptr) return;
+  std::vector<comm::Piece> pieces;
+  for (int64_t r = 0; r < logits.rows && columns > 0; ++r) {
+    pieces.push_back({own.row(r), (r * logits.stride + begin) * 4, columns * 4});
+  }
+  parallel_.tensor->allGatherPieces(pieces, logits.data, logits.rows * logits.stride * 4, "logits");
+}
+
+kernels::WeightLayout Transformer::vocabularyLayout() const {
+  if (parallel_.tensor == nullptr) return *parameters_.weight(vocabularyName()).layout;
+  const int64_t all = spec_.shape.vocabulary, parts = spec_.shape.parts * parallel_.tensorRanks();
+  const int64_t size = (all + parts - 1) / parts;
+  std::vector<int64_t> sizes;
+  for (int64_t p = 0; p < parts; ++p) sizes.push_back(std::clamp<int64_t>(all - p * size, 0, size));
+  return kernels::WeightLayout::make(all, spec_.shape.width, kernels::Split::kOut, sizes);
 }
 
 Operand Transformer::asOperand(const Workspace& w, View<float> dx) {

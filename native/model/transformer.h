@@ -1,6 +1,10 @@
 // The transformer: forward and backward as mirror images, one implementation for training, scoring, prefill and decode.
 // What differs between them is the plan of buffers: in training every layer has its own, in inference all layers share
 // one set and the residual stream is updated in place; with recomputation a layer keeps only its input.
+//
+// With several ranks (Shoeybi et al. 2019, Megatron-LM [1909.08053]) a rank computes its columns of qkv, up and the
+// vocabulary, and partial sums of attentionOut and down, which the tensor group adds up: the ranks continue the tree
+// over parts. Stages of the pipeline hand the residual stream on.
 #pragma once
 
 #include <atomic>
@@ -9,6 +13,7 @@
 #include "core/queue.h"
 #include "kernels/kernels.h"
 #include "model/batch.h"
+#include "model/parallel.h"
 #include "model/parameters.h"
 #include "model/spec.h"
 #include "model/workspace.h"
@@ -32,20 +37,22 @@ enum class Keep : uint8_t { kActivations, kNothing, kCache };
 
 class Transformer {
  public:
-  Transformer(const Spec&, const Parameters&, const kernels::Kernels&, Queue&, const std::atomic<bool>& cancelled);
+  Transformer(const Spec&, const Parallel&, const Parameters&, const kernels::Kernels&, Queue&,
+              const std::atomic<bool>& cancelled);
 
-  // Runs the trunk over `batch`; returns the final norm's output [T, D]. pageCount: pages of keys and values in a
-  // layer.
+  // Runs the rank's layers over `batch`; returns the final norm's output [T, D], or nothing before the last stage.
+  // pageCount: pages of keys and values in a layer.
   Operand forward(const Workspace&, const Batch&, Keep, int64_t pageCount);
 
   // Per-row log-softmax of the language head at the batch's targets.
   void logprobs(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax out);
   // values [T] of the scalar head.
   void values(Operand hidden, View<float> values);
-  // logits [rows, V] of given rows of hidden.
+  // logits [rows, V] of given rows of hidden, on every rank of the last stage.
   void logits(Operand hidden, View<float> logits);
 
-  const kernels::WeightLayout& vocabularyLayout() const { return *parameters_.weight(vocabularyName()).layout; }
+  // Of the whole model's vocabulary.
+  kernels::WeightLayout vocabularyLayout() const;
 
   // Gradients of per-row outputs [T] (null: zero) through the heads, into the plan's "wide" buffer; then through the
   // trunk.
@@ -59,6 +66,12 @@ class Transformer {
   LayerBuffers layer(const Workspace&, int64_t l, int64_t rows, int64_t pageCount, Keep) const;
   void blockForward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&);
   void blockBackward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&, View<float> dx);
+  void embed(const Batch&, View<float> x);
+  // y = residual + x W^T + bias, of a weight that is cut along its columns.
+  void rowProduct(const Workspace&, Operand x, const std::string& name, View<const float> residual, View<float> y);
+  std::vector<int32_t> localTokens(const std::vector<int32_t>& tokens, int64_t rows) const;
+  // The tensor's name in the model, of a layer of the rank.
+  std::string named(int64_t layer, const char* tensor) const;
   void norm(const std::string& name, View<const float> x, Operand y, float* stat);
   void normBackward(const std::string& name, View<const float> x, const float* stat, View<const float> dy,
                     View<float> dx);
@@ -69,6 +82,7 @@ class Transformer {
   std::string vocabularyName() const { return spec_.shape.tied ? "embed" : "vocabulary"; }
 
   const Spec& spec_;
+  const Parallel& parallel_;
   const Parameters& parameters_;
   const kernels::Kernels& k_;
   Queue& queue_;

@@ -157,6 +157,9 @@ export interface LoadSlice {
   /** Logical shape [out rows, in columns]; a transposed one is stored [columns, rows]. */
   rows: number;
   columns: number;
+  /** Of those columns, the ones that the engine's tensor has. */
+  columnBegin: number;
+  columnCount: number;
   transposed: boolean;
   pieces: readonly Piece[];
 }
@@ -173,7 +176,7 @@ export interface LoadOptions {
 }
 
 /**
- * What to read from where, for a table of the checkpoint's shape or of that shape under another head.
+ * What to read from where, for a table of the checkpoint's shape or of that shape under another head, or a rank's part of it.
  * @throws CHECKPOINT_TENSOR_MISSING, CHECKPOINT_TENSOR_SHAPE, CHECKPOINT_DTYPE, each naming file and tensor
  */
 export function loadPlan(checkpoint: Checkpoint, table: readonly TensorSpec[], options: LoadOptions = {}): LoadPlan {
@@ -234,6 +237,8 @@ function sliceOf(spec: TensorSpec, source: TensorSource, stored: StoredTensor): 
     dtype,
     rows,
     columns,
+    columnBegin: source.columns?.begin ?? 0,
+    columnCount: source.columns?.count ?? columns,
     transposed,
     pieces,
   };

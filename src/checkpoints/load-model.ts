@@ -3,8 +3,9 @@ import { Device, type DeviceOptions } from '../engine/device.js';
 import type { Dtype } from '../engine/engine.js';
 import type { NativeLoad } from '../engine/native.js';
 import { NativeEngine } from '../engine/native-engine.js';
+import { ParallelEngine } from '../engine/parallel-engine.js';
 import { withHead } from '../layout/config.js';
-import type { Head } from '../layout/model-shape.js';
+import type { Head, ModelShape } from '../layout/model-shape.js';
 import { type Checkpoint, type LoadSlice, loadPlan, openCheckpoint } from './hugging-face.js';
 
 export interface LoadModelOptions {
@@ -33,8 +34,7 @@ export function createDevice(options: DeviceOptions = {}): Device {
 export async function createEngine(options: LoadModelOptions): Promise<NativeEngine> {
   const checkpoint = typeof options.model === 'string' ? await openCheckpoint(options.model) : options.model;
   const { head, device, dtype, train, parts, recompute } = options;
-  const shape =
-    head === undefined || head === checkpoint.shape.head ? checkpoint.shape : withHead(checkpoint.shape, head);
+  const shape = shapeUnder(checkpoint, head);
   const engine = new NativeEngine({
     shape,
     device,
@@ -44,13 +44,48 @@ export async function createEngine(options: LoadModelOptions): Promise<NativeEng
     ...(recompute === undefined ? {} : { recompute }),
   });
   try {
-    const { slices } = loadPlan(checkpoint, engine.table, { newHead: shape !== checkpoint.shape });
-    await engine.load(nativeLoad(slices, new Map(engine.table.map((tensor, index) => [tensor.name, index]))));
+    await loadRank(engine, checkpoint);
     return engine;
   } catch (error) {
     await engine.close();
     throw error;
   }
+}
+
+export interface LoadParallelOptions extends Pick<LoadModelOptions, 'model' | 'dtype' | 'head' | 'parts'> {
+  /** One per rank. */
+  devices: readonly Device[];
+  degrees: { pipeline: number; tensor: number };
+}
+
+/**
+ * The same over several ranks, each of which reads its part of the files.
+ * @throws what `createEngine` throws; PARALLEL_INVALID; RANKS_INVALID
+ */
+export async function createParallelEngine(options: LoadParallelOptions): Promise<ParallelEngine> {
+  const checkpoint = typeof options.model === 'string' ? await openCheckpoint(options.model) : options.model;
+  const { head, devices, degrees, dtype, parts } = options;
+  const shape = shapeUnder(checkpoint, head);
+  const engine = await ParallelEngine.create({
+    ...{ shape, devices, degrees, dtype },
+    ...(parts === undefined ? {} : { parts }),
+  });
+  try {
+    for (const rank of engine.ranks) await loadRank(rank, checkpoint);
+    return engine;
+  } catch (error) {
+    await engine.close();
+    throw error;
+  }
+}
+
+function shapeUnder(checkpoint: Checkpoint, head: Head | undefined): ModelShape {
+  return head === undefined || head === checkpoint.shape.head ? checkpoint.shape : withHead(checkpoint.shape, head);
+}
+
+async function loadRank(engine: NativeEngine, checkpoint: Checkpoint): Promise<void> {
+  const { slices } = loadPlan(checkpoint, engine.table, { newHead: engine.shape !== checkpoint.shape });
+  await engine.load(nativeLoad(slices, new Map(engine.table.map((tensor, index) => [tensor.name, index]))));
 }
 
 /** File by file, in the order of their bytes: each is mapped once and read forwards. */

@@ -50,7 +50,7 @@ export const commonFlags: Readonly<Record<string, Flag>> = {
 export const modelFlags: Readonly<Record<string, Flag>> = {
   dtype: { value: 'float32|bfloat16', help: 'Precision of the computation (default float32)' },
   threads: { value: 'N', help: 'Threads that compute (default 2)' },
-  tensor: { value: 'N', help: 'Tensor-parallel degree; this version runs 1' },
-  pipeline: { value: 'N', help: 'Pipeline-parallel degree; this version runs 1' },
+  tensor: { value: 'N', help: 'Ranks that share each layer; a power of two up to --parts (default 1)' },
+  pipeline: { value: 'N', help: 'Stages that the layers are cut into (default 1)' },
   parts: { value: 'N', help: 'Numeric parts, a power of two (default: chosen from the model)' },
 };

@@ -6,24 +6,16 @@ import type { OpenModelOptions } from '../inference/open-model.js';
 import type { Input } from './command.js';
 import { choice, given, number, text } from './values.js';
 
-/** @throws LockstepError USAGE_VALUE, RANKS_UNSUPPORTED. */
+/** @throws LockstepError USAGE_VALUE. */
 export function modelOptions(input: Input): OpenModelOptions {
-  for (const name of ['tensor', 'pipeline']) {
-    const degree = number(input, name, { minimum: 1, whole: true }) ?? 1;
-    if (degree > 1) {
-      throw new LockstepError(
-        'RANKS_UNSUPPORTED',
-        `--${name} ${degree}: this version runs a model on one rank; leave the flag out, or give 1`,
-        { [name]: degree },
-      );
-    }
-  }
   return {
     model: input.words[0]!,
     ...given({
       dtype: choice(input, 'dtype', ['float32', 'bfloat16']),
       threads: number(input, 'threads', { minimum: 1, maximum: 256, whole: true }),
       parts: number(input, 'parts', { minimum: 1, whole: true }),
+      tensor: number(input, 'tensor', { minimum: 1, whole: true }),
+      pipeline: number(input, 'pipeline', { minimum: 1, whole: true }),
     }),
   };
 }

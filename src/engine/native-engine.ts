@@ -12,8 +12,11 @@ import {
   wholeSequences,
 } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { Degrees } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
+import { type RankShare, rankShare, wholeShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
+import { shardTable } from '../layout/shards.js';
 import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
 import { type Device, rethrow, rethrowAsync } from './device.js';
 import type {
@@ -27,11 +30,20 @@ import type {
   GenerateProgress,
   GenerateRequest,
   ParameterSpace,
+  SamplingOptions,
   StepOptions,
   StepResult,
   TokenGradients,
 } from './engine.js';
-import { loadNative, type NativeLoad, type NativeModel, type NativePieces } from './native.js';
+import {
+  loadNative,
+  type NativeForward,
+  type NativeGenerate,
+  type NativeLoad,
+  type NativeModel,
+  type NativePieces,
+  type NativeWorld,
+} from './native.js';
 
 export interface EngineOptions {
   shape: ModelShape;
@@ -43,6 +55,23 @@ export interface EngineOptions {
   parts?: number | 'auto';
   /** Layers keep only their input for backward and are computed again. Default false. */
   recompute?: boolean;
+  /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
+  rank?: RankOfWorld;
+}
+
+export interface RankOfWorld {
+  degrees: Degrees;
+  rank: number;
+  world: NativeWorld;
+}
+
+/** One generation, before it is decided how many pages of keys and values it has. */
+export interface GenerationNeeds {
+  requests: NativeGenerate['requests'];
+  options: SamplingOptions;
+  sequences: number;
+  rows: number;
+  pages: number;
 }
 
 /** Rows of one step of generation: prompt chunks and decoding rows together. */
@@ -50,7 +79,8 @@ export const generationRows = 512;
 /** Sequences that generate together, at most. */
 export const generationSequences = 256;
 
-interface TensorHome {
+/** Where rows of a checkpoint tensor are in the engine. */
+export interface TensorHome {
   index: number;
   spec: TensorSpec;
   source: TensorSource;
@@ -64,11 +94,13 @@ export interface GenerationStatistics {
   sharedPositions: number;
 }
 
-/** Parameters start at zero: `load` or `writeTensor` fills them. */
+/** One rank's model, or its part of one. Parameters start at zero: `load` or `writeTensor` fills them. */
 export class NativeEngine implements Engine {
   readonly shape: ModelShape;
   readonly dtype: Dtype;
   readonly parts: number;
+  /** What the rank has of the model. */
+  readonly share: RankShare;
   readonly table: readonly TensorSpec[];
   lastGeneration: GenerationStatistics | undefined;
   private readonly device: Device;
@@ -84,10 +116,14 @@ export class NativeEngine implements Engine {
     this.train = options.train ?? false;
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
-    this.table = tensorTable(options.shape, this.parts);
+    const { rank } = options;
+    this.share = rank ? rankShare(this.shape, this.parts, rank.degrees, rank.rank) : wholeShare(this.shape, this.parts);
+    this.table = rank
+      ? shardTable(this.shape, this.parts, rank.degrees, rank.rank)
+      : tensorTable(this.shape, this.parts);
     const plan = planModel(this.table, this.dtype, this.train);
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
-    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan)));
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -98,19 +134,24 @@ export class NativeEngine implements Engine {
   }
 
   private nativeSpec(plan: ModelPlan): object {
-    const { shape } = this;
+    const { shape, share } = this;
     const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
     return {
       shape: {
-        ...shape,
+        ...share.shape,
+        vocabulary: shape.vocabulary,
         learnedPositions: shape.positions.type === 'learned',
-        head: shape.head,
-        parts: this.parts,
+        parts: share.parts,
       },
       dtype: this.dtype,
       train: this.train,
       recompute: this.recompute,
-      tensors: this.table.map((tensor, i) => ({ ...tensor, sources: undefined, ...plan.places[i] })),
+      firstLayer: share.firstLayer,
+      vocabularyBegin: share.vocabularyBegin,
+      tensors: this.table.map(({ name, kind, out, in: columns, split, sizes, elements, decay }, i) => ({
+        ...{ name, kind, out, in: columns, split, sizes, elements, decay },
+        ...plan.places[i],
+      })),
       weightsBytes: plan.weightsBytes,
       gradientBytes: plan.gradientBytes,
       optimizerBytes: plan.optimizerBytes,
@@ -119,12 +160,22 @@ export class NativeEngine implements Engine {
     };
   }
 
+  /** Forms the groups of a rank with others; all of them at the same time. */
+  async join(): Promise<void> {
+    await rethrowAsync(() => this.native.join(this.share.tensorRanks));
+  }
+
   /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
   async load(items: NativeLoad[]): Promise<void> {
     await rethrowAsync(() => this.native.load(items));
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
+    return this.runForward(this.planForward(batch, options));
+  }
+
+  /** @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET */
+  planForward(batch: TokenBatch, options: ForwardOptions): NativeForward {
     const keep = options.keep ?? false;
     if (keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
@@ -132,19 +183,21 @@ export class NativeEngine implements Engine {
     const size = wholeSequences(batch.lengths);
     const plan = keep
       ? planTraining(this.shape, this.dtype, size, this.recompute)
-      : planScoring(this.shape, this.dtype, size);
+      : planScoring(this.share.shape, this.dtype, size, this.share);
     this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
-    return rethrowAsync(() =>
-      this.native.forward({
-        tokens: batch.tokens,
-        lengths: batch.lengths,
-        // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
-        inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
-        keep,
-        plan,
-        outputs: Object.fromEntries(options.outputs.map((name) => [name, true])),
-      }),
-    );
+    return {
+      tokens: batch.tokens,
+      lengths: batch.lengths,
+      // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
+      inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
+      keep,
+      plan,
+      outputs: this.share.lastStage ? Object.fromEntries(options.outputs.map((name) => [name, true])) : {},
+    };
+  }
+
+  runForward(call: NativeForward): Promise<ForwardResult> {
+    return rethrowAsync(() => this.native.forward(call));
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -161,7 +214,12 @@ export class NativeEngine implements Engine {
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
     options.signal?.throwIfAborted();
     if (requests.length === 0) return [];
-    const call = this.planGeneration(requests, options);
+    const needs = this.generationNeeds(requests, options);
+    return this.runGeneration(this.planGeneration(needs, this.pagesFor(needs)), options);
+  }
+
+  /** The rank that answers: `options` says what happens on the way. */
+  async runGeneration(call: NativeGenerate, options: GenerateOptions): Promise<Generated[]> {
     let thrown: { error: unknown } | undefined;
     const onProgress = options.onProgress;
     const report =
@@ -191,8 +249,15 @@ export class NativeEngine implements Engine {
     }
   }
 
-  private planGeneration(requests: readonly GenerateRequest[], options: GenerateOptions) {
-    const { shape, dtype } = this;
+  /** Another rank: it does as that one says. */
+  async followGeneration(call: NativeGenerate): Promise<Generated[]> {
+    const { promise } = rethrow(() => this.native.generate(call));
+    return (await rethrowAsync(() => promise)).results;
+  }
+
+  /** @throws LockstepError PROMPT_TOO_LONG */
+  generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
+    const { shape } = this;
     const native = requests.map((request, i) => {
       const room = shape.maxPositions - request.prompt.length;
       if (request.prompt.length < 1 || room < 0) {
@@ -213,10 +278,22 @@ export class NativeEngine implements Engine {
       .sort((a, b) => b - a)
       .slice(0, sequences)
       .reduce((sum, pages) => sum + pages + 1, 0);
-    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }).total;
-    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }).total - without;
-    const pages = Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
-    const plan: CallPlan = planGeneration(shape, dtype, { rows, sequences, pages });
+    return { requests: native, options, sequences, rows, pages: needed };
+  }
+
+  /** Pages of keys and values that the rank has room for, at most what is needed. */
+  pagesFor({ rows, sequences, pages: needed }: GenerationNeeds): number {
+    const { dtype, share } = this;
+    const { shape } = share;
+    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }, share).total;
+    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }, share).total - without;
+    return Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
+  }
+
+  /** @throws LockstepError MEMORY_BUDGET */
+  planGeneration({ requests, options, sequences, rows }: GenerationNeeds, pages: number): NativeGenerate {
+    const { dtype, share } = this;
+    const plan: CallPlan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share);
     this.device.requireWorkspace(plan.total, `Generation of ${sequences} sequences together`);
     return {
       plan,
@@ -228,7 +305,7 @@ export class NativeEngine implements Engine {
       rows,
       sequences,
       pages,
-      requests: native,
+      requests,
     };
   }
 
@@ -243,16 +320,30 @@ export class NativeEngine implements Engine {
     return { pieces, columns: homes[0]!.spec.in, transposed: homes[0]!.source.transposed };
   }
 
+  /** Where a rank has rows of a checkpoint tensor; none where other ranks have them all. */
+  homesOf(name: string): readonly TensorHome[] {
+    return this.homes.get(name) ?? [];
+  }
+
+  /** Rows as `pieces` says, of one tensor of the table. */
+  readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+    return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+  }
+
+  writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+    return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+  }
+
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
     const { pieces, columns, transposed } = this.home(name);
-    const rows = await rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+    const rows = await this.readRows(space, columns, pieces);
     return transposed ? transpose(rows, rows.length / columns, columns) : rows;
   }
 
   async writeTensor(name: string, data: Float32Array, space: ParameterSpace = 'weights'): Promise<void> {
     const { pieces, columns, transposed } = this.home(name);
     const rows = transposed ? transpose(data, columns, data.length / columns) : data;
-    await rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data: rows }));
+    await this.writeRows(space, columns, pieces, rows);
   }
 
   async publish(): Promise<void> {
@@ -274,7 +365,7 @@ export class NativeEngine implements Engine {
 }
 
 /** [rows, columns] to [columns, rows]. */
-function transpose(data: Float32Array, rows: number, columns: number): Float32Array {
+export function transpose(data: Float32Array, rows: number, columns: number): Float32Array {
   const out = new Float32Array(data.length);
   for (let r = 0; r < rows; r++) {
     for (let c = 0; c < columns; c++) out[c * rows + r] = data[r * columns + c]!;

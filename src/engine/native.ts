@@ -87,6 +87,8 @@ export interface NativeLoad {
   offset: number;
   rows: number;
   columns: number;
+  columnBegin: number;
+  columnCount: number;
   transposed: boolean;
   pieces: NativePieces;
 }
@@ -101,7 +103,14 @@ export interface NativeStep {
   step: number;
 }
 
+/** Ranks of this process that communicate; each model of several ranks takes one handle. */
+export interface NativeWorld {
+  readonly __world?: never;
+}
+
 export interface NativeModel {
+  /** Resolves when all ranks of the world have called it; a stage has `tensorRanks`. */
+  join(tensorRanks: number): Promise<void>;
   load(items: NativeLoad[]): Promise<void>;
   forward(call: NativeForward): Promise<ForwardResult>;
   backward(gradients: { logprobs?: Float32Array; entropies?: Float32Array; values?: Float32Array }): Promise<void>;
@@ -125,7 +134,8 @@ export interface NativeAddon {
     isa: string;
     poison: boolean;
   }) => NativeDevice;
-  Model: new (device: NativeDevice, spec: object) => NativeModel;
+  World: new (options: { ranks: number; timeoutSeconds: number }) => NativeWorld;
+  Model: new (device: NativeDevice, spec: object, ranks?: { world: NativeWorld; rank: number }) => NativeModel;
   /** The kernels that a name ('' for the best) resolves to on this CPU, after their self-check. */
   instructionSet(name: string): string;
 }

@@ -17,6 +17,9 @@ export interface OpenModelOptions {
   microTokens?: number;
   /** Default 8 GiB. */
   memoryBytes?: number;
+  /** Stages of the pipeline, and ranks that share each stage. Default 1. */
+  pipeline?: number;
+  tensor?: number;
   backend?: Backend;
 }
 
@@ -38,11 +41,13 @@ export async function openModel({
   parts = 'auto',
   microTokens = 8192,
   memoryBytes = 8 * 2 ** 30,
+  pipeline = 1,
+  tensor = 1,
   backend = nativeBackend,
 }: OpenModelOptions): Promise<OpenModel> {
   const checkpoint = await openCheckpoint(model);
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
-  const device = await backend.openDevice({ threads, memoryBytes });
+  const device = await backend.openDevice({ threads, memoryBytes, pipeline, tensor });
   try {
     const engine = await device.createEngine(checkpoint, { dtype, train: false, parts });
     const close = async () => {

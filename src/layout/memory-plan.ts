@@ -6,6 +6,7 @@
  * workspace of the device, which the calls of all its models use in turn.
  */
 import type { ModelShape } from './model-shape.js';
+import type { RankShare } from './rank-share.js';
 import type { TensorSpec } from './tensor-table.js';
 
 export type Dtype = 'float32' | 'bfloat16';
@@ -41,6 +42,10 @@ export interface CallSize {
   pages: number;
 }
 
+/** What of a rank's share decides its buffers besides the shape. */
+export type Place = Pick<RankShare, 'tensorRanks' | 'lastStage'> & Partial<Pick<RankShare, 'logitColumns'>>;
+
+const alone: Place = { tensorRanks: 1, lastStage: true };
 const alignment = 64;
 /** Positions of keys and values in a page (kernels.h). */
 export const pagePositions = 64;
@@ -123,7 +128,7 @@ export function pageBytes(s: ModelShape, dtype: Dtype): number {
 /** A block of logits [rows, V] and, for backward in bfloat16, its gradients as an operand; rows even. */
 function stagingBytes(s: ModelShape, dtype: Dtype, rows: number, backward: boolean): number {
   if (s.head !== 'language') return 0;
-  const perRow = roundUp(s.vocabulary, 16) * (4 + (backward && dtype === 'bfloat16' ? 2 : 0));
+  const perRow = roundUp(Math.max(1, s.vocabulary), 16) * (4 + (backward && dtype === 'bfloat16' ? 2 : 0));
   const block = Math.max(16, Math.floor(stagingTarget / perRow / 16) * 16);
   return Math.min(roundUp(rows, 2), block) * perRow;
 }
@@ -161,23 +166,32 @@ export function planTraining(s: ModelShape, dtype: Dtype, size: CallSize, recomp
   return planner.done();
 }
 
-function addInference(planner: CallPlanner, s: ModelShape, dtype: Dtype, rows: number, kvBytes: number): void {
+interface Inference {
+  shape: ModelShape;
+  place: Place;
+  dtype: Dtype;
+  rows: number;
+  kvBytes: number;
+}
+
+function addInference(planner: CallPlanner, { shape: s, place, dtype, rows, kvBytes }: Inference): void {
   const e = bytesOf(dtype);
   planner.add('x', rows * s.width * 4);
   planner.add('normed1', rows * s.width * e);
-  planner.add('wide', rows * qkvColumns(s) * 4);
+  // With a tensor group also the sums over its ranks.
+  planner.add('wide', rows * Math.max(qkvColumns(s), place.tensorRanks > 1 ? s.width : 0) * 4);
   planner.add('q', rows * queryColumns(s) * e);
   planner.add('attended', rows * queryColumns(s) * e);
   planner.add('activated', rows * s.feedForward * e);
-  planner.add('hidden', rows * s.width * e);
+  if (place.lastStage) planner.add('hidden', rows * s.width * e);
   planner.add('kv', kvBytes);
 }
 
 /** Forward without backward over whole sequences; all layers use one set of buffers. */
-export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize): CallPlan {
+export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize, place: Place = alone): CallPlan {
   const planner = new CallPlanner();
-  addInference(planner, s, dtype, size.rows, size.pages * pageBytes(s, dtype));
-  planner.add('staging', stagingBytes(s, dtype, size.rows, false));
+  addInference(planner, { shape: s, place, dtype, rows: size.rows, kvBytes: size.pages * pageBytes(s, dtype) });
+  if (place.lastStage) planner.add('staging', stagingBytes(s, dtype, size.rows, false));
   return planner.done();
 }
 
@@ -186,10 +200,13 @@ export function planGeneration(
   s: ModelShape,
   dtype: Dtype,
   size: { rows: number; sequences: number; pages: number },
+  place: Place = alone,
 ): CallPlan {
   const planner = new CallPlanner();
-  addInference(planner, s, dtype, size.rows, size.pages * s.layers * pageBytes(s, dtype));
+  const kvBytes = size.pages * s.layers * pageBytes(s, dtype);
+  addInference(planner, { shape: s, place, dtype, rows: size.rows, kvBytes });
+  if (!place.lastStage) return planner.done();
   planner.add('sampledHidden', size.sequences * s.width * bytesOf(dtype));
-  planner.add('logits', size.sequences * s.vocabulary * 4);
+  planner.add('logits', size.sequences * (place.logitColumns ?? s.vocabulary) * 4);
   return planner.done();
 }

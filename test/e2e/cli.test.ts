@@ -73,8 +73,8 @@ describe('lockstep', () => {
     ],
     [['generate', 'model', '--prompt', 'a', '--top-p', '0'], '--top-p'],
     [['generate', 'model', '--prompt', 'a', '--dtype', 'float16'], 'expected float32 or bfloat16, received float16'],
-    [['generate', 'model', '--prompt', 'a', '--tensor', '2'], 'RANKS_UNSUPPORTED'],
-    [['score', 'model', '--input', 'x', '--pipeline', '2'], 'RANKS_UNSUPPORTED'],
+    [['generate', 'model', '--prompt', 'a', '--tensor', '1.5'], '--tensor: expected'],
+    [['score', 'model', '--input', 'x', '--pipeline', '0'], '--pipeline: expected'],
     [['train', 'a.yaml', 'b.yaml'], 'unexpected argument b.yaml'],
     [['report', 'x', '--html'], '--html needs a value'],
   ])('%j is a wrong command line: exit code 2, stderr only', (args, words) => {

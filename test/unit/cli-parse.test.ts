@@ -5,6 +5,7 @@ import { generateCommand } from '../../src/cli/generate.js';
 import { commandHelp } from '../../src/cli/help.js';
 import { modelOptions } from '../../src/cli/model-input.js';
 import { parseCommandLine } from '../../src/cli/parse.js';
+import { scoreCommand } from '../../src/cli/score.js';
 import { choice, number, text } from '../../src/cli/values.js';
 import { LockstepError } from '../../src/errors.js';
 
@@ -114,15 +115,13 @@ describe('values', () => {
     expect(() => choice(green, 'colour', ['red', 'blue'])).toThrow('--colour: expected red or blue, received green');
   });
 
-  test('one rank is what this version runs', async () => {
-    const options = async (...args: string[]) => modelOptions(await parseCommandLine(generateCommand, ['m', ...args]));
-    expect(await options('--tensor', '1', '--pipeline', '1', '--dtype', 'bfloat16')).toEqual({
-      model: 'm',
-      dtype: 'bfloat16',
-    });
+  test('a model runs on as many ranks as the flags say', async () => {
+    const options = async (...args: string[]) => modelOptions(await parseCommandLine(scoreCommand, ['m', ...args]));
+    expect(await options('--dtype', 'bfloat16')).toEqual({ model: 'm', dtype: 'bfloat16' });
+    expect(await options('--tensor', '4', '--pipeline', '2')).toEqual({ model: 'm', tensor: 4, pipeline: 2 });
     for (const flag of ['--tensor', '--pipeline']) {
-      const error = await options(flag, '2').catch((reason: unknown) => reason);
-      expect(error).toMatchObject({ code: 'RANKS_UNSUPPORTED' });
+      const error = await options(flag, '0').catch((reason: unknown) => reason);
+      expect(error).toMatchObject({ code: 'USAGE_VALUE' });
       expect(exitCodeOf(error)).toBe(2);
     }
   });

@@ -8,6 +8,7 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 void publish(Queue&, const WeightLayout&, const float* master, void* weights);
 void round(Queue&, View<const float> src, Operand dst);
 void linear(Queue&, Operand x, const Weight&, const float* bias, Output y);
+void finishSum(Queue&, View<const float> sum, const float* bias, View<const float> residual, View<float> y);
 void activatedLinear(Queue&, Operand x, const Weight&, const float* bias, Activation, Operand y, Operand saved);
 void linearBackwardInput(Queue&, Operand dy, const Weight&, Output dx);
 void linearBackwardWeight(Queue&, Operand dy, Operand x, WeightGradient dW, float* dBias);
@@ -32,8 +33,10 @@ void attentionBackward(Queue&, const QkvLayout&, Operand q, const KvPages&, cons
                        View<const float> logSumExp, Operand dOut, View<float> dqkv);
 void qkvPrepareBackward(Queue&, const QkvLayout&, View<const float> dqkv, const int32_t* positions, const HeadNorm&,
                         const Rope&, Operand savedQk, Operand dqkvOut, float* dQueryGain, float* dKeyGain);
-void logprobs(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature, LogSoftmax out,
-              Staging);
+void softmaxStatistics(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
+                       SoftmaxStatistics* out, Staging);
+void mergeStatistics(Queue&, const SoftmaxStatistics* statistics, int64_t groups, int64_t rows, const int32_t* targets,
+                     LogSoftmax out);
 void logprobsBackward(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
                       LogSoftmax forward, const float* dLogprobs, const float* dEntropies, View<float> dHidden,
                       WeightGradient dW, Staging);

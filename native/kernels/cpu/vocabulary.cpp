@@ -24,16 +24,15 @@ struct Blocks {
   }
 };
 
-void softmaxRow(const float* logits, const WeightLayout& layout, int32_t target, float inverseTemperature,
-                LogSoftmax out, int64_t t) {
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+SoftmaxStatistics statisticsOf(const float* logits, const WeightLayout& layout, int32_t target,
+                               float inverseTemperature) {
   const SoftmaxPart all = mergeTree(0, static_cast<int64_t>(layout.parts.size()), [&](int64_t p) {
     const Part& part = layout.parts[p];
     return softmaxPart<true>(logits + part.outBegin, inverseTemperature, part.out, nullptr);
   });
-  const float logS = log(all.s);
-  out.logZ[t] = all.m + logS;
-  out.entropies[t] = logS - all.u / all.s;
-  out.logprobs[t] = target < 0 ? 0.0f : logits[target] * inverseTemperature - out.logZ[t];
+  return {all.m, all.s, all.u, target < 0 ? -kInfinity : logits[target] * inverseTemperature};
 }
 
 struct RowGradient {
@@ -69,8 +68,12 @@ void gradientRow(const float* logits, int64_t count, int32_t target, const RowGr
 
 }  // namespace
 
-void logprobs(Queue& queue, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
-              LogSoftmax out, Staging staging) {
+void softmaxStatistics(Queue& queue, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
+                       SoftmaxStatistics* out, Staging staging) {
+  if (w.layout->out == 0) {
+    for (int64_t t = 0; t < hidden.rows; ++t) out[t] = {kLowest, 0, 0, -kInfinity};
+    return;
+  }
   const Blocks blocks(staging, w.layout->out, hidden.dtype, false);
   for (int64_t begin = 0; begin < hidden.rows; begin += blocks.rows) {
     const int64_t count = hidden.rows - begin < blocks.rows ? hidden.rows - begin : blocks.rows;
@@ -78,10 +81,29 @@ void logprobs(Queue& queue, Operand hidden, const Weight& w, const int32_t* targ
     linear(queue, hidden.slice(begin, count), w, nullptr, Output::store(logits));
     forRanges(queue, count, blocks.vocabulary, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        softmaxRow(logits.row(i), *w.layout, targets[begin + i], inverseTemperature, out, begin + i);
+        out[begin + i] = statisticsOf(logits.row(i), *w.layout, targets[begin + i], inverseTemperature);
       }
     });
   }
+}
+
+void mergeStatistics(Queue& queue, const SoftmaxStatistics* statistics, int64_t groups, int64_t rows,
+                     const int32_t* targets, LogSoftmax out) {
+  constexpr int64_t kRowElements = 64;  // a row's logarithm and exponentials, as elements of forRanges
+  forRanges(queue, rows, groups * kRowElements, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      float target = -kInfinity;
+      const SoftmaxPart all = mergeTree(0, groups, [&](int64_t g) {
+        const SoftmaxStatistics& own = statistics[g * rows + t];
+        if (own.target != -kInfinity) target = own.target;
+        return SoftmaxPart{own.m, own.s, own.u};
+      });
+      const float logS = log(all.s);
+      out.logZ[t] = all.m + logS;
+      out.entropies[t] = logS - all.u / all.s;
+      out.logprobs[t] = targets[t] < 0 ? 0.0f : target - out.logZ[t];
+    }
+  });
 }
 
 void logprobsBackward(Queue& queue, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,

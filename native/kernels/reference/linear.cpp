@@ -78,6 +78,15 @@ void linear(Queue&, Operand x, const Weight& w, const float* bias, Output y) {
   }
 }
 
+void finishSum(Queue&, View<const float> sum, const float* bias, View<const float> residual, View<float> y) {
+  for (int64_t t = 0; t < sum.rows; ++t) {
+    for (int64_t n = 0; n < sum.cols; ++n) {
+      const float value = bias == nullptr ? sum.row(t)[n] : sum.row(t)[n] + bias[n];
+      y.row(t)[n] = residual.row(t)[n] + value;
+    }
+  }
+}
+
 void activatedLinear(Queue&, Operand x, const Weight& w, const float* bias, Activation activation, Operand y,
                      Operand saved) {
   const WeightLayout& layout = *w.layout;

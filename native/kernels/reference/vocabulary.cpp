@@ -1,21 +1,42 @@
 // Log-probabilities and entropies of the next token, forward and backward.
+#include <limits>
 #include <vector>
 
 #include "kernels/reference/reference.h"
 #include "kernels/reference/softmax.h"
 
 namespace lockstep::kernels::reference {
+namespace {
 
-void logprobs(Queue& queue, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
-              LogSoftmax out, Staging) {
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+void softmaxStatistics(Queue& queue, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
+                       SoftmaxStatistics* out, Staging) {
   std::vector<float> logits(w.layout->out);
   for (int64_t t = 0; t < hidden.rows; ++t) {
     linear(queue, hidden.slice(t, 1), w, nullptr, Output::store(dense(logits.data(), 1, w.layout->out)));
     const SoftmaxPart all = mergeTree(softmaxParts(logits.data(), inverseTemperature, *w.layout));
+    out[t] = {all.m, all.s, all.u, targets[t] < 0 ? -kInfinity : logits[targets[t]] * inverseTemperature};
+  }
+}
+
+void mergeStatistics(Queue&, const SoftmaxStatistics* statistics, int64_t groups, int64_t rows, const int32_t* targets,
+                     LogSoftmax out) {
+  for (int64_t t = 0; t < rows; ++t) {
+    std::vector<SoftmaxPart> parts;
+    float target = -kInfinity;
+    for (int64_t g = 0; g < groups; ++g) {
+      const SoftmaxStatistics& own = statistics[g * rows + t];
+      parts.push_back({own.m, own.s, own.u});
+      if (own.target != -kInfinity) target = own.target;
+    }
+    const SoftmaxPart all = mergeTree(parts);
     const float logS = log(all.s);
     out.logZ[t] = all.m + logS;
     out.entropies[t] = logS - all.u / all.s;
-    out.logprobs[t] = targets[t] < 0 ? 0.0f : logits[targets[t]] * inverseTemperature - out.logZ[t];
+    out.logprobs[t] = targets[t] < 0 ? 0.0f : target - out.logZ[t];
   }
 }
 

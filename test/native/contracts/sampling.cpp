@@ -86,10 +86,12 @@ const Registration kSameLogprob("sample.logprobs", 40, [](Trial& t) {
     t.implementation().linear(queue, hidden.operand(), w.weight(), nullptr, kernels::Output::store(logits.view()));
     t.implementation().sample(queue, logits.view(), *w.layout, settings.data(), tokens.data(), sampled.as<float>());
     const Buffer staging(static_cast<size_t>(kernels::vocabularyStagingBytes(8, vocabulary, t.dtype(), false)));
-    t.implementation().logprobs(queue, hidden.operand(), w.weight(), tokens.data(),
-                                s.temperature == 0 ? 1.0f : 1.0f / s.temperature,
-                                {trained.as<float>(), entropies.as<float>(), logZ.as<float>()},
-                                {staging.as<char>(), static_cast<int64_t>(staging.bytes())});
+    std::vector<kernels::SoftmaxStatistics> statistics(rows);
+    t.implementation().softmaxStatistics(queue, hidden.operand(), w.weight(), tokens.data(),
+                                         s.temperature == 0 ? 1.0f : 1.0f / s.temperature, statistics.data(),
+                                         {staging.as<char>(), static_cast<int64_t>(staging.bytes())});
+    t.implementation().mergeStatistics(queue, statistics.data(), 1, rows, tokens.data(),
+                                       {trained.as<float>(), entropies.as<float>(), logZ.as<float>()});
     t.compare("log-probability of the sampled token", trained, sampled);
   });
 });

@@ -1,4 +1,5 @@
-// Contracts of log-probabilities and entropies: blocks of any size, uneven and empty parts, rows without a target.
+// Contracts of log-probabilities and entropies: blocks of any size, uneven and empty parts, rows without a target,
+// parts on several ranks.
 #include <limits>
 
 #include "rows.h"
@@ -7,6 +8,7 @@ namespace lockstep::contracts {
 namespace {
 
 using kernels::LogSoftmax;
+using kernels::SoftmaxStatistics;
 using kernels::Staging;
 
 struct Statistics {
@@ -60,8 +62,11 @@ struct Problem {
   }
   void logprobs(const kernels::Kernels& kernels, Queue& queue, const Statistics& out, const Buffer& memory,
                 int64_t first, int64_t count) const {
-    kernels.logprobs(queue, hidden.operand().slice(first, count), w.weight(), targets.data() + first,
-                     inverseTemperature, out.from(first), {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
+    std::vector<SoftmaxStatistics> statistics(static_cast<size_t>(count));
+    kernels.softmaxStatistics(queue, hidden.operand().slice(first, count), w.weight(), targets.data() + first,
+                              inverseTemperature, statistics.data(),
+                              {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
+    kernels.mergeStatistics(queue, statistics.data(), 1, count, targets.data() + first, out.from(first));
   }
   void backward(const kernels::Kernels& kernels, Queue& queue, const Statistics& forward, const Matrix& dHidden,
                 const WeightMatrix& dW, const Buffer& memory) const {
@@ -104,7 +109,7 @@ struct Exact {
   }
 };
 
-const Registration kLogprobs("logprobs", 40, [](Trial& t) {
+const Registration kLogprobs("softmaxStatistics", 40, [](Trial& t) {
   Problem p(t, false);
   const Statistics expected(p.rows);
   p.logprobs(t.reference(), t.referenceQueue(), expected, p.staging(t, false), 0, p.rows);
@@ -123,6 +128,46 @@ const Registration kLogprobs("logprobs", 40, [](Trial& t) {
   expectNear(t, "entropy", exact.entropy, expected.entropies.as<float>()[row], 1e-4);
   const double logprob = p.targets[row] < 0 ? 0 : exact.logp[p.targets[row]];
   expectNear(t, "logprob", logprob, expected.logprobs.as<float>()[row], 1e-4);
+});
+
+// Each of `groups` ranks has its run of the parts, with memory of its own for it: together they give the bits of one.
+const Registration kGroups("mergeStatistics", 40, [](Trial& t) {
+  Problem p(t, false);
+  const Statistics expected(p.rows);
+  p.logprobs(t.reference(), t.referenceQueue(), expected, p.staging(t, false), 0, p.rows);
+  const int64_t parts = static_cast<int64_t>(p.w.layout->parts.size());
+  int64_t groups = 1;
+  while (groups < parts && t.chance(0.7)) groups *= 2;
+  t.note("groups", groups);
+  t.eachQueue([&](Queue& queue) {
+    std::vector<SoftmaxStatistics> all(static_cast<size_t>(groups * p.rows));
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto first = p.w.layout->parts.begin() + g * (parts / groups);
+      std::vector<int64_t> sizes;
+      int64_t rows = 0;
+      for (auto part = first; part != first + parts / groups; ++part) {
+        sizes.push_back(part->out);
+        rows += part->out;
+      }
+      const auto split = parts == 1 ? p.w.layout->split : kernels::Split::kOut;
+      const auto own = kernels::WeightLayout::make(rows, p.width, split, sizes);
+      const char* data = p.w.buffer.as<char>() + first->offset * static_cast<int64_t>(bytesOf(p.w.dtype));
+      std::vector<int32_t> targets;
+      for (const int32_t target : p.targets) {
+        const int64_t local = target - first->outBegin;
+        targets.push_back(target < 0 || local < 0 || local >= rows ? -1 : static_cast<int32_t>(local));
+      }
+      const Buffer memory = p.staging(t, false);
+      t.implementation().softmaxStatistics(queue, p.hidden.operand(), {&own, data, p.w.dtype}, targets.data(),
+                                           p.inverseTemperature, all.data() + g * p.rows,
+                                           {memory.as<char>(), static_cast<int64_t>(memory.bytes())});
+    }
+    const Statistics actual(p.rows);
+    t.implementation().mergeStatistics(queue, all.data(), groups, p.rows, p.targets.data(), actual.from(0));
+    t.compare("logprobs", expected.logprobs, actual.logprobs);
+    t.compare("entropies", expected.entropies, actual.entropies);
+    t.compare("logZ", expected.logZ, actual.logZ);
+  });
 });
 
 // dHidden of one element from the gradients of the logits in float64.
