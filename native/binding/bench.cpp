@@ -35,13 +35,14 @@ struct BenchResult {
 
 // A run long enough to be timed: repeats until 20 ms.
 double timed(const std::function<void()>& run) {
+  constexpr int kMost = 1'000'000;  // of something that takes no time
   int count = 1;
   for (;;) {
     const double seconds = secondsOf([&] {
       for (int i = 0; i < count; ++i) run();
     });
-    if (seconds > 0.02 || count >= 1 << 20) return seconds / count;
-    count = static_cast<int>(std::min(1e6, std::max(count * 2.0, count * 0.03 / std::max(seconds, 1e-7))));
+    if (seconds > 0.02 || count >= kMost) return seconds / count;
+    count = static_cast<int>(std::min<double>(kMost, std::max(count * 2.0, count * 0.03 / std::max(seconds, 1e-7))));
   }
 }
 

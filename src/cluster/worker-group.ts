@@ -89,9 +89,6 @@ function workersOf<W, P>({ name, worker }: WorkerGroupOptions<W, P>, ranks: Rank
   const { pipeline, tensor, data } = ranks.layout;
   const world = worldSize(ranks.layout);
   const size = `pipeline ${pipeline} x tensor ${tensor} x data ${data} = ${world} ranks`;
-  if (!Number.isInteger(world) || world < 1) {
-    throw new LockstepError('GROUP_INVALID', `Group ${name} has a layout of ${size}; expected degrees of at least 1.`);
-  }
   if (typeof worker === 'function') {
     return Array.from({ length: world }, (_, rank) =>
       worker({ ...ranks, rank, coordinates: coordinatesOf(rank, ranks.layout) }),

@@ -372,8 +372,8 @@ describe('making a group', () => {
   it('refuses a layout without ranks', () => {
     refuse(
       () => WorkerGroup.create({ name: 'actor', layout: degrees(1, 0, 2), worker: [{}], protocols: {} }),
-      'GROUP_INVALID',
-      /tensor 0 x data 2 = 0 ranks/,
+      'PARALLEL_INVALID',
+      /parallel\.tensor: 0 is not a degree/,
     );
   });
 
