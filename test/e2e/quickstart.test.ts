@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { expect } from 'vitest';
 import { reward as points } from '../../examples/quickstart/check.js';
 import type { Sample } from '../../src/train/events.js';
-import { slow } from '../slow.js';
+import { slow } from '../conditions.js';
 import { digests, lockstep, metricsOf, temporary } from './train-process.js';
 
 const keys = ['before', 'after', 'standardDeviation', 'checkBefore', 'checkAfter', 'checkStandardDeviation'];

@@ -3,15 +3,15 @@ import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { describe, expect, test } from 'vitest';
+import { describe, expect } from 'vitest';
 import { writeReport } from '../../src/reports/report.js';
+import { testWhere } from '../conditions.js';
 import { syntheticRun } from '../unit/report-run.js';
 
 const browser = ['chromium', 'chromium-browser', 'google-chrome'].find(
   (name) => spawnSync(name, ['--version']).status === 0,
 );
-const inBrowser = browser ? test : test.skip;
-const place = browser ?? 'no chromium installed: apt-get install chromium';
+const inBrowser = testWhere(browser !== undefined, 'no chromium installed: apt-get install chromium');
 
 const flags = [
   ...['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--hide-scrollbars'],
@@ -39,7 +39,7 @@ function ask(page: string, script: string): unknown {
   return JSON.parse(title.replaceAll('&lt;', '<').replaceAll('&gt;', '>').replaceAll('&amp;', '&'));
 }
 
-describe(`the report in a browser (${place})`, () => {
+describe('the report in a browser', () => {
   inBrowser('draws every chart, on the page and beside each other', async () => {
     const { html } = await writeReport(syntheticRun('ppo'));
     const seen = ask(

@@ -7,7 +7,7 @@ import { packBatch } from '../../src/data/batch.js';
 import type { DeviceOptions } from '../../src/engine/device.js';
 import type { Dtype } from '../../src/engine/engine.js';
 import type { NativeEngine } from '../../src/engine/native-engine.js';
-import { slow } from '../slow.js';
+import { slow } from '../conditions.js';
 import {
   dtypes,
   instructionSets,
