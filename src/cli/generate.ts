@@ -3,7 +3,7 @@ import { LockstepError } from '../errors.js';
 import type { Completion, GenerateSettings } from '../inference/generate.js';
 import { type Command, type Input, modelFlags, type Session } from './command.js';
 import { float32Array } from './float32.js';
-import { inputRows, modelOptions } from './model-input.js';
+import { failWithFlags, inputRows, modelOptions } from './model-input.js';
 import { given, number, text } from './values.js';
 
 export const generateCommand: Command = {
@@ -41,7 +41,7 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
   const json = input.switches.has('json');
   const alone = text(input, 'prompt') !== undefined && (settings.samples ?? 1) === 1;
   const { generate } = await import('../inference/generate.js');
-  return interrupts.during('stopping', async (signal) => {
+  const work = interrupts.during('stopping', async (signal) => {
     const ending = AbortSignal.any([signal, terminal.closed]);
     let streamed = '';
     const onText = (piece: string) => {
@@ -56,6 +56,7 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
     }
     return 0;
   });
+  return work.catch(failWithFlags);
 }
 
 function settingsOf(input: Input): GenerateSettings {

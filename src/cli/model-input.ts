@@ -20,6 +20,14 @@ export function modelOptions(input: Input): OpenModelOptions {
   };
 }
 
+/** Throws what went wrong; degrees and parts that the model does not allow are refused in the words of their flags. */
+export function failWithFlags(error: unknown): never {
+  const ofFlags = LockstepError.isInstance(error) && ['PARALLEL_INVALID', 'PARTS_INVALID'].includes(error.code);
+  if (!ofFlags) throw error;
+  const message = error.message.replace(/\b(?:parallel|numerics)\.(tensor|pipeline|parts)\b/g, '--$1');
+  throw new LockstepError('USAGE_VALUE', message, error.details, { cause: error });
+}
+
 /** Rows of `--input FILE`, of stdin for `-`, or the one row of `--prompt TEXT`; `sources` names what there could be. */
 export async function inputRows(input: Input, sources: string): Promise<AsyncIterable<InputRow> | Iterable<InputRow>> {
   const [file, prompt] = [text(input, 'input'), text(input, 'prompt')];

@@ -4,7 +4,7 @@ import type { Scored } from '../inference/score.js';
 import { formatNumber } from '../reports/numbers.js';
 import { type Command, type Input, modelFlags, type Session } from './command.js';
 import { float32Array, float32ToString } from './float32.js';
-import { inputRows, modelOptions } from './model-input.js';
+import { failWithFlags, inputRows, modelOptions } from './model-input.js';
 import { number } from './values.js';
 
 export const scoreCommand: Command = {
@@ -37,7 +37,7 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
   const rows = await inputRows(input, '--input FILE.jsonl');
   const json = input.switches.has('json');
   const { score } = await import('../inference/score.js');
-  return interrupts.during('stopping', async (signal) => {
+  const work = interrupts.during('stopping', async (signal) => {
     const ending = AbortSignal.any([signal, terminal.closed]);
     let printed = 0;
     for await (const scored of score(options, rows, { temperature, signal: ending })) {
@@ -51,6 +51,7 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
     }
     return 0;
   });
+  return work.catch(failWithFlags);
 }
 
 const cell = (content: string, index: number): string => content.padStart(index === 0 ? 6 : 14);

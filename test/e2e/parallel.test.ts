@@ -21,18 +21,15 @@ describe.each(['float32', 'bfloat16'])('two stages of two ranks, %s', (dtype) =>
   });
 });
 
-test('degrees that the model does not allow are refused with the reason', async () => {
+test.each([
+  [['--parts', '4', '--tensor', '8'], '--tensor: 8 is not possible with --parts 4'],
+  [['--parts', '4', '--tensor', '3'], '--tensor: 3 is not possible with --parts 4'],
+  [['--pipeline', '99'], '--pipeline: 99 stages are not possible for 2 layers'],
+  [['--parts', '3'], '--parts: 3 is not possible for this model'],
+  [['--tensor', '0'], '--tensor: expected a whole number >= 1, received 0'],
+])('what the model does not allow is refused with the flag and the reason: %s', async (flags, reason) => {
   const file = await writeRows(join(await temporary(), 'rows.jsonl'), rows);
-  const { code, stdout, stderr } = await lockstep([
-    'score',
-    smallModel,
-    '--input',
-    file,
-    '--parts',
-    '4',
-    '--tensor',
-    '8',
-  ]);
-  expect([code, stdout]).toEqual([1, '']);
-  expect(stderr).toMatch(/^error PARALLEL_INVALID: .*8 is not possible with numerics\.parts 4/);
+  const { code, stdout, stderr } = await lockstep(['score', smallModel, '--input', file, ...flags]);
+  expect([code, stdout]).toEqual([2, '']);
+  expect(stderr).toContain(`error USAGE_VALUE: ${reason}`);
 });
