@@ -62,10 +62,20 @@ struct Target {
   }
 };
 
-const Registration kLinear("linear", 60, [](Trial& t) {
-  const Shape s = drawShape(t);
+// So many rows that a blocked product packs its left operand in several passes: with eight leaves a packed row is long
+// however few steps they have.
+Shape drawManyRows(Trial& t, Split leaves) {
+  Shape s{t.integer(1000, 1700), 24, 24};
+  (leaves == Split::kIn ? s.out : s.in) = t.pick({130, 144, 200});
+  return s;
+}
+WeightLayout eightParts(const Shape& s, Split split) {
+  return WeightLayout::make(s.out, s.in, split, std::vector<int64_t>(8, (split == Split::kIn ? s.in : s.out) / 8));
+}
+
+void linearCase(Trial& t, const Shape& s, const WeightLayout& layout) {
   t.note("rows", s.rows);
-  const WeightMatrix w = t.weight(t.dtype(), drawLayout(t, s.out, s.in));
+  const WeightMatrix w = t.weight(t.dtype(), layout);
   const Matrix x = t.matrix(t.dtype(), s.rows, s.in);
   const Buffer bias = t.floats(s.out);
   const float* biasOrNull = t.chance(0.5) ? bias.as<float>() : nullptr;
@@ -83,6 +93,15 @@ const Registration kLinear("linear", 60, [](Trial& t) {
                               Output::store(part.view()));
     t.compareRows("y", whole, first, part);
   });
+}
+
+const Registration kLinear("linear", 60, [](Trial& t) {
+  const Shape s = drawShape(t);
+  linearCase(t, s, drawLayout(t, s.out, s.in));
+});
+const Registration kLinearManyRows("linear.manyRows", 4, [](Trial& t) {
+  const Shape s = drawManyRows(t, Split::kIn);
+  linearCase(t, s, eightParts(s, Split::kIn));
 });
 
 void activatedCase(Trial& t, Activation activation) {
@@ -123,10 +142,9 @@ void activatedCase(Trial& t, Activation activation) {
 const Registration kSwiGlu("activatedLinear.swiglu", 50, [](Trial& t) { activatedCase(t, Activation::kSwiGlu); });
 const Registration kGelu("activatedLinear.gelu", 30, [](Trial& t) { activatedCase(t, Activation::kGeluTanh); });
 
-const Registration kBackwardInput("linearBackwardInput", 60, [](Trial& t) {
-  const Shape s = drawShape(t);
+void backwardInputCase(Trial& t, const Shape& s, const WeightLayout& layout) {
   t.note("rows", s.rows);
-  const WeightMatrix w = t.weight(t.dtype(), drawLayout(t, s.out, s.in));
+  const WeightMatrix w = t.weight(t.dtype(), layout);
   const Matrix dy = t.matrix(t.dtype(), s.rows, s.out);
   const Target fresh = Target::draw(t, s.rows, s.in), expected = fresh.clone();
   t.reference().linearBackwardInput(t.referenceQueue(), dy.operand(), w.weight(), expected.output());
@@ -142,6 +160,15 @@ const Registration kBackwardInput("linearBackwardInput", 60, [](Trial& t) {
                                            Output::store(part.view()));
     t.compareRows("dx", whole, first, part);
   });
+}
+
+const Registration kBackwardInput("linearBackwardInput", 60, [](Trial& t) {
+  const Shape s = drawShape(t);
+  backwardInputCase(t, s, drawLayout(t, s.out, s.in));
+});
+const Registration kBackwardInputManyRows("linearBackwardInput.manyRows", 4, [](Trial& t) {
+  const Shape s = drawManyRows(t, Split::kOut);
+  backwardInputCase(t, s, eightParts(s, Split::kOut));
 });
 
 const Registration kBackwardWeight("linearBackwardWeight", 60, [](Trial& t) {
