@@ -1,5 +1,6 @@
 #include "binding/convert.h"
 
+#include <numeric>
 #include <cmath>
 #include <cstring>
 
@@ -147,6 +148,9 @@ model::Spec readSpec(Napi::Object o) {
   spec.recompute = booleanAt(o, "recompute");
   spec.firstLayer = integerAt(o, "firstLayer");
   spec.vocabularyBegin = integerAt(o, "vocabularyBegin");
+  spec.vocabularyParts = integersAt(o, "vocabularyParts");
+  if (std::accumulate(spec.vocabularyParts.begin(), spec.vocabularyParts.end(), int64_t{0}) != spec.shape.vocabulary)
+    invalid(o.Env(), "vocabularyParts", "parts that make up the vocabulary");
   spec.weightsBytes = integerAt(o, "weightsBytes");
   spec.gradientBytes = integerAt(o, "gradientBytes");
   spec.optimizerBytes = integerAt(o, "optimizerBytes");

@@ -8,10 +8,9 @@
 // equal bits.
 //
 // Terms used below
-//   chain over i     acc = fma(a_i, b_i, acc), i ascending, from zero (or from what is accumulated into). When the
-//   operands
-//                    are bfloat16, i goes pair by pair (2j, 2j+1), odd element first, then even (the order of
-//                    VDPBF16PS); an odd count is padded by one zero. Denormals are flushed (FTZ, DAZ).
+//   chain over i     acc = fma(a_i, b_i, acc), i ascending, from zero (or from what is accumulated into). Of bfloat16
+//                    operands i goes pair by pair (2j, 2j+1), odd element first, then even (the order of VDPBF16PS);
+//                    an odd count is padded by one zero. Denormals are flushed (FTZ, DAZ).
 //   lanes sum        16 partial sums, lane l adds elements l, l+16, l+32, ... in order; then the tree
 //                    ((l, l+8), (l, l+4), (l, l+2), (l, l+1)).
 //   tree over parts  balanced binary tree in float32: neighbours (0,1), (2,3), ..., then their sums, ...
@@ -175,8 +174,7 @@ struct Kernels {
 
   // --- weights ---
 
-  // Publishes
-  // float32 masters (float32 order) as compute weights (bfloat16 order), rounded once. Padding stays zero.
+  // Publishes float32 masters (float32 order) as compute weights (bfloat16 order), rounded once. Padding stays zero.
   void (*publish)(Queue&, const WeightLayout&, const float* master, void* weights);
   // dst = src, rounded to the operand dtype.
   void (*round)(Queue&, View<const float> src, Operand dst);
@@ -206,9 +204,8 @@ struct Kernels {
 
   // --- embeddings ---
 
-  // x[t] =
-  // E[token[t]] (+ positionTable[position[t]]), widened to float32; zero where token < 0 (padding). E [V, D] packed;
-  // positionTable [positions, D] float32 row-major or null.
+  // x[t] = E[token[t]] (+ positionTable[position[t]]), widened to float32; zero where token < 0 (padding). E [V, D]
+  // packed; positionTable [positions, D] float32 row-major or null.
   void (*embed)(Queue&, const int32_t* tokens, const int32_t* positions, const Weight& e, const float* positionTable,
                 View<float> x);
   // dE[token[t]] += dx[t], dPositionTable[position[t]] += dx[t], t ascending.
@@ -217,9 +214,8 @@ struct Kernels {
 
   // --- norms ---
 
-  // y =
-  // round(x * inverseRms * gain), inverseRms = 1 / sqrt(lanes sum of x^2 / D + eps). x [T, D]. inverseRms [T] may be
-  // null.
+  // y = round(x * inverseRms * gain), inverseRms = 1 / sqrt(lanes sum of x^2 / D + eps). x [T, D]. inverseRms [T] may
+  // be null.
   void (*rmsNorm)(Queue&, View<const float> x, const float* gain, float eps, Operand y, float* inverseRms);
   // dx += r (dy gain - x c), c = (lanes sum of (dy gain) x) r^2 / D; dGain += dy (x r) over t ascending, one chain per
   // element.
@@ -236,8 +232,7 @@ struct Kernels {
 
   // --- attention ---
 
-  // From
-  // qkv [T, columns] float32 (QkvLayout): head norm x r gain (as rmsNorm, over K), rotation by absolute position,
+  // From qkv [T, columns] float32 (QkvLayout): head norm x r gain (as rmsNorm, over K), rotation by absolute position,
   // rounding; queries go to q [T, H K] in head order, keys and values into the pages of their sequence, zeros into the
   // padding of their slots. With (x, y) = elements i and i + K / 2: x' = fma(x, cos, -(y sin)), y' = fma(y, cos, x
   // sin). savedQk (empty unless training with a head norm) keeps q and k before the norm, rounded: [T, (H + G) K],
@@ -269,19 +264,18 @@ struct Kernels {
 
   // --- vocabulary ---
 
-  // Products work
-  // row block by row block, never T x V: `staging` (64-byte aligned, planned memory outside the Queue's scratch, which
-  // the products inside need) holds a block of logits [rows, V] float32, in backward also its operand copy; the op
-  // takes as many rows as fit (an even number, at least 2: vocabularyStagingBytes). Bits do not depend on the block. A
-  // row with target < 0 predicts no token (the last of a sequence): its logprob is 0 and its dLogprob is not read, but
-  // its entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and zero gradients. logits =
-  // hidden W^T, x = logit * inverseTemperature. Per part: m = max x, s = lanes sum of exp(x - m), u = lanes sum of
-  // exp(x - m)(x - m), over the part's columns in order; parts are merged by the tree: (m, s, u) with m = max(m1, m2),
-  // d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2). m starts at the lowest
-  // float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a logit of -inf
-  // and an empty part add nothing.
-  // softmaxStatistics [T] holds what a rank's parts give, targets being rows of its w; mergeStatistics continues the
-  // tree over `groups` (a power of two) such arrays, [groups, T], and finishes: targets only tells rows without one.
+  // Products work row block by row block, never T x V: `staging` (64-byte aligned, planned memory outside the Queue's
+  // scratch, which the products inside need) holds a block of logits [rows, V] float32, in backward also its operand
+  // copy; the op takes as many rows as fit (an even number, at least 2: vocabularyStagingBytes). Bits do not depend on
+  // the block. A row with target < 0 predicts no token (the last of a sequence): its logprob is 0 and its dLogprob is
+  // not read, but its entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and zero
+  // gradients. logits = hidden W^T, x = logit * inverseTemperature. Per part: m = max x, s = lanes sum of exp(x - m), u
+  // = lanes sum of exp(x - m)(x - m), over the part's columns in order; parts are merged by the tree: (m, s, u) with m
+  // = max(m1, m2), d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2). m starts at
+  // the lowest float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a
+  // logit of -inf and an empty part add nothing. softmaxStatistics [T] holds what a rank's parts give, targets being
+  // rows of its w; mergeStatistics continues the tree over `groups` (a power of two) such arrays, [groups, T], and
+  // finishes: targets only tells rows without one.
   void (*softmaxStatistics)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
                             SoftmaxStatistics* out, Staging);
   void (*mergeStatistics)(Queue&, const SoftmaxStatistics* statistics, int64_t groups, int64_t rows,
@@ -309,8 +303,7 @@ struct Kernels {
 
   // --- optimizer ---
 
-  // dst +=
-  // src; src = 0. Joins the two accumulators of a tied embedding.
+  // dst += src; src = 0. Joins the two accumulators of a tied embedding.
   void (*accumulate)(Queue&, int64_t count, float* src, float* dst);
   // Sum of squares of count float32: leaves of 4096 elements, each a lanes sum in float32; a balanced tree in float64
   // over leaves.

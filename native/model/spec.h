@@ -50,8 +50,9 @@ struct Spec {
   bool train;
   bool recompute;
   std::vector<TensorSpec> tensors;
-  int64_t firstLayer = 0;       // of the rank, in the whole model: tensors carry the model's names
-  int64_t vocabularyBegin = 0;  // first row of the embedding and the vocabulary that the rank has
+  int64_t firstLayer = 0;                // of the rank, in the whole model: tensors carry the model's names
+  int64_t vocabularyBegin = 0;           // first row of the embedding and the vocabulary that the rank has
+  std::vector<int64_t> vocabularyParts;  // rows of each part of the whole vocabulary
   int64_t weightsBytes, gradientBytes, optimizerBytes;
   std::vector<float> cosine, sine;  // rope tables [maxPositions, K / 2], empty without rotation
 };

@@ -187,12 +187,8 @@ void Transformer::logits(Operand hidden, View<float> logits) {
 }
 
 kernels::WeightLayout Transformer::vocabularyLayout() const {
-  if (parallel_.tensor == nullptr) return *parameters_.weight(vocabularyName()).layout;
-  const int64_t all = spec_.shape.vocabulary, parts = spec_.shape.parts * parallel_.tensorRanks();
-  const int64_t size = (all + parts - 1) / parts;
-  std::vector<int64_t> sizes;
-  for (int64_t p = 0; p < parts; ++p) sizes.push_back(std::clamp<int64_t>(all - p * size, 0, size));
-  return kernels::WeightLayout::make(all, spec_.shape.width, kernels::Split::kOut, sizes);
+  return kernels::WeightLayout::make(spec_.shape.vocabulary, spec_.shape.width, kernels::Split::kOut,
+                                     spec_.vocabularyParts);
 }
 
 Operand Transformer::asOperand(const Workspace& w, View<float> dx) {

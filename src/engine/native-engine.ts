@@ -13,7 +13,7 @@ import {
 } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Degrees } from '../layout/parallel.js';
-import { resolveParts } from '../layout/parts.js';
+import { resolveParts, vocabularyParts } from '../layout/parts.js';
 import { type RankShare, rankShare, wholeShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
 import { shardTable } from '../layout/shards.js';
@@ -148,6 +148,7 @@ export class NativeEngine implements Engine {
       recompute: this.recompute,
       firstLayer: share.firstLayer,
       vocabularyBegin: share.vocabularyBegin,
+      vocabularyParts: vocabularyParts(shape.vocabulary, this.parts),
       tensors: this.table.map(({ name, kind, out, in: columns, split, sizes, elements, decay }, i) => ({
         ...{ name, kind, out, in: columns, split, sizes, elements, decay },
         ...plan.places[i],

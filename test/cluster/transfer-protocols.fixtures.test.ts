@@ -3,7 +3,7 @@ import { expect, it } from 'vitest';
 import type { TransferProtocol } from '../../src/cluster/protocols.js';
 import { WorkerGroup } from '../../src/cluster/worker-group.js';
 import { worldSize } from '../../src/layout/parallel.js';
-import { readTopics } from '../unit/losses-cases.js';
+import { readTopics } from '../rl-fixtures.js';
 import { countingWorkers, degrees } from './counting-worker.js';
 
 interface Inputs {

@@ -1,5 +1,5 @@
 /** Golden groups, regions and costs of the 3D-HybridEngine, and golden pipeline schedules: every field of every case. */
-import { describe, expect, it } from 'vitest';
+import { expect } from 'vitest';
 import {
   type Grouping,
   generationGroups,
@@ -26,30 +26,15 @@ import {
   type ScheduleName,
   simulateSchedule,
 } from '../../src/layout/pipeline-schedule.js';
-import { type Case, type Json, readTopics } from './losses-cases.js';
+import { type Case, describeTopics, type Json } from '../rl-fixtures.js';
 
 type Fields = Record<string, Json>;
 
-const topics: Record<string, (test: Case) => Fields> = {
-  hybrid_engine: hybridEngine,
-  pipeline_schedules: pipelineSchedule,
-};
+// The whole object is compared: a field that is expected and not computed is a failure.
+const equal = (compute: (test: Case) => Fields) => (test: Case) =>
+  expect(rounded(compute(test))).toEqual(rounded(test.expected));
 
-const read = readTopics();
-
-it('the fixtures hold cases of both topics', () => {
-  expect(read.filter(({ cases }) => cases.length > 0).map(({ topic }) => topic)).toEqual(
-    expect.arrayContaining(Object.keys(topics)),
-  );
-});
-
-for (const { topic, cases } of read.filter(({ topic }) => topic in topics)) {
-  describe(topic, () => {
-    // The whole object is compared: a field that is expected and not computed is a failure.
-    for (const test of cases)
-      it(test.name, () => expect(rounded(topics[topic]!(test))).toEqual(rounded(test.expected)));
-  });
-}
+describeTopics({ hybrid_engine: equal(hybridEngine), pipeline_schedules: equal(pipelineSchedule) });
 
 /** Numbers to twelve digits: fractions may be computed in another order; bytes, ranks and times are below that. */
 function rounded(fields: Fields): Json {

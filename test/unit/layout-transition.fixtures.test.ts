@@ -18,9 +18,9 @@ import {
   transitionBytes,
   transitionPlan,
 } from '../../src/layout/transition-plan.js';
+import { readTopics } from '../rl-fixtures.js';
 import { filledArena, firstDifference, runSlices } from './layout-arenas.js';
 import { rotary } from './layout-shapes.js';
-import { readTopics } from './losses-cases.js';
 
 interface Layout {
   name: string;

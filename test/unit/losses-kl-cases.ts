@@ -12,7 +12,7 @@ import {
 } from '../../src/losses/kl.js';
 import { select } from '../../src/losses/selection.js';
 import { gradients, TokenArray } from '../../src/losses/tokens.js';
-import { Batch, type Case, expectClose, flat, gradientsOf, type Json, number } from './losses-cases.js';
+import { Batch, type Case, expectClose, flat, gradientsOf, type Json, number } from '../rl-fixtures.js';
 
 /** verl's clamps, which the expected numbers of k3 have. */
 export const verlClamp = (estimator: KlEstimator): KlClamp =>

@@ -1,5 +1,4 @@
 /** Every golden case of the reinforcement-learning mathematics this library implements, also with NaN in masked inputs. */
-import { describe, expect, it } from 'vitest';
 import { adaptiveLambda, gae } from '../../src/losses/advantages.js';
 import { type Aggregation, type AggregationMode, aggregate } from '../../src/losses/aggregation.js';
 import { type Categorical, categorical, categoricalGradient } from '../../src/losses/categorical.js';
@@ -14,14 +13,14 @@ import { valueLoss } from '../../src/losses/value.js';
 import {
   Batch,
   type Case,
+  describeTopics,
   expectClose,
   flat,
   gradientsOf,
   type Json,
   number,
-  readTopics,
   type Topic,
-} from './losses-cases.js';
+} from '../rl-fixtures.js';
 import { checkKl, verlClamp } from './losses-kl-cases.js';
 
 type Check = (test: Case, inputs: Record<string, Json>, poisoned: boolean) => void;
@@ -41,23 +40,16 @@ const topics: Record<string, Check> = {
   reward_model: checkRewardModel,
 };
 
-const read = readTopics();
-
-it('the fixtures hold cases of every topic that is checked', () => {
-  expect(read.filter(({ cases }) => cases.length > 0).map(({ topic }) => topic)).toEqual(
-    expect.arrayContaining(Object.keys(topics)),
-  );
-});
-
-for (const fixture of read.filter(({ topic }) => topic in topics)) {
-  describe(fixture.topic, () => {
-    for (const test of fixture.cases) {
-      it(test.name, () => {
-        for (const poisoned of [false, true]) topics[fixture.topic]!(test, inputsOf(fixture, test), poisoned);
-      });
-    }
-  });
-}
+describeTopics(
+  Object.fromEntries(
+    Object.entries(topics).map(([name, check]) => [
+      name,
+      (test: Case, topic: Topic) => {
+        for (const poisoned of [false, true]) check(test, inputsOf(topic, test), poisoned);
+      },
+    ]),
+  ),
+);
 
 function inputsOf({ batches }: Topic, { inputs }: Case): Record<string, Json> {
   if (typeof inputs.batch !== 'string') return inputs;

@@ -44,23 +44,11 @@ std::vector<Outcome> runWithFault(CommunicatorTrial& t, const Program& program, 
   return t.run(
       program.ranks,
       [&](Rank& rank) {
-        ProgramRank mine(program, *rank.world);
-        try {
-          for (size_t i = 0; i < program.steps.size(); ++i) {
-            if (rank.world->rank() == fault.rank && i == fault.step) {
-              rank.mark();
-              plant(rank, mine, program.steps[i]);
-            } else {
-              mine.run(program.steps[i]);
-            }
-          }
-        } catch (const Failure& failure) {
-          rank.world->abort(failure.message);
-          throw;
-        } catch (const std::exception& error) {
-          rank.world->abort(error.what());
-          throw;
-        }
+        runProgram(program, rank, [&](ProgramRank& mine, size_t i) {
+          if (rank.world->rank() != fault.rank || i != fault.step) return mine.run(program.steps[i]);
+          rank.mark();
+          plant(rank, mine, program.steps[i]);
+        });
       },
       timeoutSeconds);
 }

@@ -334,10 +334,16 @@ void ProgramRank::messages(const Step& step, Communicator& c, const std::vector<
   }
 }
 
-void runProgram(const Program& program, Rank& rank) {
+void runProgram(const Program& program, Rank& rank, const RunStep& runStep) {
   ProgramRank mine(program, *rank.world);
   try {
-    for (const Step& step : program.steps) mine.run(step);
+    for (size_t i = 0; i < program.steps.size(); ++i) {
+      if (runStep) {
+        runStep(mine, i);
+      } else {
+        mine.run(program.steps[i]);
+      }
+    }
   } catch (const Failure& failure) {
     rank.world->abort(failure.message);
     throw;

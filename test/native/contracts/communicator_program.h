@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -79,7 +80,8 @@ class ProgramRank {
   std::vector<std::unique_ptr<comm::Communicator>> groups_;
 };
 
-// All steps; errors abort the world while the handles still live.
-void runProgram(const Program&, Rank&);
+// All steps, each by `runStep` when one is given; errors abort the world while the handles still live.
+using RunStep = std::function<void(ProgramRank&, size_t step)>;
+void runProgram(const Program&, Rank&, const RunStep& runStep = nullptr);
 
 }  // namespace lockstep::contracts

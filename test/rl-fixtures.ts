@@ -1,7 +1,7 @@
 /** Reads the cases of test/fixtures/rl (or of LOCKSTEP_FIXTURES) and compares numbers the way their README asks. */
 import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { expect } from 'vitest';
+import { describe, expect, it } from 'vitest';
 
 export type Json = number | string | boolean | null | Json[] | { [key: string]: Json };
 export type Ragged = Json[][];
@@ -37,6 +37,21 @@ export function readTopics(): Topic[] {
   const root = join(process.env.LOCKSTEP_FIXTURES ?? 'test/fixtures', 'rl');
   const files = readdirSync(root).filter((file) => file.endsWith('.json'));
   return files.map((file) => JSON.parse(readFileSync(join(root, file), 'utf8')) as Topic);
+}
+
+/** A test per golden case of each topic, and one that there are cases of all of them. */
+export function describeTopics(topics: Readonly<Record<string, (test: Case, topic: Topic) => void | Promise<void>>>) {
+  const read = readTopics();
+  it('the fixtures hold cases of every topic that is checked', () => {
+    expect(read.filter(({ cases }) => cases.length > 0).map(({ topic }) => topic)).toEqual(
+      expect.arrayContaining(Object.keys(topics)),
+    );
+  });
+  for (const topic of read.filter((each) => each.topic in topics)) {
+    describe(topic.topic, () => {
+      for (const test of topic.cases) it(test.name, () => topics[topic.topic]!(test, topic));
+    });
+  }
 }
 
 export const gradientsOf = ({ gradient }: Case): Gradient[] =>
