@@ -97,10 +97,9 @@ model::TensorSpec readTensor(Napi::Object o) {
   const std::vector<int64_t> sizes = integersAt(o, "sizes");
   int64_t sum = 0;
   for (const int64_t size : sizes) sum += size;
-  if (t.matrix && sum != (cut == kernels::Split::kIn ? in : out))
+  if (sum != (cut == kernels::Split::kIn ? in : out))
     invalid(o.Env(), t.name + ".sizes", "sizes that add up to the split dimension");
-  t.layout = kernels::WeightLayout::make(out, in, cut, t.matrix ? sizes : std::vector<int64_t>{out});
-  if (!t.matrix) t.layout.elements = out * in;
+  t.layout = t.matrix ? kernels::WeightLayout::make(out, in, cut, sizes) : model::vectorLayout(out, in, sizes);
   if (t.layout.elements != elements) {
     invalid(o.Env(), t.name + ".elements",
             std::to_string(t.layout.elements) + " (received " + std::to_string(elements) + ")");
@@ -112,6 +111,18 @@ model::TensorSpec readTensor(Napi::Object o) {
   t.gradient2 = offset("gradient2");
   t.moment1 = offset("moment1");
   t.moment2 = offset("moment2");
+  t.cut = booleanAt(o, "cut");
+  const std::string summed = has(o, "summed") ? stringAt(o, "summed") : "";
+  t.summed = summed == "tensor"     ? model::Summed::kTensor
+             : summed == "keyValue" ? model::Summed::kKeyValue
+             : summed == "ends"     ? model::Summed::kEnds
+                                    : model::Summed::kNever;
+  t.summedBegin = t.summed == model::Summed::kNever ? 0 : integerAt(o, "summedBegin");
+  t.summedEnd = t.summed == model::Summed::kNever ? 0 : integerAt(o, "summedEnd");
+  t.owner = booleanAt(o, "owner");
+  t.pieces = integersAt(o, "pieces");
+  if (t.pieces.size() < 2 || t.pieces.front() != 0 || t.pieces.back() != elements)
+    invalid(o.Env(), t.name + ".pieces", "boundaries from 0 to the number of elements");
   return t;
 }
 
@@ -146,6 +157,9 @@ model::Spec readSpec(Napi::Object o) {
   spec.dtype = stringAt(o, "dtype") == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
   spec.train = booleanAt(o, "train");
   spec.recompute = booleanAt(o, "recompute");
+  spec.dataRank = static_cast<int>(integerAt(o, "dataRank"));
+  spec.dataRanks = static_cast<int>(integerAt(o, "dataRanks"));
+  spec.zero = static_cast<int>(integerAt(o, "zero"));
   spec.firstLayer = integerAt(o, "firstLayer");
   spec.vocabularyBegin = integerAt(o, "vocabularyBegin");
   spec.vocabularyParts = integersAt(o, "vocabularyParts");

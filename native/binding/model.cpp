@@ -86,8 +86,8 @@ Napi::Function ModelWrap::define(Napi::Env env) {
        InstanceMethod<&ModelWrap::forward>("forward"), InstanceMethod<&ModelWrap::backward>("backward"),
        InstanceMethod<&ModelWrap::step>("step"), InstanceMethod<&ModelWrap::generate>("generate"),
        InstanceMethod<&ModelWrap::readRows>("readRows"), InstanceMethod<&ModelWrap::writeRows>("writeRows"),
-       InstanceMethod<&ModelWrap::publish>("publish"), InstanceMethod<&ModelWrap::memory>("memory"),
-       InstanceMethod<&ModelWrap::close>("close")});
+       InstanceMethod<&ModelWrap::clearGradients>("clearGradients"), InstanceMethod<&ModelWrap::publish>("publish"),
+       InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::close>("close")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWrap>(info) {
@@ -106,11 +106,14 @@ std::shared_ptr<model::Model> ModelWrap::open(Napi::Env env) const {
   return model_;
 }
 
-// join(tensorRanks): resolves when all ranks of the world have called it
+// join({pipeline, tensor, data, keyValueRanks, tiedEnds}): resolves when all ranks of the world have called it
 Napi::Value ModelWrap::join(const Napi::CallbackInfo& info) {
-  const int tensorRanks = info[0].As<Napi::Number>().Int32Value();
+  const auto o = info[0].As<Napi::Object>();
+  const auto degree = [&](const char* key) { return static_cast<int>(integerAt(o, key)); };
+  const model::Degrees degrees{degree("pipeline"), degree("tensor"), degree("data"), degree("keyValueRanks"),
+                               booleanAt(o, "tiedEnds")};
   return rank_->call(
-      info.Env(), [model = open(info.Env()), tensorRanks] { model->join(tensorRanks); },
+      info.Env(), [model = open(info.Env()), degrees] { model->join(degrees); },
       [](Napi::Env env) { return env.Undefined(); });
 }
 
@@ -121,16 +124,26 @@ Napi::Value ModelWrap::load(const Napi::CallbackInfo& info) {
   auto items = std::make_shared<std::vector<LoadItem>>();
   for (uint32_t i = 0; i < list.Length(); ++i) items->push_back(readLoadItem(list.Get(i).As<Napi::Object>()));
   auto work = [model = open(info.Env()), items] {
-    std::unique_ptr<transfer::MappedFile> file;
-    const std::string* path = nullptr;
-    for (const LoadItem& item : *items) {
-      if (path == nullptr || *path != item.path) file = std::make_unique<transfer::MappedFile>(item.path);
-      path = &item.path;
-      loadItem(model->parameters(), *file, item);
-    }
+    model->together([&] {
+      std::unique_ptr<transfer::MappedFile> file;
+      const std::string* path = nullptr;
+      for (const LoadItem& item : *items) {
+        if (path == nullptr || *path != item.path) file = std::make_unique<transfer::MappedFile>(item.path);
+        path = &item.path;
+        loadItem(model->parameters(), *file, item);
+      }
+    });
     model->publish();
   };
   return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+}
+
+// {slot, first, more, workspaceBytes}; absent: nothing is kept.
+std::optional<model::KeptPass> readKeep(Napi::Object o) {
+  if (!has(o, "keep")) return std::nullopt;
+  const auto keep = objectAt(o, "keep");
+  return model::KeptPass{integerAt(keep, "slot"), booleanAt(keep, "first"), booleanAt(keep, "more"),
+                         integerAt(keep, "workspaceBytes")};
 }
 
 // forward({tokens, lengths, inverseTemperature, keep, plan, outputs: {logprobs, entropies, values, logits, hidden}})
@@ -139,7 +152,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
     std::vector<int32_t> tokens, lengths;
     std::vector<model::BufferSpec> plan;
     float inverseTemperature;
-    bool keep;
+    std::optional<model::KeptPass> keep;
     std::vector<float> logprobs, entropies, values, logits, hidden;
   };
   const auto o = info[0].As<Napi::Object>();
@@ -147,7 +160,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
                                           int32At(o, "lengths"),
                                           readPlan(objectAt(o, "plan")),
                                           static_cast<float>(numberAt(o, "inverseTemperature")),
-                                          booleanAt(o, "keep"),
+                                          readKeep(o),
                                           {},
                                           {},
                                           {},
@@ -185,14 +198,14 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
   });
 }
 
-// backward({logprobs, entropies, values}): Float32Arrays, packed as the forward's tokens
+// backward({slot, more, logprobs, entropies, values}): Float32Arrays, packed as the forward's tokens
 Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
   auto gradients = std::make_shared<std::array<std::vector<float>, 3>>(
       std::array<std::vector<float>, 3>{float32At(o, "logprobs"), float32At(o, "entropies"), float32At(o, "values")});
-  auto work = [model = open(info.Env()), gradients] {
+  auto work = [model = open(info.Env()), gradients, slot = integerAt(o, "slot"), more = booleanAt(o, "more")] {
     const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
-    model->backward(pointer((*gradients)[0]), pointer((*gradients)[1]), pointer((*gradients)[2]));
+    model->backward(slot, more, pointer((*gradients)[0]), pointer((*gradients)[1]), pointer((*gradients)[2]));
   };
   return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
 }
@@ -238,6 +251,12 @@ Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
       model->parameters().writeRows(p.tensor, space, p.row, p.rows, data->data() + p.sourceRow * columns);
   };
   return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value ModelWrap::clearGradients(const Napi::CallbackInfo& info) {
+  return rank_->call(
+      info.Env(), [model = open(info.Env())] { model->clearGradients(); },
+      [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::publish(const Napi::CallbackInfo& info) {

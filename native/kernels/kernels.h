@@ -208,7 +208,7 @@ struct Kernels {
   // packed; positionTable [positions, D] float32 row-major or null.
   void (*embed)(Queue&, const int32_t* tokens, const int32_t* positions, const Weight& e, const float* positionTable,
                 View<float> x);
-  // dE[token[t]] += dx[t], dPositionTable[position[t]] += dx[t], t ascending.
+  // dE[token[t]] += dx[t], dPositionTable[position[t]] += dx[t], t ascending, each where the index is not negative.
   void (*embedBackward)(Queue&, const int32_t* tokens, const int32_t* positions, View<const float> dx,
                         WeightGradient dE, float* dPositionTable);
 
@@ -267,23 +267,23 @@ struct Kernels {
   // Products work row block by row block, never T x V: `staging` (64-byte aligned, planned memory outside the Queue's
   // scratch, which the products inside need) holds a block of logits [rows, V] float32, in backward also its operand
   // copy; the op takes as many rows as fit (an even number, at least 2: vocabularyStagingBytes). Bits do not depend on
-  // the block. A row with target < 0 predicts no token (the last of a sequence): its logprob is 0 and its dLogprob is
-  // not read, but its entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and zero
-  // gradients. logits = hidden W^T, x = logit * inverseTemperature. Per part: m = max x, s = lanes sum of exp(x - m), u
-  // = lanes sum of exp(x - m)(x - m), over the part's columns in order; parts are merged by the tree: (m, s, u) with m
-  // = max(m1, m2), d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2). m starts at
-  // the lowest float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 = 0), so a
-  // logit of -inf and an empty part add nothing. softmaxStatistics [T] holds what a rank's parts give, targets being
-  // rows of its w; mergeStatistics continues the tree over `groups` (a power of two) such arrays, [groups, T], and
-  // finishes: targets only tells rows without one.
+  // the block. A row with target < 0 predicts no token (the last of a sequence): its logprob is 0 and
+  // its dLogprob must be 0, but its entropy, logZ and dEntropy count like any other's. Padding rows have target < 0 and
+  // zero gradients. logits = hidden W^T, x = logit * inverseTemperature. Per part: m = max x, s = lanes sum of exp(x -
+  // m), u = lanes sum of exp(x - m)(x - m), over the part's columns in order; parts are merged by the tree: (m, s, u)
+  // with m = max(m1, m2), d_i = m_i - m, s = fma(s2, e^d2, s1 e^d1), u = e^d1 (u1 + d1 s1) + e^d2 (u2 + d2 s2). m
+  // starts at the lowest float32 and passes over NaN, which s then shows; x - m is held at -100 from below (e^-100 =
+  // 0), so a logit of -inf and an empty part add nothing. softmaxStatistics [T] holds what a rank's parts give, targets
+  // being rows of its w; mergeStatistics continues the tree over `groups` (a power of two) such arrays, [groups, T],
+  // and finishes: targets only tells rows without one.
   void (*softmaxStatistics)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
                             SoftmaxStatistics* out, Staging);
   void (*mergeStatistics)(Queue&, const SoftmaxStatistics* statistics, int64_t groups, int64_t rows,
                           const int32_t* targets, LogSoftmax out);
   // dlogit_v = inverseTemperature * (dLogprob (1[v = target] - p_v) - dEntropy p_v (log p_v + H)), rounded as an
   // operand; dHidden [T, D] float32 stored as linearBackwardInput does, dW += as linearBackwardWeight does. T is even.
-  // dLogprobs, dEntropies [T] or null (zeros); a dLogprob of a row with target < 0 is ignored; padding rows have
-  // dEntropy 0.
+  // dLogprobs, dEntropies [T] or null (zeros); padding rows have zeros. targets are rows of w; a row whose target is
+  // among another rank's has target < 0 and its dLogprob. dHidden is what these parts of the vocabulary give of it.
   void (*logprobsBackward)(Queue&, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
                            LogSoftmax forward, const float* dLogprobs, const float* dEntropies, View<float> dHidden,
                            WeightGradient dW, Staging);

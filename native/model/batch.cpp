@@ -22,7 +22,7 @@ Batch Batch::whole(const int32_t* tokens, const int32_t* lengths, int64_t count,
     }
     if (padded && length % 2 == 1) {
       batch.tokens.push_back(-1);
-      batch.positions.push_back(0);
+      batch.positions.push_back(-1);
       batch.targets.push_back(-1);
     }
     for (int64_t i = 0; i * kernels::kPagePositions < length; ++i) {

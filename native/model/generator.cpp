@@ -84,20 +84,20 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
 }
 
 Generator::Orders Generator::agree(GenerateControl& control) {
-  comm::Communicator* world = parallel_.world.get();
-  if (world == nullptr) return {control.aborted(), control.takeEnded()};
+  comm::Communicator* replica = parallel_.replica.get();
+  if (replica == nullptr) return {control.aborted(), control.takeEnded()};
   Orders orders{};
   int32_t header[2] = {};  // aborted, requests to end
   const int leader = parallel_.leader();
-  if (world->rank() == leader) {
+  if (replica->rank() == leader) {
     orders = {control.aborted(), control.takeEnded()};
     header[0] = orders.aborted ? 1 : 0;
     header[1] = static_cast<int32_t>(orders.ended.size());
   }
-  world->broadcast(header, sizeof header, comm::Element::kByte, leader, "orders");
+  replica->broadcast(header, sizeof header, comm::Element::kByte, leader, "orders");
   orders.aborted = header[0] != 0;
   orders.ended.resize(static_cast<size_t>(header[1]));
-  if (header[1] > 0) world->broadcast(orders.ended.data(), header[1] * 4, comm::Element::kByte, leader, "ended");
+  if (header[1] > 0) replica->broadcast(orders.ended.data(), header[1] * 4, comm::Element::kByte, leader, "ended");
   return orders;
 }
 

@@ -1,28 +1,44 @@
 #include "model/model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "core/error.h"
 
 namespace lockstep::model {
 
+namespace {
+
+Error interrupted() {
+  return {"NO_FORWARD",
+          "backward needs a forward with `keep` before it and no other call of its device between: the activations lie "
+          "in the workspace that the next call uses"};
+}
+
+Error notFinite(int64_t step) {
+  return {"GRADIENT_NOT_FINITE",
+          "the gradient norm of step " + std::to_string(step) +
+              " is not finite; nothing was updated. Lower optimizer.learningRate or look for bad rows in the data"};
+}
+
+}  // namespace
+
 Model::Model(Spec spec, Device device, Parallel parallel)
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, device.kernels),
+      parameters_(spec_, parallel_, device.kernels),
       transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
 
-void Model::join(int tensorRanks) {
-  parallel_.join(tensorRanks);
-}
-
 // Takes the workspace for one call, grown to its plan.
-Workspace Model::enter(const std::vector<BufferSpec>& plan) {
-  kept_.reset();
-  ++device_.workspaceUse;
-  int64_t bytes = 0;
+Workspace Model::enter(const std::vector<BufferSpec>& plan, const std::optional<KeptPass>& keep) {
+  if (!keep || keep->first) {
+    kept_.clear();
+    keptUse_ = ++device_.workspaceUse;
+  }
+  if (keptUse_ != device_.workspaceUse) throw interrupted();
+  int64_t bytes = keep ? keep->workspaceBytes : 0;
   for (const BufferSpec& buffer : plan) bytes = std::max(bytes, buffer.offset + buffer.bytes);
   if (static_cast<size_t>(bytes) > device_.workspace.planned()) device_.workspace.reserve(static_cast<size_t>(bytes));
   return Workspace(device_.workspace, plan);
@@ -47,12 +63,16 @@ void Model::copyOut(const Batch& batch, View<const float> rows, float* out) cons
 }
 
 void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
-                    float inverseTemperature, bool keep, const ForwardOutputs& out) {
-  together([&] { runForward(plan, tokens, lengths, count, inverseTemperature, keep, out); });
+                    float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs& out) {
+  together([&] {
+    runForward(plan, tokens, lengths, count, inverseTemperature, keep, out);
+    if (!keep || !keep->more) transformer_.flush();
+  });
 }
 
 void Model::runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths,
-                       int64_t count, float inverseTemperature, bool keep, const ForwardOutputs& out) {
+                       int64_t count, float inverseTemperature, const std::optional<KeptPass>& keep,
+                       const ForwardOutputs& out) {
   int64_t total = 0;
   for (int64_t b = 0; b < count; ++b) {
     total += lengths[b];
@@ -62,13 +82,14 @@ void Model::runForward(const std::vector<BufferSpec>& plan, const int32_t* token
     }
   }
   requireTokens(tokens, total);
-  Kept call{
-      enter(plan), Batch::whole(tokens, lengths, count, true), {}, inverseTemperature, device_.workspaceUse, {}, {},
-      {}};
+  Kept call{enter(plan, keep), Batch::whole(tokens, lengths, count, true), {}, inverseTemperature, {}, {}, {}};
   const int64_t rows = call.batch.rows();
   call.hidden = transformer_.forward(call.workspace, call.batch, keep ? Keep::kActivations : Keep::kNothing,
                                      call.batch.pageCount);
-  if (!parallel_.lastStage()) return;
+  if (!parallel_.lastStage()) {
+    if (keep) kept_.insert_or_assign(keep->slot, std::move(call));
+    return;
+  }
   const auto width = static_cast<size_t>(rows);
   if (spec_.shape.head == Head::kScalar) {
     std::vector<float> values(width);
@@ -98,18 +119,20 @@ void Model::runForward(const std::vector<BufferSpec>& plan, const int32_t* token
     }
     copyOut(call.batch, dense<const float>(widened.data(), rows, spec_.shape.width), out.hidden);
   }
-  if (keep) kept_ = std::move(call);
+  if (keep) kept_.insert_or_assign(keep->slot, std::move(call));
 }
 
-void Model::backward(const float* dLogprobs, const float* dEntropies, const float* dValues) {
-  if (!kept_ || kept_->use != device_.workspaceUse) {
-    kept_.reset();
-    throw Error("NO_FORWARD",
-                "backward needs a forward with `keep` just before it: its activations lie in the workspace that the "
-                "device's next call uses");
-  }
-  Kept call = std::move(*kept_);
-  kept_.reset();
+void Model::backward(int64_t slot, bool more, const float* dLogprobs, const float* dEntropies, const float* dValues) {
+  together([&] {
+    runBackward(slot, dLogprobs, dEntropies, dValues);
+    if (!more) transformer_.flush();
+  });
+}
+
+void Model::runBackward(int64_t slot, const float* dLogprobs, const float* dEntropies, const float* dValues) {
+  if (keptUse_ != device_.workspaceUse) kept_.clear();
+  if (kept_.count(slot) == 0) throw interrupted();
+  Kept call = std::move(kept_.extract(slot).mapped());
   const Batch& batch = call.batch;
   // Gradients per row; zero on padding rows.
   const auto spread = [&](const float* packed) {
@@ -123,7 +146,9 @@ void Model::backward(const float* dLogprobs, const float* dEntropies, const floa
     }
     return rows;
   };
-  const std::vector<float> logprobs = spread(dLogprobs), entropies = spread(dEntropies);
+  std::vector<float> logprobs = spread(dLogprobs);
+  for (size_t t = 0; t < logprobs.size(); ++t) logprobs[t] = batch.targets[t] < 0 ? 0.0f : logprobs[t];
+  const std::vector<float> entropies = spread(dEntropies);
   std::vector<float> values = spread(dValues);
   if (spec_.shape.head == Head::kScalar && values.empty()) values.assign(static_cast<size_t>(batch.rows()), 0.0f);
   const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
@@ -133,7 +158,16 @@ void Model::backward(const float* dLogprobs, const float* dEntropies, const floa
 }
 
 double Model::step(const StepOptions& options) {
-  return parameters_.step(device_.queue, options);
+  double norm = 0;
+  together([&] { norm = parameters_.finishGradients(device_.queue); });
+  if (!std::isfinite(norm)) throw notFinite(options.step);  // on all ranks: none waits for this one
+  together([&] { parameters_.step(device_.queue, options, norm); });
+  return norm;
+}
+
+void Model::clearGradients() {
+  kept_.clear();
+  parameters_.clearGradients();
 }
 
 std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "core/arena.h"
@@ -33,13 +34,22 @@ struct ForwardOutputs {
   float* hidden = nullptr;                                             // [T, D]
 };
 
+// A forward pass whose activations stay for backward. Several micro-batches may be under way at the same time, each in
+// a slot of its own of the workspace.
+struct KeptPass {
+  int64_t slot;
+  bool first;              // of those under way together: what was kept before is gone
+  bool more;               // this stage has another operation of them to do, with which its message can go out
+  int64_t workspaceBytes;  // of all slots
+};
+
 class Model {
  public:
   // `parallel` unjoined: join() comes before any other call.
   Model(Spec spec, Device device, Parallel parallel = {});
 
-  // Forms the groups of `tensorRanks` ranks; all ranks of the world at the same time.
-  void join(int tensorRanks);
+  // Forms the groups of ranks; all of the world at the same time.
+  void join(const Degrees& degrees) { parallel_.join(degrees); }
   // Runs `work`; if it fails, the other ranks are told, so that their calls fail as well and none waits for this one.
   template <class Work>
   void together(const Work& work) {
@@ -55,24 +65,31 @@ class Model {
   // Whole sequences, packed without padding. With `keep` the activations stay for backward. All ranks make the call
   // together; those of the last stage have the outputs.
   void forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
-               float inverseTemperature, bool keep, const ForwardOutputs&);
-  // Per-token gradients of the last kept forward's outputs, packed without padding; null is zero.
+               float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs&);
+  // Per-token gradients of the outputs of the forward kept in `slot`, packed without padding; null is zero. All ranks
+  // of a stage give the same; before the last stage they are not read. `more` as of a KeptPass.
   // Throws Error("NO_FORWARD") when there is none.
-  void backward(const float* dLogprobs, const float* dEntropies, const float* dValues);
+  void backward(int64_t slot, bool more, const float* dLogprobs, const float* dEntropies, const float* dValues);
+  // All ranks make the call together. Throws Error("GRADIENT_NOT_FINITE"), on all of them.
   double step(const StepOptions&);
+  // Drops what was accumulated and kept.
+  void clearGradients();
   // All ranks make the call together; the leader's control and progress count, and its results are whole.
   std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
                                   const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
                                   GenerateStatistics& statistics);
-  void publish() { parameters_.publish(device_.queue); }
+  void publish() {
+    together([&] { parameters_.publish(device_.queue); });
+  }
 
   Parameters& parameters() { return parameters_; }
   const Spec& spec() const { return spec_; }
 
  private:
-  Workspace enter(const std::vector<BufferSpec>& plan);
+  Workspace enter(const std::vector<BufferSpec>& plan, const std::optional<KeptPass>& keep = {});
   void runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
-                  float inverseTemperature, bool keep, const ForwardOutputs&);
+                  float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs&);
+  void runBackward(int64_t slot, const float* dLogprobs, const float* dEntropies, const float* dValues);
   std::vector<Generated> runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
                                      const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
                                      GenerateStatistics& statistics);
@@ -85,16 +102,16 @@ class Model {
   Parameters parameters_;
   Transformer transformer_;
 
-  // The forward pass that backward belongs to, and its per-row outputs.
+  // A forward pass that a backward belongs to, and its per-row outputs.
   struct Kept {
     Workspace workspace;
     Batch batch;
     Operand hidden;
     float inverseTemperature;
-    int64_t use;  // Device::workspaceUse of this call
     std::vector<float> logprobs, entropies, logZ;
   };
-  std::optional<Kept> kept_;
+  std::unordered_map<int64_t, Kept> kept_;  // by slot
+  int64_t keptUse_ = 0;                     // Device::workspaceUse of those
 };
 
 }  // namespace lockstep::model

@@ -1,5 +1,5 @@
-// Where a rank stands among those that compute one model together, and how it talks to them. A stage of the pipeline is
-// one tensor group; ranks of equal place in their groups are one pipeline, in the order of the stages.
+// Where a rank stands among those that compute one model together, and how it talks to them. Of `data` replicas of the
+// model each is a pipeline of stages, each stage a tensor group: rank = (replica * pipeline + stage) * tensor + place.
 #pragma once
 
 #include <memory>
@@ -9,25 +9,44 @@
 
 namespace lockstep::model {
 
-struct Parallel {
-  std::shared_ptr<comm::Communicator> world;             // null: the rank is alone
-  std::unique_ptr<comm::Communicator> tensor, pipeline;  // null for a group of one
+struct Degrees {
+  int pipeline = 1, tensor = 1, data = 1;
+  int keyValueRanks = 1;  // ranks that share a key/value head: tensor / G where that is more than one
+  bool tiedEnds = false;  // the first and the last stage hold the embedding, each for its end
+};
 
-  // Splits the world into its groups; all its ranks call this at the same time. Rank = stage * tensorRanks + place.
-  void join(int tensorRanks) {
-    const int rank = world->rank(), stages = world->size() / tensorRanks;
-    auto stage = world->split(rank / tensorRanks, rank, "tensor");
-    auto line = world->split(rank % tensorRanks, rank, "pipeline");
-    if (tensorRanks > 1) tensor = std::move(stage);
-    if (stages > 1) pipeline = std::move(line);
+struct Parallel {
+  std::shared_ptr<comm::Communicator> world;  // null: the rank is alone
+  // Null for a group of one.
+  std::unique_ptr<comm::Communicator> replica, tensor, pipeline, data, keyValue, ends;
+
+  // Splits the world into its groups; all its ranks call this at the same time.
+  void join(const Degrees& d) {
+    const int rank = world->rank(), place = rank % d.tensor, stage = rank / d.tensor % d.pipeline;
+    const int replicaRanks = d.tensor * d.pipeline, line = rank / replicaRanks * d.tensor + place;
+    const auto group = [&](int size, int colour, const char* site) {
+      auto own = world->split(colour, rank, site);
+      return size > 1 ? std::move(own) : nullptr;
+    };
+    replica = group(replicaRanks, rank / replicaRanks, "replica");
+    tensor = group(d.tensor, rank / d.tensor, "tensor");
+    pipeline = group(d.pipeline, line, "pipeline");
+    data = group(d.data, rank % replicaRanks, "data");
+    keyValue = group(d.keyValueRanks, rank / d.keyValueRanks, "keyValue");
+    const bool end = d.tiedEnds && d.pipeline > 1 && (stage == 0 || stage == d.pipeline - 1);
+    ends = group(2, end ? line : -1, "ends");
+    joined_ = true;
   }
 
-  bool joined() const { return world == nullptr || tensor != nullptr || pipeline != nullptr; }
+  bool joined() const { return world == nullptr || joined_; }
   int tensorRanks() const { return tensor == nullptr ? 1 : tensor->size(); }
-  // The rank of the world that has the answers: the first of the last stage.
-  int leader() const { return world == nullptr ? 0 : world->size() - tensorRanks(); }
+  // The rank of its replica that has the answers: the first of the last stage.
+  int leader() const { return replica == nullptr ? 0 : replica->size() - tensorRanks(); }
   bool firstStage() const { return pipeline == nullptr || pipeline->rank() == 0; }
   bool lastStage() const { return pipeline == nullptr || pipeline->rank() == pipeline->size() - 1; }
+
+ private:
+  bool joined_ = false;
 };
 
 }  // namespace lockstep::model

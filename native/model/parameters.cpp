@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "core/error.h"
 
@@ -32,6 +33,36 @@ void eachElement(const kernels::WeightLayout& layout, int64_t row, DType order, 
   }
 }
 
+// Elements begin .. end - 1 of a packed matrix as a layout of their own. Both lie between pairs of rows of a panel.
+kernels::WeightLayout pieceLayout(const kernels::WeightLayout& layout, int64_t begin, int64_t end) {
+  kernels::WeightLayout piece{0, 0, Split::kOut, {}, end - begin};
+  for (const Part& part : layout.parts) {
+    for (int64_t panel = 0; panel < part.panels(); ++panel) {
+      const int64_t width = part.panelWidth(panel), first = part.panelOffset(panel);
+      const int64_t from = std::max(begin, first), to = std::min(end, first + width * part.inPadded());
+      if (from < to) piece.parts.push_back({0, width, 0, (to - from) / width, from - begin});
+    }
+  }
+  return piece;
+}
+
+// The sum of addends by a balanced tree over neighbours.
+double treeSum(std::vector<double> addends) {
+  if (addends.empty()) return 0;
+  for (size_t width = 1; width < addends.size(); width *= 2) {
+    for (size_t i = 0; i + width < addends.size(); i += 2 * width) addends[i] += addends[i + width];
+  }
+  return addends[0];
+}
+
+// Every rank's doubles, [ranks][count].
+std::vector<double> gatherDoubles(comm::Communicator& group, const std::vector<double>& own, const char* site) {
+  std::vector<double> all(own.size() * static_cast<size_t>(group.size()));
+  group.allGather(own.data(), all.data(), static_cast<int64_t>(own.size() * sizeof(double)), comm::Element::kByte,
+                  site);
+  return all;
+}
+
 }  // namespace
 
 kernels::QkvLayout Shape::qkv(int64_t layer) const {
@@ -39,8 +70,18 @@ kernels::QkvLayout Shape::qkv(int64_t layer) const {
   return {{heads, keyValueHeads, headWidth, windows[static_cast<size_t>(layer)], parts, scale}};
 }
 
-Parameters::Parameters(const Spec& spec, const kernels::Kernels& kernels)
+kernels::WeightLayout vectorLayout(int64_t out, int64_t in, const std::vector<int64_t>& sizes) {
+  kernels::WeightLayout layout{out, in, Split::kOut, {}, 0};
+  for (const int64_t size : sizes) {
+    layout.parts.push_back({layout.elements / in, size, 0, in, layout.elements});
+    layout.elements += size * in;
+  }
+  return layout;
+}
+
+Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels)
     : spec_(spec),
+      parallel_(parallel),
       kernels_(kernels),
       weights_("weights", static_cast<size_t>(spec.weightsBytes)),
       gradients_("gradients", static_cast<size_t>(spec.gradientBytes)),
@@ -48,15 +89,15 @@ Parameters::Parameters(const Spec& spec, const kernels::Kernels& kernels)
   for (size_t i = 0; i < spec.tensors.size(); ++i) {
     const TensorSpec& t = spec.tensors[i];
     index_[t.name] = i;
-    const auto need = [&](Arena& arena, int64_t offset, DType dtype) {
-      if (offset != kAbsent) arena.at(static_cast<size_t>(offset), bytes(t.layout.elements, dtype), t.name.c_str());
-    };
-    need(weights_, t.weights, t.matrix ? spec.dtype : DType::kFloat32);
-    need(optimizer_, t.master, DType::kFloat32);
-    need(optimizer_, t.moment1, DType::kFloat32);
-    need(optimizer_, t.moment2, DType::kFloat32);
-    need(gradients_, t.gradient, DType::kFloat32);
-    need(gradients_, t.gradient2, DType::kFloat32);
+    held_.push_back(held(t));
+    const int64_t kept = held_.back().end - held_.back().begin;
+    compute(t);
+    for (const int64_t offset : {t.master, t.moment1, t.moment2}) {
+      if (offset != kAbsent) floats(optimizer_, t, offset, kept);
+    }
+    for (const int64_t offset : {t.gradient, t.gradient2}) {
+      if (offset != kAbsent) floats(gradients_, t, offset, t.layout.elements);
+    }
   }
 }
 
@@ -70,60 +111,74 @@ const TensorSpec& Parameters::tensor(const std::string& name) const {
   return spec_.tensors[static_cast<size_t>(find(name))];
 }
 
+Parameters::Held Parameters::held(const TensorSpec& t) const {
+  if (spec_.zero == 0 || spec_.dataRanks == 1) return {0, t.layout.elements, t.layout};
+  const int64_t begin = t.pieces[static_cast<size_t>(spec_.dataRank)];
+  const int64_t end = t.pieces[static_cast<size_t>(spec_.dataRank) + 1];
+  return {begin, end, t.matrix ? pieceLayout(t.layout, begin, end) : kernels::WeightLayout{}};
+}
+
+float* Parameters::floats(Arena& arena, const TensorSpec& t, int64_t offset, int64_t count) const {
+  return static_cast<float*>(arena.at(static_cast<size_t>(offset), bytes(count, DType::kFloat32), t.name.c_str()));
+}
+
+// The compute weights: bfloat16 of a matrix where that is the dtype.
+void* Parameters::compute(const TensorSpec& t) const {
+  const DType dtype = t.matrix ? spec_.dtype : DType::kFloat32;
+  return weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, dtype), t.name.c_str());
+}
+
 kernels::Weight Parameters::weight(const std::string& name) const {
   const TensorSpec& t = tensor(name);
-  return {&t.layout, weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()),
-          spec_.dtype};
+  return {&t.layout, compute(t), spec_.dtype};
 }
 
 const float* Parameters::vector(const std::string& name) const {
-  return has(name) ? master(tensor(name)) : nullptr;
-}
-
-float* Parameters::master(const TensorSpec& t) const {
-  const bool separate = t.master != kAbsent;
-  Arena& arena = separate ? optimizer_ : weights_;
-  return static_cast<float*>(arena.at(static_cast<size_t>(separate ? t.master : t.weights),
-                                      bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
+  return has(name) ? static_cast<const float*>(compute(tensor(name))) : nullptr;
 }
 
 kernels::WeightGradient Parameters::gradient(const std::string& name, int copy) const {
   const TensorSpec& t = tensor(name);
-  const int64_t offset = copy == 0 ? t.gradient : t.gradient2;
-  return {&t.layout, static_cast<float*>(gradients_.at(static_cast<size_t>(offset),
-                                                       bytes(t.layout.elements, DType::kFloat32), t.name.c_str()))};
+  return {&t.layout, floats(gradients_, t, copy == 0 ? t.gradient : t.gradient2, t.layout.elements)};
 }
 
 float* Parameters::vectorGradient(const std::string& name) const {
   return has(name) ? gradient(name).data : nullptr;
 }
 
+Parameters::Copy Parameters::copy(const TensorSpec& t, Space space) const {
+  const Held& h = held_[static_cast<size_t>(find(t.name))];
+  if (space == Space::kWeights) {
+    if (t.master == kAbsent) return {static_cast<float*>(compute(t)), 0, t.layout.elements};
+    return {floats(optimizer_, t, t.master, h.end - h.begin), h.begin, h.end};
+  }
+  const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
+  if (offset == kAbsent)
+    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
+  if (space == Space::kGradients) return {floats(gradients_, t, offset, t.layout.elements), 0, t.layout.elements};
+  return {floats(optimizer_, t, offset, h.end - h.begin), h.begin, h.end};
+}
+
 void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t count, const float* data) {
   const TensorSpec& t = spec(index);
   const int64_t in = t.layout.in;
-  const bool rounded = space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16;
-  if (rounded) {
-    auto* to = static_cast<BFloat16*>(
-        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
+  if (space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16) {
+    auto* to = static_cast<BFloat16*>(compute(t));
     for (int64_t r = 0; r < count; ++r) {
       eachElement(t.layout, row + r, DType::kBFloat16,
                   [&](int64_t i, int64_t k) { to[i] = toBFloat16(data[r * in + k]); });
     }
     return;
   }
-  const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
-  if (space != Space::kWeights && offset == kAbsent)
-    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
-  Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
-  float* to = space == Space::kWeights
-                  ? master(t)
-                  : static_cast<float*>(arena.at(static_cast<size_t>(offset), bytes(t.layout.elements, DType::kFloat32),
-                                                 t.name.c_str()));
+  const Copy to = copy(t, space);
+  const auto write = [&](int64_t i, float value) {
+    if (i >= to.begin && i < to.end) to.data[i - to.begin] = value;
+  };
   for (int64_t r = 0; r < count; ++r) {
     if (t.matrix) {
-      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { to[i] = data[r * in + k]; });
+      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { write(i, data[r * in + k]); });
     } else {
-      std::copy_n(data + r * in, in, to + (row + r) * in);
+      for (int64_t k = 0; k < in; ++k) write((row + r) * in + k, data[r * in + k]);
     }
   }
 }
@@ -131,94 +186,186 @@ void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t coun
 void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count, float* data) const {
   const TensorSpec& t = spec(index);
   const int64_t in = t.layout.in;
-  const bool rounded = space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16;
-  if (rounded) {
-    const auto* from = static_cast<const BFloat16*>(
-        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
+  if (space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16) {
+    const auto* from = static_cast<const BFloat16*>(compute(t));
     for (int64_t r = 0; r < count; ++r) {
       eachElement(t.layout, row + r, DType::kBFloat16,
                   [&](int64_t i, int64_t k) { data[r * in + k] = toFloat(from[i]); });
     }
     return;
   }
-  const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
-  if (space != Space::kWeights && offset == kAbsent)
-    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
-  Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
-  const auto read = [&](int64_t at) {
-    return static_cast<const float*>(
-        arena.at(static_cast<size_t>(at), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
+  const Copy from = copy(t, space);
+  const float* second =
+      space == Space::kGradients && t.gradient2 != kAbsent ? floats(gradients_, t, t.gradient2, from.end) : nullptr;
+  const auto read = [&](int64_t i) {
+    if (i < from.begin || i >= from.end) return 0.0f;
+    return second == nullptr ? from.data[i - from.begin] : from.data[i] + second[i];
   };
-  const float* from = space == Space::kWeights ? master(t) : read(offset);
-  const float* second = space == Space::kGradients && t.gradient2 != kAbsent ? read(t.gradient2) : nullptr;
   for (int64_t r = 0; r < count; ++r) {
     if (t.matrix) {
-      eachElement(t.layout, row + r, DType::kFloat32,
-                  [&](int64_t i, int64_t k) { data[r * in + k] = second == nullptr ? from[i] : from[i] + second[i]; });
+      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { data[r * in + k] = read(i); });
     } else {
-      std::copy_n(from + (row + r) * in, in, data + r * in);
+      for (int64_t k = 0; k < in; ++k) data[r * in + k] = read((row + r) * in + k);
     }
   }
 }
 
 void Parameters::publish(Queue& queue) {
-  for (const TensorSpec& t : spec_.tensors) {
+  for (size_t i = 0; i < spec_.tensors.size(); ++i) {
+    const TensorSpec& t = spec_.tensors[i];
     if (!t.matrix || t.master == kAbsent) continue;
-    kernels_.publish(
-        queue, t.layout, master(t),
-        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
+    const Copy master = copy(t, Space::kWeights);
+    kernels_.publish(queue, held_[i].layout, master.data, static_cast<BFloat16*>(compute(t)) + master.begin);
+  }
+  gatherWeights();
+}
+
+// With ZeRO every rank has renewed its pieces of the compute weights.
+void Parameters::gatherWeights() {
+  if (spec_.zero == 0 || parallel_.data == nullptr) return;
+  auto* base = static_cast<char*>(weights_.at(0, weights_.planned(), "weights"));
+  std::vector<comm::Piece> pieces;
+  for (size_t i = 0; i < spec_.tensors.size(); ++i) {
+    const TensorSpec& t = spec_.tensors[i];
+    const auto size = static_cast<int64_t>(bytesOf(t.matrix ? spec_.dtype : DType::kFloat32));
+    const int64_t offset = t.weights + held_[i].begin * size;
+    pieces.push_back({base + offset, offset, (held_[i].end - held_[i].begin) * size});
+  }
+  parallel_.data->allGatherPieces(pieces, base, static_cast<int64_t>(weights_.planned()), "weights");
+}
+
+// The rows that other ranks hold too, summed over them.
+void Parameters::sumShared(const TensorSpec& t) {
+  comm::Communicator* group = t.summed == Summed::kTensor     ? parallel_.tensor.get()
+                              : t.summed == Summed::kKeyValue ? parallel_.keyValue.get()
+                              : t.summed == Summed::kEnds     ? parallel_.ends.get()
+                                                              : nullptr;
+  if (group == nullptr) return;
+  if (t.summedBegin == 0 && t.summedEnd == t.layout.out) {
+    float* all = gradient(t.name).data;
+    return group->allReduce(all, all, t.layout.elements, t.name);
+  }
+  const int64_t index = find(t.name), rows = t.summedEnd - t.summedBegin;
+  std::vector<float> some(static_cast<size_t>(rows * t.layout.in));
+  readRows(index, Space::kGradients, t.summedBegin, rows, some.data());
+  group->allReduce(some.data(), some.data(), rows * t.layout.in, t.name);
+  writeRows(index, Space::kGradients, t.summedBegin, rows, some.data());
+}
+
+// Appends the sums of squares of the parts that the rank has, of each data-parallel rank's piece its own.
+void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector<double>& sums) const {
+  const float* data = gradient(t.name).data;
+  int64_t begin = 0, end = t.layout.elements;
+  if (spec_.dataRanks > 1) {
+    begin = t.pieces[static_cast<size_t>(spec_.dataRank)];
+    end = t.pieces[static_cast<size_t>(spec_.dataRank) + 1];
+  }
+  const auto add = [&](int64_t first, int64_t last) {
+    first = std::max(first, begin);
+    last = std::min(last, end);
+    sums.push_back(first < last ? kernels_.sumOfSquares(queue, data + first, last - first) : 0);
+  };
+  for (const Part& part : t.layout.parts) {
+    const bool copies = t.summed == Summed::kKeyValue && !t.owner && &part == t.layout.parts.data();
+    if (!t.matrix || !copies || spec_.dataRanks > 1) {
+      const int64_t vectorRows = copies ? t.summedBegin : part.out;
+      add(part.offset, part.offset + (t.matrix ? part.elements() : vectorRows * t.layout.in));
+      continue;
+    }
+    // Copied rows lie behind the part's own, which alone are packed as they are where nothing is copied.
+    const auto own = kernels::WeightLayout::make(t.summedBegin, t.layout.in, Split::kNone, {t.summedBegin});
+    std::vector<float> packed(static_cast<size_t>(own.elements)), row(static_cast<size_t>(t.layout.in));
+    for (int64_t r = 0; r < t.summedBegin; ++r) {
+      readRows(find(t.name), Space::kGradients, r, 1, row.data());
+      eachElement(own, r, DType::kFloat32,
+                  [&](int64_t i, int64_t k) { packed[static_cast<size_t>(i)] = row[static_cast<size_t>(k)]; });
+    }
+    sums.push_back(kernels_.sumOfSquares(queue, packed.data(), own.elements));
   }
 }
 
-// Canonical whatever the number of tensor-parallel ranks: leaves within a part, a tree over parts, tensors in table
-// order.
-double Parameters::gradientNorm(Queue& queue) {
-  double total = 0;
+double Parameters::finishGradients(Queue& queue) {
+  for (const TensorSpec& t : spec_.tensors) {
+    if (t.gradient2 != kAbsent)
+      kernels_.accumulate(queue, t.layout.elements, gradient(t.name, 1).data, gradient(t.name).data);
+  }
+  if (parallel_.data != nullptr) {
+    auto* all = static_cast<float*>(gradients_.at(0, gradients_.planned(), "gradients"));
+    parallel_.data->allReduce(all, all, static_cast<int64_t>(gradients_.planned() / sizeof(float)), "gradients");
+  }
   std::vector<double> sums;
   for (const TensorSpec& t : spec_.tensors) {
-    float* first = gradient(t.name).data;
-    if (t.gradient2 != kAbsent) kernels_.accumulate(queue, t.layout.elements, gradient(t.name, 1).data, first);
-    sums.clear();
-    if (!t.matrix) {
-      sums.push_back(kernels_.sumOfSquares(queue, first, t.layout.elements));
-    } else {
-      for (const Part& part : t.layout.parts)
-        sums.push_back(part.out == 0 ? 0 : kernels_.sumOfSquares(queue, first + part.offset, part.elements()));
+    if (t.summed != Summed::kKeyValue) sumShared(t);
+    addSumsOfSquares(queue, t, sums);
+  }
+  for (const TensorSpec& t : spec_.tensors) {
+    if (t.summed == Summed::kKeyValue) sumShared(t);
+  }
+  return globalNorm(std::move(sums));
+}
+
+// From the rank's sums of squares, part by part: a tree over pieces, a tree over the parts of all ranks, then one chain
+// over the tensors in the order of the whole table, stage after stage.
+double Parameters::globalNorm(std::vector<double> sums) {
+  if (parallel_.data != nullptr) {
+    const std::vector<double> all = gatherDoubles(*parallel_.data, sums, "norm");
+    for (size_t i = 0; i < sums.size(); ++i) {
+      std::vector<double> pieces;
+      for (size_t at = i; at < all.size(); at += sums.size()) pieces.push_back(all[at]);
+      sums[i] = treeSum(std::move(pieces));
     }
-    for (size_t width = 1; width < sums.size(); width *= 2) {
-      for (size_t i = 0; i + width < sums.size(); i += 2 * width) sums[i] += sums[i + width];
+  }
+  const size_t mine = sums.size();
+  const size_t rank = parallel_.tensor == nullptr ? 0 : static_cast<size_t>(parallel_.tensor->rank());
+  const std::vector<double> all =
+      parallel_.tensor == nullptr ? std::move(sums) : gatherDoubles(*parallel_.tensor, sums, "norm");
+  comm::Communicator* pipeline = parallel_.pipeline.get();
+  double total = 0;
+  if (!parallel_.firstStage())
+    pipeline->receive(&total, sizeof total, comm::Element::kByte, pipeline->rank() - 1, "norm");
+  size_t at = 0;
+  for (const TensorSpec& t : spec_.tensors) {
+    const size_t parts = t.layout.parts.size();
+    std::vector<double> addends;
+    for (size_t r = 0; r * mine < all.size(); ++r) {
+      if (!t.cut && r != rank) continue;
+      const auto first = all.begin() + static_cast<std::ptrdiff_t>(r * mine + at);
+      addends.insert(addends.end(), first, first + static_cast<std::ptrdiff_t>(parts));
     }
-    total += sums[0];
+    at += parts;
+    if (t.summed != Summed::kEnds || t.owner) total += treeSum(std::move(addends));
+  }
+  if (pipeline != nullptr) {
+    const int last = pipeline->size() - 1;
+    if (pipeline->rank() < last)
+      pipeline->send(&total, sizeof total, comm::Element::kByte, pipeline->rank() + 1, "norm");
+    pipeline->broadcast(&total, sizeof total, comm::Element::kByte, last, "norm");
   }
   return std::sqrt(total);
 }
 
-double Parameters::step(Queue& queue, const StepOptions& o) {
-  const double norm = gradientNorm(queue);
-  if (!std::isfinite(norm)) {
-    throw Error(
-        "GRADIENT_NOT_FINITE",
-        "the gradient norm of step " + std::to_string(o.step) +
-            " is not finite; nothing was updated. Lower optimizer.learningRate or look for bad rows in the data");
-  }
+void Parameters::step(Queue& queue, const StepOptions& o, double norm) {
   const double scale = o.clipNorm > 0 ? std::min(1.0, o.clipNorm / (norm + 1e-6)) : 1.0;
   const double n = static_cast<double>(o.step);
-  for (const TensorSpec& t : spec_.tensors) {
+  for (size_t i = 0; i < spec_.tensors.size(); ++i) {
+    const TensorSpec& t = spec_.tensors[i];
+    const Held& h = held_[i];
     const kernels::AdamW settings{
         o.learningRate,           o.beta1, o.beta2, o.epsilon, t.decay ? o.weightDecay : 0.0, 1 - std::pow(o.beta1, n),
         1 - std::pow(o.beta2, n), scale};
-    const size_t size = bytes(t.layout.elements, DType::kFloat32);
-    const auto moment = [&](int64_t offset) {
-      return static_cast<float*>(optimizer_.at(static_cast<size_t>(offset), size, t.name.c_str()));
-    };
     const bool published = t.matrix && t.master != kAbsent;
-    void* weights =
-        published ? weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str())
-                  : nullptr;
-    kernels_.adamw(queue, settings, t.layout.elements, master(t), moment(t.moment1), moment(t.moment2),
-                   gradient(t.name).data, published ? &t.layout : nullptr, weights);
+    float* parameter = published ? copy(t, Space::kWeights).data : static_cast<float*>(compute(t)) + h.begin;
+    kernels_.adamw(queue, settings, h.end - h.begin, parameter, copy(t, Space::kMoment1).data,
+                   copy(t, Space::kMoment2).data, gradient(t.name).data + h.begin, published ? &h.layout : nullptr,
+                   published ? static_cast<BFloat16*>(compute(t)) + h.begin : nullptr);
   }
-  return norm;
+  gatherWeights();
+  if (spec_.zero > 0) clearGradients();
+}
+
+void Parameters::clearGradients() {
+  if (gradients_.planned() > 0)
+    std::memset(gradients_.at(0, gradients_.planned(), "gradients"), 0, gradients_.planned());
 }
 
 }  // namespace lockstep::model

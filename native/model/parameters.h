@@ -1,4 +1,6 @@
-// The parameters of one model and their copies: compute weights, master weights, gradients, Adam moments.
+// The parameters of one model, or of a rank's part of it, and their copies: compute weights, master weights, gradients,
+// Adam moments. With ZeRO (Rajbhandari et al. 2020 [1910.02054]) a rank keeps masters and moments of its piece of every
+// tensor only, updates that, and gathers the compute weights of the others.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +11,7 @@
 #include "core/arena.h"
 #include "core/queue.h"
 #include "kernels/kernels.h"
+#include "model/parallel.h"
 #include "model/spec.h"
 
 namespace lockstep::model {
@@ -22,8 +25,8 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps a reference to `spec`. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
-  Parameters(const Spec& spec, const kernels::Kernels& kernels);
+  // Keeps references. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
+  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -35,17 +38,21 @@ class Parameters {
   float* vectorGradient(const std::string& name) const;
 
   // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]. Weights means the masters where there are
-  // any, else the compute weights (rounded when written).
+  // any, else the compute weights (rounded when written). Of what other ranks keep the rank reads zeros.
   void writeRows(int64_t tensor, Space, int64_t row, int64_t count, const float* data);
   void readRows(int64_t tensor, Space, int64_t row, int64_t count, float* data) const;
   const TensorSpec& spec(int64_t tensor) const { return spec_.tensors[static_cast<size_t>(tensor)]; }
   int64_t find(const std::string& name) const;
 
-  // Renews the compute weights from the masters.
+  // Renews the compute weights from the masters; all ranks together.
   void publish(Queue&);
 
-  // Clips by the global norm, updates, publishes, clears the gradients; returns the norm before clipping.
-  double step(Queue&, const StepOptions&);
+  // Sums the gradients over the ranks that have parts of them and returns their global norm: the same bits on all
+  // ranks. Without data parallelism they do not depend on the number of ranks either, but for the gains of head norms.
+  double finishGradients(Queue&);
+  // Clips by that norm, updates, publishes, clears the gradients; all ranks together.
+  void step(Queue&, const StepOptions&, double norm);
+  void clearGradients();
 
   const Arena& weights() const { return weights_; }
   const Arena& gradients() const { return gradients_; }
@@ -53,13 +60,31 @@ class Parameters {
 
  private:
   const TensorSpec& tensor(const std::string& name) const;
-  float* master(const TensorSpec&) const;
-  double gradientNorm(Queue&);
+  // What the rank keeps of a tensor's masters and moments.
+  struct Held {
+    int64_t begin, end;            // elements
+    kernels::WeightLayout layout;  // of a matrix: where these lie, from `begin` on
+  };
+  Held held(const TensorSpec&) const;
+  // A copy of the parameters of one tensor; elements outside begin .. end - 1 are other ranks'.
+  struct Copy {
+    float* data;  // of element `begin`
+    int64_t begin, end;
+  };
+  Copy copy(const TensorSpec&, Space) const;
+  float* floats(Arena&, const TensorSpec&, int64_t offset, int64_t count) const;
+  void* compute(const TensorSpec&) const;
+  void gatherWeights();
+  void sumShared(const TensorSpec&);
+  double globalNorm(std::vector<double> sums);
+  void addSumsOfSquares(Queue&, const TensorSpec&, std::vector<double>& sums) const;
 
   const Spec& spec_;
+  const Parallel& parallel_;
   const kernels::Kernels& kernels_;
   mutable Arena weights_, gradients_, optimizer_;
   std::unordered_map<std::string, size_t> index_;
+  std::vector<Held> held_;  // by tensor
 };
 
 }  // namespace lockstep::model

@@ -34,14 +34,26 @@ struct Shape {
 
 constexpr int64_t kAbsent = -1;
 
+// A vector's, plain row-major: elements() and panels of its parts mean nothing, `out` and `offset` do.
+kernels::WeightLayout vectorLayout(int64_t out, int64_t in, const std::vector<int64_t>& sizes);
+
+// Ranks over which a tensor's gradient, or that of some of its rows, must be summed: they hold the same parameters, and
+// the backward pass of each gives a part of the gradient.
+enum class Summed : uint8_t { kNever, kTensor, kKeyValue, kEnds };
+
 // A matrix lies packed (weight.h), a vector as plain row-major float32. Offsets are bytes in the arenas; kAbsent where
 // the model has no such copy (inference has weights only; float32 training has no separate master).
 struct TensorSpec {
   std::string name;
   bool matrix;
   bool decay;
-  kernels::WeightLayout layout;  // of a vector: one part, out x in, elements = out * in
+  kernels::WeightLayout layout;
   int64_t weights, master, gradient, gradient2, moment1, moment2;
+  bool cut;       // its parts go on on the other ranks of the tensor group
+  Summed summed;  // rows summedBegin .. summedEnd - 1
+  int64_t summedBegin, summedEnd;
+  bool owner;                   // of those rows the first holder, whose copy counts
+  std::vector<int64_t> pieces;  // of the data-parallel ranks: rank i has elements pieces[i] .. pieces[i + 1] - 1
 };
 
 struct Spec {
@@ -49,6 +61,8 @@ struct Spec {
   DType dtype;
   bool train;
   bool recompute;
+  int dataRank, dataRanks;
+  int zero;  // ZeRO stage: from 1 on, masters and moments are those of the rank's pieces only
   std::vector<TensorSpec> tensors;
   int64_t firstLayer = 0;                // of the rank, in the whole model: tensors carry the model's names
   int64_t vocabularyBegin = 0;           // first row of the embedding and the vocabulary that the rank has

@@ -23,7 +23,13 @@ void zeroPaddingRows(const Batch& batch, Operand x) {
 
 Transformer::Transformer(const Spec& spec, const Parallel& parallel, const Parameters& parameters,
                          const kernels::Kernels& kernels, Queue& queue, const std::atomic<bool>& cancelled)
-    : spec_(spec), parallel_(parallel), parameters_(parameters), k_(kernels), queue_(queue), cancelled_(cancelled) {}
+    : spec_(spec),
+      parallel_(parallel),
+      parameters_(parameters),
+      k_(kernels),
+      queue_(queue),
+      cancelled_(cancelled),
+      link_(parallel) {}
 
 std::string Transformer::named(int64_t layer, const char* tensor) const {
   return "layers." + std::to_string(spec_.firstLayer + layer) + "." + tensor;
@@ -106,8 +112,12 @@ void Transformer::rowProduct(const Workspace& w, Operand x, const std::string& n
   if (parallel_.tensor == nullptr) return k_.linear(queue_, x, weight, bias, kernels::Output::add(residual, y));
   const View<float> sum = w.f32("wide", kAbsent, y.rows, y.cols);
   k_.linear(queue_, x, weight, nullptr, kernels::Output::store(sum));
-  parallel_.tensor->allReduce(sum.data, sum.data, sum.rows * sum.cols, name);
+  sumOverTensor(sum, name);
   k_.finishSum(queue_, sum, bias, residual, y);
+}
+
+void Transformer::sumOverTensor(View<float> y, const std::string& site) {
+  if (parallel_.tensor != nullptr) parallel_.tensor->allReduce(y.data, y.data, y.rows * y.cols, site);
 }
 
 // Tokens as rows of the rank's part of the vocabulary, -1 for those of other ranks.
@@ -126,22 +136,23 @@ void Transformer::embed(const Batch& batch, View<float> x) {
   const kernels::Weight weight = parameters_.weight("embed");
   const std::vector<int32_t> tokens = localTokens(batch.tokens, weight.layout->out);
   k_.embed(queue_, tokens.data(), batch.positions.data(), weight, parameters_.vector("positions"), x);
-  if (parallel_.tensor != nullptr) parallel_.tensor->allReduce(x.data, x.data, x.rows * x.cols, "embed");
+  sumOverTensor(x, "embed");
 }
 
 Operand Transformer::forward(const Workspace& w, const Batch& batch, Keep what, int64_t pageCount) {
   const Shape& s = spec_.shape;
   const View<float> x = w.f32("x", 0, batch.rows(), s.width);
-  comm::Communicator* pipeline = parallel_.pipeline.get();
   if (parallel_.firstStage()) {
+    flush();
     embed(batch, x);
   } else {
-    pipeline->receive(x.data, x.rows * x.cols, comm::Element::kFloat32, pipeline->rank() - 1, "activations");
+    link_.receive(x, -1, "activations");
   }
   for (int64_t l = 0; l < s.layers; ++l) blockForward(batch, l, w, layer(w, l, batch.rows(), pageCount, what));
   const View<float> last = w.f32("x", s.layers, batch.rows(), s.width);
   if (!parallel_.lastStage()) {
-    pipeline->send(last.data, last.rows * last.cols, comm::Element::kFloat32, pipeline->rank() + 1, "activations");
+    link_.send(last, +1);
+    if (what != Keep::kActivations) flush();
     return {};
   }
   const Operand hidden = w.operand("hidden", kAbsent, spec_.dtype, batch.rows(), s.width);
@@ -203,8 +214,11 @@ void Transformer::headBackward(const Workspace& w, const Batch& batch, Operand h
   if (spec_.shape.head == Head::kLanguage) {
     const std::string name = vocabularyName();
     const kernels::Staging staging{w.take("staging", w.bytes("staging")), w.bytes("staging")};
-    k_.logprobsBackward(queue_, hidden, parameters_.weight(name), batch.targets.data(), inverseTemperature, forward,
-                        d.logprobs, d.entropies, dHidden, parameters_.gradient(name), staging);
+    const kernels::Weight weight = parameters_.weight(name);
+    const std::vector<int32_t> targets = localTokens(batch.targets, weight.layout->out);
+    k_.logprobsBackward(queue_, hidden, weight, targets.data(), inverseTemperature, forward, d.logprobs, d.entropies,
+                        dHidden, parameters_.gradient(name), staging);
+    sumOverTensor(dHidden, "dHidden");
     return;
   }
   const Operand dValues = w.operand("operand", kAbsent, spec_.dtype, batch.rows(), 1);
@@ -218,11 +232,17 @@ void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidde
                            kernels::LogSoftmax forward, const OutputGradients& d) {
   const Shape& s = spec_.shape;
   const int64_t rows = batch.rows();
-  const View<float> dHidden = w.f32("wide", kAbsent, rows, s.width), dx = w.f32("dx", kAbsent, rows, s.width);
-  headBackward(w, batch, hidden, inverseTemperature, forward, d, dHidden);
-  std::fill_n(dx.data, rows * s.width, 0.0f);
-  normBackward("finalNorm", w.f32("x", s.layers, rows, s.width),
-               w.f32("hiddenStat", kAbsent, rows, s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx);
+  const View<float> dx = w.f32("dx", kAbsent, rows, s.width);
+  if (parallel_.lastStage()) {
+    flush();
+    const View<float> dHidden = w.f32("wide", kAbsent, rows, s.width);
+    headBackward(w, batch, hidden, inverseTemperature, forward, d, dHidden);
+    std::fill_n(dx.data, rows * s.width, 0.0f);
+    normBackward("finalNorm", w.f32("x", s.layers, rows, s.width),
+                 w.f32("hiddenStat", kAbsent, rows, s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx);
+  } else {
+    link_.receive(dx, +1, "gradients");
+  }
   for (int64_t l = s.layers - 1; l >= 0; --l) {
     LayerBuffers b = layer(w, l, rows, batch.pageCount, Keep::kActivations);
     if (spec_.recompute) {
@@ -231,9 +251,30 @@ void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidde
     }
     blockBackward(batch, l, w, b, dx);
   }
-  const int copy = s.tied && s.head == Head::kLanguage ? 1 : 0;
-  k_.embedBackward(queue_, batch.tokens.data(), batch.positions.data(), dx, parameters_.gradient("embed", copy),
+  if (!parallel_.firstStage()) return link_.send(dx, -1);
+  // With both ends of a tied embedding on this stage each has an accumulator.
+  const int copy = s.tied && s.head == Head::kLanguage && parallel_.lastStage() ? 1 : 0;
+  const kernels::WeightGradient gradient = parameters_.gradient("embed", copy);
+  const std::vector<int32_t> tokens = localTokens(batch.tokens, gradient.layout->out);
+  k_.embedBackward(queue_, tokens.data(), batch.positions.data(), dx, gradient,
                    parameters_.vectorGradient("positions"));
+}
+
+void Transformer::shareKeyValueGradients(const Workspace& w, const kernels::QkvLayout& qkv, View<float> dqkv) {
+  comm::Communicator* sharers = parallel_.keyValue.get();
+  if (sharers == nullptr) return;
+  // The rank's one key head and, behind it, its value head.
+  const int64_t first = qkv.keyColumn(0), columns = 2 * qkv.attention.headWidth;
+  const View<float> sum = w.f32("keyValueGradients", kAbsent, dqkv.rows, columns);
+  for (int64_t t = 0; t < dqkv.rows; ++t) std::copy_n(dqkv.row(t) + first, columns, sum.row(t));
+  sharers->allReduce(sum.data, sum.data, sum.rows * sum.cols, "key/value gradients");
+  for (int64_t t = 0; t < dqkv.rows; ++t) {
+    if (sharers->rank() == 0) {
+      std::copy_n(sum.row(t), columns, dqkv.row(t) + first);
+    } else {
+      std::fill_n(dqkv.row(t) + first, columns, 0.0f);
+    }
+  }
 }
 
 void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& w, const LayerBuffers& b,
@@ -261,6 +302,7 @@ void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& 
   k_.activationBackward(queue_, s.activation, *weight("up").layout, b.up, wide(s.feedForward), dUp);
   k_.linearBackwardWeight(queue_, dUp, b.normed2, gradient("up"), vectorGradient("upBias"));
   k_.linearBackwardInput(queue_, dUp, weight("up"), store(wide(s.width)));
+  sumOverTensor(wide(s.width), named(l, "up"));
   normBackward(named(l, "norm2"), b.middle, b.stat2, wide(s.width), dx);
 
   dy = asOperand(w, dx);
@@ -269,11 +311,13 @@ void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& 
   k_.linearBackwardInput(queue_, dy, weight("attentionOut"), kernels::Output::round(dAttended));
   k_.attentionBackward(queue_, qkv, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp, dAttended,
                        wide(qkv.columns()));
+  shareKeyValueGradients(w, qkv, wide(qkv.columns()));
   const Operand dqkv = operand(qkv.columns());
   k_.qkvPrepareBackward(queue_, qkv, wide(qkv.columns()), batch.positions.data(), headNorm, rope, b.savedQk, dqkv,
                         vectorGradient("queryNorm"), vectorGradient("keyNorm"));
   k_.linearBackwardWeight(queue_, dqkv, b.normed1, gradient("qkv"), vectorGradient("qkvBias"));
   k_.linearBackwardInput(queue_, dqkv, weight("qkv"), store(wide(s.width)));
+  sumOverTensor(wide(s.width), named(l, "qkv"));
   normBackward(named(l, "norm1"), b.in, b.stat1, wide(s.width), dx);
 }
 

@@ -16,6 +16,7 @@
 #include "model/parallel.h"
 #include "model/parameters.h"
 #include "model/spec.h"
+#include "model/stage_link.h"
 #include "model/workspace.h"
 
 namespace lockstep::model {
@@ -40,9 +41,13 @@ class Transformer {
   Transformer(const Spec&, const Parallel&, const Parameters&, const kernels::Kernels&, Queue&,
               const std::atomic<bool>& cancelled);
 
-  // Runs the rank's layers over `batch`; returns the final norm's output [T, D], or nothing before the last stage.
-  // pageCount: pages of keys and values in a layer.
+  // Runs the rank's layers over `batch`; returns the final norm's output [T, D], or nothing before the last stage,
+  // whose output goes on with the next operation or flush() when activations are kept. pageCount: pages of keys and
+  // values in a layer.
   Operand forward(const Workspace&, const Batch&, Keep, int64_t pageCount);
+
+  // Sends what still waits for the next operation of this stage.
+  void flush() { link_.flush("flush"); }
 
   // Per-row log-softmax of the language head at the batch's targets.
   void logprobs(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax out);
@@ -54,8 +59,8 @@ class Transformer {
   // Of the whole model's vocabulary.
   kernels::WeightLayout vocabularyLayout() const;
 
-  // Gradients of per-row outputs [T] (null: zero) through the heads, into the plan's "wide" buffer; then through the
-  // trunk.
+  // Gradients of per-row outputs [T] (null: zero; on the last stage, else they come from the stage after) through the
+  // heads, into the plan's "wide" buffer; then through the trunk. Those of rows without a target are zero.
   struct OutputGradients {
     const float *logprobs = nullptr, *entropies = nullptr, *values = nullptr;
   };
@@ -65,6 +70,10 @@ class Transformer {
  private:
   LayerBuffers layer(const Workspace&, int64_t l, int64_t rows, int64_t pageCount, Keep) const;
   void blockForward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&);
+  // Sums over the tensor group what its ranks have of y.
+  void sumOverTensor(View<float> y, const std::string& site);
+  // The ranks that share a key/value head sum its gradients; they stay with the first, the others get zeros.
+  void shareKeyValueGradients(const Workspace&, const kernels::QkvLayout&, View<float> dqkv);
   void blockBackward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&, View<float> dx);
   void embed(const Batch&, View<float> x);
   // y = residual + x W^T + bias, of a weight that is cut along its columns.
@@ -87,6 +96,7 @@ class Transformer {
   const kernels::Kernels& k_;
   Queue& queue_;
   const std::atomic<bool>& cancelled_;
+  StageLink link_;
 };
 
 }  // namespace lockstep::model

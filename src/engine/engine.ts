@@ -37,6 +37,14 @@ export interface TokenGradients {
   values?: Float32Array;
 }
 
+/** Micro-batches of one optimizer step: of each data-parallel replica its own, in the order of their rows. */
+export type MicroBatches = readonly (readonly TokenBatch[])[];
+
+/**
+ * What a loss makes of the outputs of micro-batch `index` of a replica. Called once for each, in no fixed order of replicas.
+ */
+export type GradientsOf = (outputs: ForwardResult, replica: number, index: number) => TokenGradients;
+
 /** AdamW (Loshchilov & Hutter 2019), decoupled decay on matrices only, after clipping to `clipNorm` (0: no clipping). */
 export interface StepOptions {
   learningRate: number;
@@ -107,10 +115,21 @@ export interface Engine extends AsyncDisposable {
   readonly shape: ModelShape;
   readonly dtype: Dtype;
   readonly parts: number;
+  /** Data-parallel degree: replicas of the model that learn together. */
+  readonly replicas: number;
 
   forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult>;
   /** Adds the gradients of the last `forward` with `keep` to the accumulators, and releases its activations. */
   backward(gradients: TokenGradients): Promise<void>;
+  /**
+   * Forward and backward of micro-batches, with as many under way at the same time as the layout asks for. When it fails, no
+   * gradient is left in the accumulators; what `gradientsOf` throws is thrown on.
+   */
+  accumulate(
+    microBatches: MicroBatches,
+    options: Omit<ForwardOptions, 'keep'>,
+    gradientsOf: GradientsOf,
+  ): Promise<void>;
   /** Clips, updates, publishes the compute weights and clears the gradients. */
   step(options: StepOptions): Promise<StepResult>;
   generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]>;

@@ -9,15 +9,18 @@ import {
   planModel,
   planScoring,
   planTraining,
+  type Slots,
   wholeSequences,
 } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import type { Degrees } from '../layout/parallel.js';
+import { coordinatesOf, type Degrees } from '../layout/parallel.js';
 import { resolveParts, vocabularyParts } from '../layout/parts.js';
-import { type RankShare, rankShare, wholeShare } from '../layout/rank-share.js';
+import { type RankShare, rankShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
-import { shardTable } from '../layout/shards.js';
-import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
+import { type ShardTensor, shardTable } from '../layout/shards.js';
+import type { TensorSource } from '../layout/tensor-table.js';
+import { pieceBoundaries } from '../layout/zero.js';
+import { accumulateInTurn } from './accumulate.js';
 import { type Device, rethrow, rethrowAsync } from './device.js';
 import type {
   Dtype,
@@ -29,6 +32,8 @@ import type {
   GenerateOptions,
   GenerateProgress,
   GenerateRequest,
+  GradientsOf,
+  MicroBatches,
   ParameterSpace,
   SamplingOptions,
   StepOptions,
@@ -57,6 +62,17 @@ export interface EngineOptions {
   recompute?: boolean;
   /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
   rank?: RankOfWorld;
+  /** ZeRO stage (layout/zero.ts). Default 0. */
+  zero?: number;
+}
+
+/** A forward whose activations stay, among others that are under way. */
+export interface Pass {
+  slot: number;
+  slots: Slots;
+  first: boolean;
+  /** The rank has another operation of these micro-batches to do. */
+  more: boolean;
 }
 
 export interface RankOfWorld {
@@ -64,6 +80,8 @@ export interface RankOfWorld {
   rank: number;
   world: NativeWorld;
 }
+
+const alone: Degrees = { pipeline: 1, tensor: 1, data: 1 };
 
 /** One generation, before it is decided how many pages of keys and values it has. */
 export interface GenerationNeeds {
@@ -82,7 +100,7 @@ export const generationSequences = 256;
 /** Where rows of a checkpoint tensor are in the engine. */
 export interface TensorHome {
   index: number;
-  spec: TensorSpec;
+  spec: ShardTensor;
   source: TensorSource;
 }
 
@@ -101,11 +119,15 @@ export class NativeEngine implements Engine {
   readonly parts: number;
   /** What the rank has of the model. */
   readonly share: RankShare;
-  readonly table: readonly TensorSpec[];
+  readonly table: readonly ShardTensor[];
+  readonly replicas = 1;
   lastGeneration: GenerationStatistics | undefined;
   private readonly device: Device;
   private readonly recompute: boolean;
   private readonly train: boolean;
+  private readonly degrees: Degrees;
+  private readonly rank: number;
+  private readonly zero: number;
   private readonly native: NativeModel;
   private readonly homes = new Map<string, TensorHome[]>();
 
@@ -117,11 +139,13 @@ export class NativeEngine implements Engine {
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
     const { rank } = options;
-    this.share = rank ? rankShare(this.shape, this.parts, rank.degrees, rank.rank) : wholeShare(this.shape, this.parts);
-    this.table = rank
-      ? shardTable(this.shape, this.parts, rank.degrees, rank.rank)
-      : tensorTable(this.shape, this.parts);
-    const plan = planModel(this.table, this.dtype, this.train);
+    this.degrees = rank?.degrees ?? alone;
+    this.rank = rank?.rank ?? 0;
+    this.zero = options.zero ?? 0;
+    this.share = rankShare(this.shape, this.parts, this.degrees, this.rank);
+    this.table = shardTable(this.shape, this.parts, this.degrees, this.rank);
+    const { dataRank, dataRanks } = this.share;
+    const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
     this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
     for (const [index, spec] of this.table.entries()) {
@@ -146,13 +170,21 @@ export class NativeEngine implements Engine {
       dtype: this.dtype,
       train: this.train,
       recompute: this.recompute,
+      zero: this.zero,
+      dataRank: share.dataRank,
+      dataRanks: share.dataRanks,
       firstLayer: share.firstLayer,
       vocabularyBegin: share.vocabularyBegin,
       vocabularyParts: vocabularyParts(shape.vocabulary, this.parts),
-      tensors: this.table.map(({ name, kind, out, in: columns, split, sizes, elements, decay }, i) => ({
-        ...{ name, kind, out, in: columns, split, sizes, elements, decay },
-        ...plan.places[i],
-      })),
+      tensors: this.table.map((tensor, i) => {
+        const { name, kind, out, in: columns, split, sizes, elements, decay } = tensor;
+        return {
+          ...{ name, kind, out, in: columns, split, sizes, elements, decay },
+          ...plan.places[i],
+          ...sharing(tensor, this.degrees, this.rank),
+          pieces: pieceBoundaries(tensor, share.dataRanks),
+        };
+      }),
       weightsBytes: plan.weightsBytes,
       gradientBytes: plan.gradientBytes,
       optimizerBytes: plan.optimizerBytes,
@@ -163,7 +195,8 @@ export class NativeEngine implements Engine {
 
   /** Forms the groups of a rank with others; all of them at the same time. */
   async join(): Promise<void> {
-    await rethrowAsync(() => this.native.join(this.share.tensorRanks));
+    const { keyValueRanks } = this.share;
+    await rethrowAsync(() => this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }));
   }
 
   /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
@@ -175,23 +208,28 @@ export class NativeEngine implements Engine {
     return this.runForward(this.planForward(batch, options));
   }
 
-  /** @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET */
-  planForward(batch: TokenBatch, options: ForwardOptions): NativeForward {
-    const keep = options.keep ?? false;
-    if (keep && !this.train) {
+  /**
+   * @param pass where activations are kept; default with `keep`: they are the only ones
+   * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET
+   */
+  planForward(batch: TokenBatch, options: ForwardOptions, pass?: Pass): NativeForward {
+    if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
     const size = wholeSequences(batch.lengths);
-    const plan = keep
-      ? planTraining(this.shape, this.dtype, size, this.recompute)
-      : planScoring(this.share.shape, this.dtype, size, this.share);
+    const only: Pass = { slot: 0, slots: { count: 1, sizes: [size] }, first: true, more: false };
+    const { slot, slots, first, more } = pass ?? only;
+    const { share, recompute } = this;
+    const plan = options.keep
+      ? planTraining(share.shape, this.dtype, size, { recompute, place: share, slots, slot })
+      : planScoring(share.shape, this.dtype, size, share);
     this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
     return {
       tokens: batch.tokens,
       lengths: batch.lengths,
       // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
       inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
-      keep,
+      ...(options.keep ? { keep: { slot, first, more, workspaceBytes: plan.total } } : {}),
       plan,
       outputs: this.share.lastStage ? Object.fromEntries(options.outputs.map((name) => [name, true])) : {},
     };
@@ -202,7 +240,29 @@ export class NativeEngine implements Engine {
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
-    await rethrowAsync(() => this.native.backward(gradients));
+    await this.runBackward(0, false, gradients);
+  }
+
+  /** Of the forward kept in a slot. */
+  runBackward(slot: number, more: boolean, gradients: TokenGradients): Promise<void> {
+    return rethrowAsync(() => this.native.backward({ ...gradients, slot, more }));
+  }
+
+  async accumulate(
+    [own = []]: MicroBatches,
+    options: Omit<ForwardOptions, 'keep'>,
+    gradientsOf: GradientsOf,
+  ): Promise<void> {
+    try {
+      await accumulateInTurn(this, own, options, (outputs, index) => gradientsOf(outputs, 0, index));
+    } catch (error) {
+      await this.clearGradients();
+      throw error;
+    }
+  }
+
+  async clearGradients(): Promise<void> {
+    await rethrowAsync(() => this.native.clearGradients());
   }
 
   async step(options: StepOptions): Promise<StepResult> {
@@ -363,6 +423,20 @@ export class NativeEngine implements Engine {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
+}
+
+/** How a tensor's gradient and its norm come together over ranks (TensorSpec of native/model/spec.h). */
+function sharing({ copies, split }: ShardTensor, degrees: Degrees, rank: number): object {
+  const partial = copies.find(({ gradient }) => gradient === 'partial');
+  const sameStage = partial?.ranks.every(
+    (other) => coordinatesOf(other, degrees).pipeline === coordinatesOf(rank, degrees).pipeline,
+  );
+  const over = !sameStage ? 'ends' : split === 'none' ? 'tensor' : 'keyValue';
+  return {
+    cut: split !== 'none',
+    owner: partial === undefined || partial.ranks[0] === rank,
+    ...(partial ? { summed: over, summedBegin: partial.begin, summedEnd: partial.end } : {}),
+  };
 }
 
 /** [rows, columns] to [columns, rows]. */

@@ -8,7 +8,14 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LockstepError } from '../errors.js';
 import type { CallPlan } from '../layout/memory-plan.js';
-import type { ForwardOutput, ForwardResult, Generated, GenerateProgress, ParameterSpace } from './engine.js';
+import type {
+  ForwardOutput,
+  ForwardResult,
+  Generated,
+  GenerateProgress,
+  ParameterSpace,
+  TokenGradients,
+} from './engine.js';
 
 export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
@@ -50,9 +57,31 @@ export interface NativeForward {
   tokens: Int32Array;
   lengths: Int32Array;
   inverseTemperature: number;
-  keep: boolean;
+  keep?: NativeKeep;
   plan: CallPlan;
   outputs: Partial<Record<ForwardOutput, true>>;
+}
+
+/** Which of several micro-batches that are under way a forward belongs to (KeptPass of native/model/model.h). */
+export interface NativeKeep {
+  slot: number;
+  first: boolean;
+  more: boolean;
+  workspaceBytes: number;
+}
+
+export interface NativeBackward extends TokenGradients {
+  slot: number;
+  more: boolean;
+}
+
+/** Of a model over ranks (Degrees of native/model/parallel.h). */
+export interface NativeDegrees {
+  pipeline: number;
+  tensor: number;
+  data: number;
+  keyValueRanks: number;
+  tiedEnds: boolean;
 }
 
 export interface NativeGenerate {
@@ -109,11 +138,11 @@ export interface NativeWorld {
 }
 
 export interface NativeModel {
-  /** Resolves when all ranks of the world have called it; a stage has `tensorRanks`. */
-  join(tensorRanks: number): Promise<void>;
+  /** Resolves when all ranks of the world have called it. */
+  join(degrees: NativeDegrees): Promise<void>;
   load(items: NativeLoad[]): Promise<void>;
   forward(call: NativeForward): Promise<ForwardResult>;
-  backward(gradients: { logprobs?: Float32Array; entropies?: Float32Array; values?: Float32Array }): Promise<void>;
+  backward(call: NativeBackward): Promise<void>;
   step(options: NativeStep): Promise<number>;
   generate(
     call: NativeGenerate,
@@ -121,6 +150,7 @@ export interface NativeModel {
   ): { promise: Promise<NativeGenerated>; abort(): void };
   readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
   writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
+  clearGradients(): Promise<void>;
   publish(): Promise<void>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;

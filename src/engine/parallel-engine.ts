@@ -1,13 +1,20 @@
 /**
- * A model over several ranks of this process: tensor parallel inside a stage, stages in a pipeline (layout/shards.ts). Each call
- * runs on all ranks at the same time; the last stage's first rank answers. The bits are one rank's, at equal parts.
+ * A model over several ranks of this process: data-parallel replicas, each a pipeline of stages, each stage a tensor group
+ * (layout/shards.ts). Each call runs on all ranks at the same time; a replica's answers are those of its last stage's first rank.
+ * Over pipeline and tensor ranks the bits are one rank's, at equal parts.
  */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
-import { pagePositions } from '../layout/memory-plan.js';
+import { pagePositions, wholeSequences } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import { type Degrees, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
+import {
+  microBatchesInFlight,
+  type PipelineOperation,
+  pipelineSchedules,
+  type ScheduleName,
+} from '../layout/pipeline-schedule.js';
 import { rankShare } from '../layout/rank-share.js';
 import type { Device } from './device.js';
 import { rethrow } from './device.js';
@@ -20,19 +27,32 @@ import type {
   Generated,
   GenerateOptions,
   GenerateRequest,
+  GradientsOf,
+  MicroBatches,
   ParameterSpace,
+  StepOptions,
   StepResult,
+  TokenGradients,
 } from './engine.js';
 import { loadNative, type NativeGenerate } from './native.js';
 import { NativeEngine } from './native-engine.js';
 import { readShards, writeShards } from './shard-access.js';
+import { cutGradients, cutRows, joinResults } from './token-shards.js';
 
 export interface ParallelOptions {
   shape: ModelShape;
-  /** One per rank, in their order: rank = stage x tensor + place in the stage. */
+  /** One per rank, in their order: rank = (replica x pipeline + stage) x tensor + place in the stage. */
   devices: readonly Device[];
-  degrees: { pipeline: number; tensor: number };
+  degrees: { pipeline: number; tensor: number; data?: number };
   dtype: Dtype;
+  /** Gradients, moments and masters are held too. Default false. */
+  train?: boolean;
+  /** Layers keep only their input for backward and are computed again. Default false. */
+  recompute?: boolean;
+  /** ZeRO stage: 0, or 1, which divides the optimizer state among the replicas. Default 0. */
+  zero?: number;
+  /** Order of forwards and backwards on the stages (layout/pipeline-schedule.ts). Default 1f1b. */
+  schedule?: ScheduleName;
   /** numerics.parts; default: the rule of DESIGN §2. */
   parts?: number | 'auto';
   /** A rank for which others wait so long without a sign of life is taken for dead. Default 300. */
@@ -42,19 +62,36 @@ export interface ParallelOptions {
 /** Errors that tell a rank of another's failure: the other's says more. */
 const echoes = new Set(['RANK_ABORTED', 'RANK_LEFT']);
 
+/** Ranks of a replica by stage, in tensor order. */
+type Stages = readonly (readonly NativeEngine[])[];
+
 export class ParallelEngine implements Engine {
   readonly shape: ModelShape;
   readonly dtype: Dtype;
   readonly parts: number;
   readonly degrees: Degrees;
+  readonly replicas: number;
   readonly ranks: readonly NativeEngine[];
+  private readonly stages: readonly Stages[];
+  private readonly schedule: ScheduleName;
+  private readonly zero: number;
+  /** Of the last `forward` with `keep`: the rows of each replica. */
+  private kept: readonly TokenBatch[] | undefined;
 
   private constructor(options: ParallelOptions, degrees: Degrees, ranks: readonly NativeEngine[]) {
     this.shape = options.shape;
     this.dtype = options.dtype;
     this.parts = resolveParts(options.shape, options.parts);
     this.degrees = degrees;
+    this.replicas = degrees.data;
     this.ranks = ranks;
+    this.schedule = options.schedule ?? '1f1b';
+    this.zero = options.zero ?? 0;
+    const { pipeline, tensor, data } = degrees;
+    const from = (begin: number) => ranks.slice(begin, begin + tensor);
+    this.stages = Array.from({ length: data }, (_, replica) =>
+      Array.from({ length: pipeline }, (_, stage) => from((replica * pipeline + stage) * tensor)),
+    );
   }
 
   /**
@@ -62,15 +99,17 @@ export class ParallelEngine implements Engine {
    * @throws LockstepError PARALLEL_INVALID, PARTS_INVALID, RANKS_INVALID, MEMORY_BUDGET
    */
   static async create(options: ParallelOptions): Promise<ParallelEngine> {
-    const { shape, devices, dtype, timeoutSeconds = 300 } = options;
+    const { shape, devices, dtype, train = false, recompute = false, zero = 0, timeoutSeconds = 300 } = options;
     const parts = resolveParts(shape, options.parts);
-    const degrees: Degrees = { ...options.degrees, data: 1 };
+    const degrees: Degrees = { data: 1, ...options.degrees };
     checkDegrees(shape, parts, degrees, devices.length);
     const world = rethrow(() => new (loadNative().World)({ ranks: devices.length, timeoutSeconds }));
     const ranks: NativeEngine[] = [];
     try {
       for (const [rank, device] of devices.entries()) {
-        ranks.push(new NativeEngine({ shape, device, dtype, parts, rank: { degrees, rank, world } }));
+        ranks.push(
+          new NativeEngine({ shape, device, dtype, train, recompute, zero, parts, rank: { degrees, rank, world } }),
+        );
       }
       await together(ranks.map((rank) => rank.join()));
     } catch (error) {
@@ -80,17 +119,19 @@ export class ParallelEngine implements Engine {
     return new ParallelEngine(options, degrees, ranks);
   }
 
-  /** The rank that has the answers. */
-  private get leader(): number {
-    return (this.degrees.pipeline - 1) * this.degrees.tensor;
-  }
-
+  /** With several replicas each takes its share of the rows. */
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
-    if (options.keep) throw unsupported('keeps no activations for backward');
     this.checkBatch(batch);
-    const calls = this.ranks.map((rank) => rank.planForward(batch, options));
-    const results = await together(this.ranks.map((rank, i) => rank.runForward(calls[i]!)));
-    return results[this.leader]!;
+    const shards = cutRows(batch, this.replicas);
+    this.kept = options.keep ? shards : undefined;
+    const calls = this.stages.flatMap((stages, replica) =>
+      shards[replica]!.lengths.length === 0
+        ? []
+        : stages.flat().map((rank) => ({ rank, call: rank.planForward(shards[replica]!, options) })),
+    );
+    const results = await together(calls.map(({ rank, call }) => rank.runForward(call)));
+    const leaders = new Set(this.stages.map((stages) => stages.at(-1)![0]));
+    return joinResults(results.filter((_, i) => leaders.has(calls[i]!.rank)));
   }
 
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
@@ -112,29 +153,86 @@ export class ParallelEngine implements Engine {
     throw new LockstepError('TOKEN_OUT_OF_RANGE', message, { position: outside, token: tokens[outside] });
   }
 
-  async backward(): Promise<void> {
-    throw unsupported('has no backward pass');
+  async backward(gradients: TokenGradients): Promise<void> {
+    const shards = this.kept;
+    this.kept = undefined;
+    if (!shards) {
+      const message = 'backward needs a forward with `keep` before it and no other call between.';
+      throw new LockstepError('NO_FORWARD', message);
+    }
+    const parts = cutGradients(gradients, shards);
+    const busy = this.stages.filter((_, replica) => shards[replica]!.lengths.length > 0);
+    await together(busy.flatMap((stages, i) => stages.flat().map((rank) => rank.runBackward(0, false, parts[i]!))));
   }
 
-  async step(): Promise<StepResult> {
-    throw unsupported('takes no optimizer step');
+  async accumulate(
+    microBatches: MicroBatches,
+    options: Omit<ForwardOptions, 'keep'>,
+    gradientsOf: GradientsOf,
+  ): Promise<void> {
+    this.kept = undefined;
+    for (const batch of microBatches.flat()) this.checkBatch(batch);
+    try {
+      await together(
+        this.stages.map((stages, replica) =>
+          runReplica(stages, this.schedule, microBatches[replica] ?? [], { ...options, keep: true }, (outputs, index) =>
+            gradientsOf(outputs, replica, index),
+          ),
+        ),
+      );
+    } catch (error) {
+      await Promise.allSettled(this.ranks.map((rank) => rank.clearGradients()));
+      throw error;
+    }
   }
 
-  /** All ranks run the same program with as many pages as the one with the least room has. */
+  async step(options: StepOptions): Promise<StepResult> {
+    const [result] = await together(this.ranks.map((rank) => rank.step(options)));
+    return result!;
+  }
+
+  /** All ranks of a replica run the same program, with as many pages as the one with the least room has. */
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
     options.signal?.throwIfAborted();
-    if (requests.length === 0) return [];
-    const [first] = this.ranks;
-    const needs = first!.generationNeeds(requests, options);
-    const pages = Math.min(...this.ranks.map((rank) => rank.pagesFor(needs)));
-    for (const [i, request] of needs.requests.entries()) this.checkRequest(request, i, pages);
-    const calls = this.ranks.map((rank) => rank.planGeneration(needs, pages));
+    const size = Math.ceil(requests.length / this.replicas);
+    const shards = this.stages.map((stages, replica) => {
+      const begin = replica * size;
+      return { ranks: stages.flat(), leader: stages.at(-1)![0]!, begin, own: requests.slice(begin, begin + size) };
+    });
+    const failure = new AbortController();
+    const signal = options.signal ? AbortSignal.any([options.signal, failure.signal]) : failure.signal;
+    const busy = shards.filter(({ own }) => own.length > 0);
+    const plans = busy.map((shard) => ({ ...shard, calls: this.planReplica(shard.ranks, shard.own, options) }));
+    const totals = plans.map(() => 0);
     const results = await together(
-      this.ranks.map((rank, i) =>
-        i === this.leader ? rank.runGeneration(calls[i]!, options) : rank.followGeneration(calls[i]!),
-      ),
+      plans.map(async ({ ranks, leader, begin, calls }, i) => {
+        const onProgress = options.onProgress && progressOf(options.onProgress, begin, totals, i);
+        const own = { ...options, signal, ...(onProgress ? { onProgress } : {}) };
+        try {
+          const answers = await together(
+            ranks.map((rank, r) =>
+              rank === leader ? rank.runGeneration(calls[r]!, own) : rank.followGeneration(calls[r]!),
+            ),
+          );
+          return answers[ranks.indexOf(leader)]!;
+        } catch (error) {
+          failure.abort(error);
+          throw error;
+        }
+      }),
     );
-    return results[this.leader]!;
+    return results.flat();
+  }
+
+  private planReplica(
+    ranks: readonly NativeEngine[],
+    requests: readonly GenerateRequest[],
+    options: GenerateOptions,
+  ): NativeGenerate[] {
+    const needs = ranks[0]!.generationNeeds(requests, options);
+    const pages = Math.min(...ranks.map((rank) => rank.pagesFor(needs)));
+    for (const [i, request] of needs.requests.entries()) this.checkRequest(request, i, pages);
+    return ranks.map((rank) => rank.planGeneration(needs, pages));
   }
 
   private checkRequest(
@@ -153,11 +251,15 @@ export class ParallelEngine implements Engine {
   }
 
   readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
-    return readShards(this.ranks, name, space);
+    return readShards(this.replicaRanks(), name, space, this.zero > 0);
   }
 
   writeTensor(name: string, data: Float32Array, space: ParameterSpace = 'weights'): Promise<void> {
     return writeShards(this.ranks, name, data, space);
+  }
+
+  private replicaRanks(): NativeEngine[][] {
+    return this.stages.map((stages) => stages.flat());
   }
 
   async publish(): Promise<void> {
@@ -188,8 +290,94 @@ function checkDegrees(shape: ModelShape, parts: number, degrees: Degrees, device
   const world = worldSize(degrees);
   for (let rank = 0; rank < world; rank++) rankShare(shape, parts, degrees, rank);
   if (devices === world) return;
-  const message = `pipeline ${degrees.pipeline} x tensor ${degrees.tensor} takes ${world} devices, one per rank; received ${devices}.`;
+  const { pipeline, tensor, data } = degrees;
+  const message = `pipeline ${pipeline} x tensor ${tensor} x data ${data} takes ${world} devices, one per rank; received ${devices}.`;
   throw new LockstepError('RANKS_INVALID', message, { expected: world, received: devices });
+}
+
+/** The indices of one replica's requests become those of the caller's, and its total that of all replicas. */
+function progressOf(
+  onProgress: NonNullable<GenerateOptions['onProgress']>,
+  begin: number,
+  totals: number[],
+  replica: number,
+): NonNullable<GenerateOptions['onProgress']> {
+  return ({ requests, tokens, total }) => {
+    totals[replica] = total;
+    const all = totals.reduce((sum, each) => sum + each, 0);
+    const ended = onProgress({ requests: requests.map((index) => index + begin), tokens, total: all });
+    return ended?.map((index) => index - begin).filter((index) => index >= 0);
+  };
+}
+
+/**
+ * One replica's micro-batches through its pipeline. All stages but the last have their operations queued at once: they wait
+ * for each other's messages, not for JavaScript. When `gradientsOf` fails the pipeline is emptied with gradients of zero.
+ */
+async function runReplica(
+  stages: Stages,
+  schedule: ScheduleName,
+  microBatches: readonly TokenBatch[],
+  options: ForwardOptions,
+  gradientsOf: (outputs: ForwardResult, index: number) => TokenGradients,
+): Promise<void> {
+  if (microBatches.length === 0) return;
+  const operations = pipelineSchedules[schedule](stages.length, microBatches.length);
+  const slotCounts = microBatchesInFlight(operations);
+  const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths));
+  const slots = slotCounts.map((count) => ({ count, sizes }));
+  // Both schedules end micro-batches in the order in which they begin them.
+  const slotOf = (stage: number, { microBatch }: PipelineOperation): number => microBatch % slotCounts[stage]!;
+  const isLast = (stage: number, index: number): boolean => index + 1 === operations[stage]!.length;
+  // Planned before anything runs: what a rank refuses would leave the others waiting.
+  const forwards = stages.map((ranks, stage) =>
+    operations[stage]!.map((operation, index) => {
+      if (operation.kind === 'backward') return [];
+      const pass = {
+        slot: slotOf(stage, operation),
+        slots: slots[stage]!,
+        first: index === 0,
+        more: !isLast(stage, index),
+      };
+      return ranks.map((rank) => rank.planForward(microBatches[operation.microBatch]!, options, pass));
+    }),
+  );
+  const running: Promise<unknown>[] = [];
+  const forward = (stage: number, index: number): Promise<ForwardResult> => {
+    const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!));
+    running.push(...calls);
+    return calls[0]!;
+  };
+  const backward = (stage: number, index: number, gradients: TokenGradients): void => {
+    const slot = slotOf(stage, operations[stage]![index]!);
+    running.push(...stages[stage]!.map((rank) => rank.runBackward(slot, !isLast(stage, index), gradients)));
+  };
+  const last = stages.length - 1;
+  for (let stage = 0; stage < last; stage++) {
+    for (const [index, { kind }] of operations[stage]!.entries()) {
+      if (kind === 'forward') void forward(stage, index);
+      else backward(stage, index, {});
+    }
+  }
+  const outputs: Promise<ForwardResult>[] = [];
+  let thrown: { error: unknown } | undefined;
+  for (const [index, { kind, microBatch }] of operations[last]!.entries()) {
+    if (kind === 'forward') {
+      outputs[microBatch] = forward(last, index);
+      continue;
+    }
+    const result = await outputs[microBatch]!.catch(() => undefined);
+    if (result === undefined) break; // a rank has failed, and with it all
+    let gradients: TokenGradients = {};
+    try {
+      if (!thrown) gradients = gradientsOf(result, microBatch);
+    } catch (error) {
+      thrown = { error };
+    }
+    backward(last, index, gradients);
+  }
+  await together(running);
+  if (thrown) throw thrown.error;
 }
 
 /** All results, or, when every rank has ended, the error that made the others fail. */
@@ -200,9 +388,4 @@ export async function together<T>(calls: readonly Promise<T>[]): Promise<T[]> {
     throw errors.find((error) => !(LockstepError.isInstance(error) && echoes.has(error.code))) ?? errors[0];
   }
   return settled.map((result) => (result as PromiseFulfilledResult<T>).value);
-}
-
-function unsupported(what: string): LockstepError {
-  const message = `A model on several ranks ${what} in this version; run it on one rank (pipeline 1, tensor 1).`;
-  return new LockstepError('RANKS_UNSUPPORTED', message);
 }

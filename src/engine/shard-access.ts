@@ -30,28 +30,53 @@ function homesOn(ranks: readonly NativeEngine[], name: string): { engine: Native
   return homes;
 }
 
-/**
- * The whole tensor as the checkpoint has it. Of rows that several ranks hold, the lowest rank's count.
- * @throws LockstepError MODEL_TENSOR_UNKNOWN
- */
-export async function readShards(
+/** What the ranks of one replica hold of a tensor. Rows that several hold are the lowest rank's, or the sum of all. */
+async function readReplica(
   ranks: readonly NativeEngine[],
   name: string,
   space: ParameterSpace,
+  { rows, columns }: { rows: number; columns: number },
 ): Promise<Float32Array> {
-  const homes = homesOn(ranks, name);
-  const { rows, columns } = extents(homes[0]!.home.source);
   const whole = new Float32Array(rows * columns);
+  const homes = ranks.flatMap((engine) => engine.homesOf(name).map((home) => ({ engine, home })));
   for (const { engine, home } of homes.toReversed()) {
     const { pieces, sourceRows } = packedRows(home);
     const count = home.spec.in;
     const begin = home.source.columns?.begin ?? 0;
     const data = await engine.readRows(space, count, pieces);
+    const summed = space === 'gradients' && home.spec.copies.some(({ gradient }) => gradient === 'partial');
     for (const [i, row] of sourceRows.entries()) {
-      whole.set(data.subarray(i * count, (i + 1) * count), row * columns + begin);
+      const at = row * columns + begin;
+      const own = data.subarray(i * count, (i + 1) * count);
+      if (!summed) whole.set(own, at);
+      else for (let k = 0; k < count; k++) whole[at + k]! += own[k]!;
     }
   }
-  return homes[0]!.home.source.transposed ? transpose(whole, rows, columns) : whole;
+  return whole;
+}
+
+/**
+ * The whole tensor as the checkpoint has it.
+ * @param pieces replicas hold pieces of masters and moments (ZeRO) and zeros for the others
+ * @throws LockstepError MODEL_TENSOR_UNKNOWN
+ */
+export async function readShards(
+  replicas: readonly (readonly NativeEngine[])[],
+  name: string,
+  space: ParameterSpace,
+  pieces: boolean,
+): Promise<Float32Array> {
+  const { source } = homesOn(replicas[0]!, name)[0]!.home;
+  const extent = extents(source);
+  const [first, ...others] = space === 'gradients' || pieces ? replicas : replicas.slice(0, 1);
+  const whole = await readReplica(first!, name, space, extent);
+  const bits = new Uint32Array(whole.buffer);
+  for (const ranks of others) {
+    const more = await readReplica(ranks, name, space, extent);
+    if (space === 'gradients') for (let i = 0; i < whole.length; i++) whole[i]! += more[i]!;
+    else for (const [i, word] of new Uint32Array(more.buffer).entries()) bits[i]! |= word;
+  }
+  return source.transposed ? transpose(whole, extent.rows, extent.columns) : whole;
 }
 
 /**

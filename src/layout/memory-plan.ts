@@ -8,6 +8,7 @@
 import type { ModelShape } from './model-shape.js';
 import type { RankShare } from './rank-share.js';
 import type { TensorSpec } from './tensor-table.js';
+import { pieceBoundaries } from './zero.js';
 
 export type Dtype = 'float32' | 'bfloat16';
 
@@ -28,6 +29,13 @@ export interface ModelPlan {
   optimizerBytes: number;
 }
 
+/** Of the data-parallel ranks, which this one is; from ZeRO stage 1 on it keeps the optimizer state of its pieces only. */
+export interface ZeroShare {
+  stage: number;
+  rank: number;
+  ranks: number;
+}
+
 /** Buffers of one call in the workspace, in native form. */
 export interface CallPlan {
   names: string[];
@@ -43,9 +51,25 @@ export interface CallSize {
 }
 
 /** What of a rank's share decides its buffers besides the shape. */
-export type Place = Pick<RankShare, 'tensorRanks' | 'lastStage'> & Partial<Pick<RankShare, 'logitColumns'>>;
+export type Place = Pick<RankShare, 'tensorRanks' | 'lastStage'> &
+  Partial<Pick<RankShare, 'logitColumns' | 'keyValueRanks'>>;
 
 const alone: Place = { tensorRanks: 1, lastStage: true };
+
+/** Slots for micro-batches whose activations are kept at the same time, each large enough for any of these. */
+export interface Slots {
+  count: number;
+  sizes: readonly CallSize[];
+}
+
+export interface TrainingOptions {
+  /** Layers keep only their input. */
+  recompute?: boolean;
+  place?: Place;
+  /** Default: one, for this call. */
+  slots?: Slots;
+  slot?: number;
+}
 const alignment = 64;
 /** Positions of keys and values in a page (kernels.h). */
 export const pagePositions = 64;
@@ -56,8 +80,22 @@ const align = (bytes: number): number => Math.ceil(bytes / alignment) * alignmen
 const roundUp = (x: number, to: number): number => Math.ceil(x / to) * to;
 const bytesOf = (dtype: Dtype): number => (dtype === 'float32' ? 4 : 2);
 
+const wholeState: ZeroShare = { stage: 0, rank: 0, ranks: 1 };
+
+/** Elements of a tensor's masters and moments that a rank keeps. */
+export function keptElements(tensor: TensorSpec, { stage, rank, ranks }: ZeroShare): number {
+  if (stage === 0) return tensor.elements;
+  const boundaries = pieceBoundaries(tensor, ranks);
+  return (boundaries[rank + 1] as number) - (boundaries[rank] as number);
+}
+
 /** Places of all tensors: weights in the compute dtype (vectors float32), and for training gradients, moments and masters. */
-export function planModel(table: readonly TensorSpec[], dtype: Dtype, train: boolean): ModelPlan {
+export function planModel(
+  table: readonly TensorSpec[],
+  dtype: Dtype,
+  train: boolean,
+  zero: ZeroShare = wholeState,
+): ModelPlan {
   const plan: ModelPlan = { places: [], weightsBytes: 0, gradientBytes: 0, optimizerBytes: 0 };
   const take = (arena: 'weightsBytes' | 'gradientBytes' | 'optimizerBytes', bytes: number): number => {
     const offset = plan[arena];
@@ -72,9 +110,10 @@ export function planModel(table: readonly TensorSpec[], dtype: Dtype, train: boo
     if (train) {
       place.gradient = take('gradientBytes', full);
       if (tensor.tied) place.gradient2 = take('gradientBytes', full);
-      if (dtype === 'bfloat16' && tensor.kind === 'matrix') place.master = take('optimizerBytes', full);
-      place.moment1 = take('optimizerBytes', full);
-      place.moment2 = take('optimizerBytes', full);
+      const kept = keptElements(tensor, zero) * 4;
+      if (dtype === 'bfloat16' && tensor.kind === 'matrix') place.master = take('optimizerBytes', kept);
+      place.moment1 = take('optimizerBytes', kept);
+      place.moment2 = take('optimizerBytes', kept);
     }
     plan.places.push(place);
   }
@@ -100,6 +139,11 @@ export function largestCall(tokens: number, sequences: number): CallSize {
 
 class CallPlanner {
   private readonly plan: CallPlan = { names: [], offsets: [], bytes: [], total: 0 };
+
+  /** The next buffer begins there. */
+  seek(offset: number): void {
+    this.plan.total = offset;
+  }
 
   add(name: string, bytes: number): void {
     if (bytes === 0) return;
@@ -133,36 +177,72 @@ function stagingBytes(s: ModelShape, dtype: Dtype, rows: number, backward: boole
   return Math.min(roundUp(rows, 2), block) * perRow;
 }
 
-/** Forward and backward over whole sequences. With `recompute` a layer keeps only its input. */
-export function planTraining(s: ModelShape, dtype: Dtype, size: CallSize, recompute: boolean): CallPlan {
-  const planner = new CallPlanner();
-  const { rows, pages } = size;
+type Adding = (name: string, bytes: number) => void;
+
+/** What stays between a micro-batch's forward and its backward. */
+function addKept(add: Adding, s: ModelShape, dtype: Dtype, { rows, pages }: CallSize, options: TrainingOptions): void {
+  const { recompute = false, place = alone } = options;
   const e = bytesOf(dtype);
   const stat = rows * (s.norm === 'layer' ? 2 : 1) * 4;
-  for (let l = 0; l <= s.layers; l++) planner.add(`x.${l}`, rows * s.width * 4);
-  for (let l = 0; l < (recompute ? 1 : s.layers); l++) {
-    const add = (name: string, bytes: number): void => planner.add(recompute ? name : `${name}.${l}`, bytes);
-    add('middle', rows * s.width * 4);
-    add('normed1', rows * s.width * e);
-    add('normed2', rows * s.width * e);
-    add('stat1', stat);
-    add('stat2', stat);
-    add('q', rows * queryColumns(s) * e);
-    if (s.headNorm) add('savedQk', rows * (s.heads + s.keyValueHeads) * s.headWidth * e);
-    add('kv', pages * pageBytes(s, dtype));
-    add('attended', rows * queryColumns(s) * e);
-    add('logSumExp', s.heads * rows * 4);
-    add('up', rows * upColumns(s) * e);
-    add('activated', rows * s.feedForward * e);
-  }
-  planner.add('hidden', rows * s.width * e);
-  planner.add('hiddenStat', stat);
-  planner.add('staging', stagingBytes(s, dtype, rows, true));
-  // One float32 and one operand intermediate at a time (transformer.cpp).
-  planner.add('wide', rows * Math.max(qkvColumns(s), s.feedForward, s.width) * 4);
-  planner.add('operand', rows * Math.max(qkvColumns(s), upColumns(s), queryColumns(s)) * e);
-  planner.add('dx', rows * s.width * 4);
-  if (dtype === 'bfloat16') planner.add('dxOperand', rows * s.width * e);
+  for (let l = 0; l <= s.layers; l++) add(`x.${l}`, rows * s.width * 4);
+  for (let l = 0; l < s.layers && !recompute; l++)
+    addLayer((name, bytes) => add(`${name}.${l}`, bytes), s, dtype, { rows, pages });
+  if (!place.lastStage) return;
+  add('hidden', rows * s.width * e);
+  add('hiddenStat', stat);
+}
+
+/** What backward needs of a layer besides its input. */
+function addLayer(add: Adding, s: ModelShape, dtype: Dtype, { rows, pages }: CallSize): void {
+  const e = bytesOf(dtype);
+  const stat = rows * (s.norm === 'layer' ? 2 : 1) * 4;
+  add('middle', rows * s.width * 4);
+  add('normed1', rows * s.width * e);
+  add('normed2', rows * s.width * e);
+  add('stat1', stat);
+  add('stat2', stat);
+  add('q', rows * queryColumns(s) * e);
+  if (s.headNorm) add('savedQk', rows * (s.heads + s.keyValueHeads) * s.headWidth * e);
+  add('kv', pages * pageBytes(s, dtype));
+  add('attended', rows * queryColumns(s) * e);
+  add('logSumExp', s.heads * rows * 4);
+  add('up', rows * upColumns(s) * e);
+  add('activated', rows * s.feedForward * e);
+}
+
+/** One float32 and one operand intermediate at a time (transformer.cpp), for whichever micro-batch is computed. */
+function addIntermediates(add: Adding, s: ModelShape, dtype: Dtype, size: CallSize, options: TrainingOptions): void {
+  const { recompute = false, place = alone } = options;
+  const { rows } = size;
+  const e = bytesOf(dtype);
+  if (recompute) addLayer(add, s, dtype, size);
+  if (place.lastStage) add('staging', stagingBytes(s, dtype, rows, true));
+  add('wide', rows * Math.max(qkvColumns(s), s.feedForward, s.width) * 4);
+  add('operand', rows * Math.max(qkvColumns(s), upColumns(s), queryColumns(s)) * e);
+  add('dx', rows * s.width * 4);
+  if (dtype === 'bfloat16') add('dxOperand', rows * s.width * e);
+  if ((place.keyValueRanks ?? 1) > 1) add('keyValueGradients', rows * 2 * s.headWidth * 4);
+}
+
+/** Forward and backward over whole sequences. Slots come first, then what all micro-batches use in turn. */
+export function planTraining(s: ModelShape, dtype: Dtype, size: CallSize, options: TrainingOptions = {}): CallPlan {
+  const { slots = { count: 1, sizes: [size] }, slot = 0 } = options;
+  const most = (adding: typeof addKept): number =>
+    Math.max(
+      ...slots.sizes.map((each) => {
+        let end = 0;
+        adding((_, bytes) => (end = align(end) + bytes), s, dtype, each, options);
+        return end;
+      }),
+    );
+  const slotBytes = align(most(addKept));
+  const planner = new CallPlanner();
+  const add: Adding = (name, bytes) => planner.add(name, bytes);
+  planner.seek(slot * slotBytes);
+  addKept(add, s, dtype, size, options);
+  planner.seek(slots.count * slotBytes);
+  addIntermediates(add, s, dtype, size, options);
+  planner.seek(slots.count * slotBytes + most(addIntermediates));
   return planner.done();
 }
 

@@ -16,25 +16,16 @@ export interface RankShare {
   firstLayer: number;
   /** Its first row of the embedding and the vocabulary. */
   vocabularyBegin: number;
-  /** Ranks that share each of its layers. */
+  /** Ranks that share each of its layers, and of those the ranks that share each key/value head. */
   tensorRanks: number;
+  keyValueRanks: number;
+  /** Of the ranks with the same share. */
+  dataRank: number;
+  dataRanks: number;
   /** Columns of a row of logits: the whole vocabulary. */
   logitColumns: number;
   /** It has the final norm and the head, and with them the answers. */
   lastStage: boolean;
-}
-
-/** The share of a rank that is alone: the model. */
-export function wholeShare(shape: ModelShape, parts: number): RankShare {
-  return {
-    shape,
-    parts,
-    firstLayer: 0,
-    vocabularyBegin: 0,
-    tensorRanks: 1,
-    logitColumns: shape.vocabulary,
-    lastStage: true,
-  };
 }
 
 /** @throws PARALLEL_INVALID, RANK_INVALID */
@@ -59,6 +50,9 @@ export function rankShare(shape: ModelShape, parts: number, degrees: Degrees, ra
     firstLayer: layers.begin,
     vocabularyBegin: rows(0, held.begin),
     tensorRanks: tensor,
+    keyValueRanks: Math.max(1, tensor / shape.keyValueHeads),
+    dataRank: at.data,
+    dataRanks: degrees.data,
     logitColumns: shape.vocabulary,
     lastStage: at.pipeline === degrees.pipeline - 1,
   };

@@ -36,7 +36,7 @@ export interface Copies extends Range {
 }
 
 export interface ShardTensor extends TensorSpec {
-  /** One per part, in memory order. Of a vector too, whose `sizes` is one entry. */
+  /** One per part, in memory order. */
   blocks: readonly Block[];
   copies: readonly Copies[];
 }
@@ -91,11 +91,10 @@ class ShardBuilder {
 
   build(): ShardTensor[] {
     const table = tensorTable(this.shape, this.parts);
-    const byName = new Map(table.map((spec) => [spec.name, spec]));
-    const held = table.filter((spec) => this.holds(spec.name)).map((spec) => this.shard(spec, byName));
+    const held = table.filter((spec) => this.holds(spec.name)).map((spec) => this.shard(spec));
     const { pipeline } = this.degrees;
     if (!this.shape.tied || pipeline === 1) return held;
-    if (this.at.pipeline === pipeline - 1) held.push(this.shard(table[0] as TensorSpec, byName));
+    if (this.at.pipeline === pipeline - 1) held.push(this.shard(table[0] as TensorSpec));
     return held.map((tensor) => (tensor.tied ? this.untie(tensor) : tensor));
   }
 
@@ -106,8 +105,8 @@ class ShardBuilder {
     return this.at.pipeline === this.degrees.pipeline - 1;
   }
 
-  private shard(spec: TensorSpec, table: ReadonlyMap<string, TensorSpec>): ShardTensor {
-    const { blocks, copies } = this.cut(spec, table);
+  private shard(spec: TensorSpec): ShardTensor {
+    const { blocks, copies } = this.cut(spec);
     const rows = blocks.flatMap((block) => (spec.split === 'in' ? [] : block.rows));
     const out = spec.split === 'in' ? spec.out : rowsIn(rows);
     const columns = { begin: blocks[0]?.columns.begin ?? 0, end: blocks.at(-1)?.columns.end ?? 0 };
@@ -118,7 +117,7 @@ class ShardBuilder {
       ...spec,
       out,
       in: columns.end - columns.begin,
-      sizes: spec.kind === 'vector' ? [out] : sizes,
+      sizes,
       elements: blocks.reduce((sum, block) => sum + blockElements(spec, block), 0),
       sources: spec.sources.map((source) =>
         spec.split === 'in' ? selectColumns(source, columns, spec.in) : selectRows(source, rows),
@@ -128,22 +127,20 @@ class ShardBuilder {
     };
   }
 
-  private cut(spec: TensorSpec, table: ReadonlyMap<string, TensorSpec>): Cut {
+  private cut(spec: TensorSpec): Cut {
     const columns = { begin: 0, end: spec.in };
     if (spec.split === 'in') {
       const rows = [{ begin: 0, end: spec.out }];
       return { blocks: this.partRanges(spec).map((range) => ({ rows, columns: range })), copies: [] };
     }
-    // A bias of a matrix cut along its rows is cut as those rows are.
-    const matrix = spec.kind === 'vector' ? table.get(spec.name.replace(/Bias$/, '')) : spec;
-    if (matrix?.split !== 'out') {
+    if (spec.split !== 'out') {
       const ranks = this.group;
       const gradient = /(query|key)Norm$/.test(spec.name) ? 'partial' : 'equal';
       const copies: Copies[] = ranks.length === 1 ? [] : [{ begin: 0, end: spec.out, ranks, gradient }];
       return { blocks: [{ rows: [{ begin: 0, end: spec.out }], columns }], copies };
     }
-    const ranges = this.partRanges(matrix).map((range) => [range]);
-    const copies = matrix.name.endsWith('.qkv') ? this.shareKeyValueHead(ranges, matrix) : [];
+    const ranges = this.partRanges(spec).map((range) => [range]);
+    const copies = /\.qkv(Bias)?$/.test(spec.name) ? this.shareKeyValueHead(ranges, spec) : [];
     return { blocks: ranges.map((rows) => ({ rows, columns })), copies };
   }
 

@@ -31,7 +31,7 @@ export interface TensorSpec {
   out: number;
   in: number;
   split: 'none' | 'out' | 'in';
-  /** Rows (split out) or columns (split in) of each part; one entry, `out`, where there is no split. */
+  /** Rows (split out; of a vector too) or columns (split in) of each part; one entry, `out`, where there is no split. */
   sizes: readonly number[];
   /** Elements in memory, padding included. */
   elements: number;
@@ -213,7 +213,7 @@ class TableBuilder {
     };
     if (!bias) return [matrix];
     const biasSources = source('.bias', (rows) => [rows], false);
-    return [matrix, { ...this.vector(`${name}Bias`, '', out), sources: biasSources }];
+    return [matrix, { ...this.vector(`${name}Bias`, '', out), split: 'out', sizes, sources: biasSources }];
   }
 
   /** [D, columns], cut along columns; its bias is added once, after the sum over parts. */

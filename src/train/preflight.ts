@@ -54,7 +54,7 @@ function calls({ name, shape, trained, generates }: Role, { dtype, batch, rollou
   const rows = batch.microTokens;
   const size = largestCall(rows, batch.sequences);
   const scoring = planScoring(shape, dtype, size).total;
-  const training = trained ? planTraining(shape, dtype, size, memory.recompute).total : 0;
+  const training = trained ? planTraining(shape, dtype, size, { recompute: memory.recompute }).total : 0;
   const pages = Math.ceil(Math.min(shape.maxPositions, rows + rollout.maxNewTokens) / pagePositions) + 1;
   const sequences = Math.min(batch.sequences, generationSequences);
   const generation = { rows: Math.max(sequences, generationRows), sequences, pages };

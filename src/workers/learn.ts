@@ -2,7 +2,7 @@
  * The one place that walks epochs x mini-batches x micro-batches: forward, the loss's gradient per token, backward, step.
  * Normalisers are those of the whole mini-batch, so how it is cut into micro-batches changes no number.
  */
-import { microBatches } from '../data/batch.js';
+import { microBatches, type RowRange } from '../data/batch.js';
 import { shuffledRows } from '../data/sampler.js';
 import type { Engine, ForwardOutput, StepOptions, TokenGradients } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
@@ -100,18 +100,34 @@ async function accumulate(
 ) {
   const totals = totalsOf(batch);
   const outputs = outputsOf(loss) as ForwardOutput[];
-  const parts: { value: number; statistics: Record<string, number> }[] = [];
-  let row = 0;
-  for (const part of microBatchesOf(batch, loss.couples, microTokens)) {
-    const result = await engine.forward(part, { outputs, temperature, keep: true });
+  const shards = shardRanges(batch, loss.couples, engine.replicas).map((rows) => takeRange(batch, rows));
+  const microBatches = shards.map((shard) => microBatchesOf(shard, loss.couples, microTokens));
+  const firstRows = rowsBefore(microBatches);
+  const parts = microBatches.map((own): { value: number; statistics: Record<string, number> }[] =>
+    own.map(() => ({ value: 0, statistics: {} })),
+  );
+  await engine.accumulate(microBatches, { outputs, temperature }, (result, replica, index) => {
+    const part = microBatches[replica]![index]!;
+    const row = firstRows[replica]![index]!;
     if (check) check.canary.compare(part, check.rows.subarray(row, row + part.lengths.length), result.logprobs!);
-    row += part.lengths.length;
     const { loss: value, statistics, gradients } = evaluateLoss(loss, part, result, totals);
     checkFinite('loss', value);
-    await engine.backward(toFloat32(gradients));
-    parts.push({ value, statistics });
-  }
-  return addUp(parts);
+    parts[replica]![index] = { value, statistics };
+    return toFloat32(gradients);
+  });
+  return addUp(parts.flat());
+}
+
+/** Rows of a batch before each micro-batch. */
+function rowsBefore(microBatches: readonly (readonly LearningBatch[])[]): number[][] {
+  let row = 0;
+  return microBatches.map((own) =>
+    own.map(({ lengths }) => {
+      const first = row;
+      row += lengths.length;
+      return first;
+    }),
+  );
 }
 
 /** Keeps these draws apart from those of the data's order. */
@@ -140,15 +156,25 @@ function unitSize(batch: LearningBatch, couples: Coupling): number {
   return couples === 'pair' ? 2 : couples === 'group' ? (batch.groupSize ?? 1) : 1;
 }
 
+/** Rows of each replica, in order and as equally many as whole units allow. */
+function shardRanges(batch: LearningBatch, couples: Coupling, replicas: number): RowRange[] {
+  const size = unitSize(batch, couples);
+  const units = batch.lengths.length / size;
+  const begin = (replica: number): number => Math.floor((replica * units) / replicas) * size;
+  return Array.from({ length: replicas }, (_, replica) => ({ begin: begin(replica), end: begin(replica + 1) }));
+}
+
+function takeRange(batch: LearningBatch, { begin, end }: RowRange): LearningBatch {
+  if (begin === 0 && end === batch.lengths.length) return batch;
+  return takeRows(
+    batch,
+    Int32Array.from({ length: end - begin }, (_, i) => begin + i),
+  );
+}
+
 function microBatchesOf(batch: LearningBatch, couples: Coupling, microTokens: number): LearningBatch[] {
   const spans = microBatches(batch.lengths, microTokens, { group: unitSize(batch, couples) });
-  if (spans.length === 1) return [batch];
-  return spans.map(({ begin, end }) =>
-    takeRows(
-      batch,
-      Int32Array.from({ length: end - begin }, (_, i) => begin + i),
-    ),
-  );
+  return spans.map((span) => takeRange(batch, span));
 }
 
 /** The given rows of a batch, in that order, with their share of every per-token array. */

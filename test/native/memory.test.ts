@@ -56,7 +56,7 @@ describe.each(cases)('the plan of $name is used to the last byte', ({ model, dty
       expectFull(memory.gradients, plan.gradientBytes);
       expectFull(memory.optimizer, plan.optimizerBytes);
       expect(device.heldBytes).toBe(plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes);
-      expectWorkspace(memory.workspace!, planTraining(model.shape, dtype, size, recompute).total);
+      expectWorkspace(memory.workspace!, planTraining(model.shape, dtype, size, { recompute }).total);
       expect(memory.scratch!.highWater).toBeGreaterThan(0);
       expect(memory.scratch!.highWater).toBeLessThanOrEqual(memory.scratch!.planned);
     }),
@@ -187,7 +187,7 @@ test('a process that trains holds the planned bytes, within 15 %, and gives them
     await engine.backward({ logprobs });
     await engine.step({ learningRate: 1e-4, betas: [0.9, 0.95], epsilon: 1e-8, weightDecay: 0.1, clipNorm: 1, step: 1 });
     const resident = anonymous() - idle;
-    const planned = device.heldBytes + planTraining(shape, 'float32', wholeSequences(lengths), false).total;
+    const planned = device.heldBytes + planTraining(shape, 'float32', wholeSequences(lengths)).total;
     const memory = engine.memory();
     await engine.close();
     await device.close();

@@ -10,6 +10,7 @@ import { type Checkpoint, checkpointTensors } from '../../src/checkpoints/huggin
 import { readFloat32, writeSafetensors } from '../../src/checkpoints/safetensors.js';
 import type { TokenBatch } from '../../src/data/batch.js';
 import { philox } from '../../src/data/sampler.js';
+import { accumulateInTurn } from '../../src/engine/accumulate.js';
 import type {
   Engine,
   ForwardOptions,
@@ -17,6 +18,8 @@ import type {
   Generated,
   GenerateOptions,
   GenerateRequest,
+  GradientsOf,
+  MicroBatches,
   ParameterSpace,
   StepOptions,
   TokenGradients,
@@ -68,6 +71,7 @@ type Space = Map<string, Float32Array>;
 export class TableEngine implements Engine {
   readonly dtype = 'float32';
   readonly parts = 1;
+  readonly replicas = 1;
   readonly spaces: Record<ParameterSpace, Space> = {
     weights: new Map(),
     moment1: new Map(),
@@ -119,6 +123,10 @@ export class TableEngine implements Engine {
       });
       this.backwardLogits(token, dLogits);
     });
+  }
+
+  accumulate([own = []]: MicroBatches, options: Omit<ForwardOptions, 'keep'>, gradientsOf: GradientsOf): Promise<void> {
+    return accumulateInTurn(this, own, options, (outputs, index) => gradientsOf(outputs, 0, index));
   }
 
   async step({ learningRate, betas, epsilon, weightDecay, clipNorm, step }: StepOptions) {

@@ -55,12 +55,13 @@ void embedBackward(Queue& queue, const int32_t* tokens, const int32_t* positions
                    WeightGradient dE, float* dPositionTable) {
   forColumns(queue, dx.rows, dx.cols, [&](int64_t begin, int64_t end) {
     for (int64_t t = 0; t < dx.rows; ++t) {
-      if (tokens[t] < 0) continue;
       const float* d = dx.row(t);
-      const TokenRow row = findToken(*dE.layout, tokens[t]);
-      float* element = dE.data + row.offset + row.slot;
-      for (int64_t i = begin; i < end; ++i) element[i * row.width] += d[i];
-      if (dPositionTable == nullptr) continue;
+      if (tokens[t] >= 0) {
+        const TokenRow row = findToken(*dE.layout, tokens[t]);
+        float* element = dE.data + row.offset + row.slot;
+        for (int64_t i = begin; i < end; ++i) element[i * row.width] += d[i];
+      }
+      if (dPositionTable == nullptr || positions[t] < 0) continue;
       float* position = dPositionTable + positions[t] * dx.cols;
       eachVector(end - begin, [&](int64_t offset, auto lanes) {
         const int64_t i = begin + offset;

@@ -109,6 +109,13 @@ void mergeStatistics(Queue& queue, const SoftmaxStatistics* statistics, int64_t 
 void logprobsBackward(Queue& queue, Operand hidden, const Weight& w, const int32_t* targets, float inverseTemperature,
                       LogSoftmax forward, const float* dLogprobs, const float* dEntropies, View<float> dHidden,
                       WeightGradient dW, Staging staging) {
+  if (w.layout->out == 0) {
+    forRanges(queue, hidden.rows, dHidden.cols, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        eachVector(dHidden.cols, [&](int64_t i, auto lanes) { store(dHidden.row(t) + i, zero(), lanes); });
+    });
+    return;
+  }
   const Blocks blocks(staging, w.layout->out, hidden.dtype, true);
   for (int64_t begin = 0; begin < hidden.rows; begin += blocks.rows) {
     const int64_t count = hidden.rows - begin < blocks.rows ? hidden.rows - begin : blocks.rows;
@@ -118,7 +125,7 @@ void logprobsBackward(Queue& queue, Operand hidden, const Weight& w, const int32
     forRanges(queue, count, blocks.vocabulary, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t t = begin + i;
-        const float dLogprob = dLogprobs == nullptr || targets[t] < 0 ? 0.0f : dLogprobs[t];
+        const float dLogprob = dLogprobs == nullptr ? 0.0f : dLogprobs[t];
         const RowGradient row{inverseTemperature, forward.logZ[t], forward.entropies[t], dLogprob,
                               dEntropies == nullptr ? 0.0f : dEntropies[t]};
         withElement(hidden.dtype, [&](auto element) {

@@ -23,11 +23,12 @@ void embed(Queue&, const int32_t* tokens, const int32_t* positions, const Weight
 void embedBackward(Queue&, const int32_t* tokens, const int32_t* positions, View<const float> dx, WeightGradient dE,
                    float* dPositionTable) {
   for (int64_t t = 0; t < dx.rows; ++t) {
-    if (tokens[t] < 0) continue;
     for (int64_t i = 0; i < dx.cols; ++i) {
-      float& element = dE.data[float32Index(*dE.layout, tokens[t], i)];
-      element = element + dx.row(t)[i];
-      if (dPositionTable != nullptr) {
+      if (tokens[t] >= 0) {
+        float& element = dE.data[float32Index(*dE.layout, tokens[t], i)];
+        element = element + dx.row(t)[i];
+      }
+      if (dPositionTable != nullptr && positions[t] >= 0) {
         float& position = dPositionTable[positions[t] * dx.cols + i];
         position = position + dx.row(t)[i];
       }

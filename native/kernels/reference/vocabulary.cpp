@@ -48,7 +48,7 @@ void logprobsBackward(Queue& queue, Operand hidden, const Weight& w, const int32
   Operand dLogits = denseOperand(gradient.data(), hidden.dtype, rows, vocabulary);
   for (int64_t t = 0; t < rows; ++t) {
     linear(queue, hidden.slice(t, 1), w, nullptr, Output::store(dense(logits.data(), 1, vocabulary)));
-    const float dLogprob = dLogprobs == nullptr || targets[t] < 0 ? 0.0f : dLogprobs[t];
+    const float dLogprob = dLogprobs == nullptr ? 0.0f : dLogprobs[t];
     const float dEntropy = dEntropies == nullptr ? 0.0f : dEntropies[t];
     for (int64_t v = 0; v < vocabulary; ++v) {
       const float logp = below(logits[v] * inverseTemperature, forward.logZ[t]);

@@ -21,7 +21,8 @@ struct Problem {
     const int64_t used = t.chance(0.5) ? vocabulary : std::min<int64_t>(vocabulary, 3);
     for (int64_t i = 0; i < rows; ++i) {
       tokens.push_back(t.chance(0.1) ? -1 : static_cast<int32_t>(t.integer(0, used - 1)));
-      positions.push_back(static_cast<int32_t>(t.integer(0, positionCount - 1)));
+      const bool padding = tokens.back() < 0 && t.chance(0.5);  // else the token is another rank's
+      positions.push_back(padding ? -1 : static_cast<int32_t>(t.integer(0, positionCount - 1)));
     }
     table = t.floats(positionCount * width);
   }

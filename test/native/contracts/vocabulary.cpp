@@ -173,7 +173,7 @@ const Registration kGroups("mergeStatistics", 40, [](Trial& t) {
 // dHidden of one element from the gradients of the logits in float64.
 double exactHidden(const Problem& p, int64_t row, int64_t col) {
   const Exact exact(p, row);
-  const double dLogprob = p.hasLogprobs && p.targets[row] >= 0 ? p.dLogprobs.as<float>()[row] : 0;
+  const double dLogprob = p.hasLogprobs ? p.dLogprobs.as<float>()[row] : 0;
   const double dEntropy = p.hasEntropies ? p.dEntropies.as<float>()[row] : 0;
   double sum = 0;
   for (int64_t v = 0; v < p.vocabulary; ++v) {
