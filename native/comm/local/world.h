@@ -79,7 +79,7 @@ struct alignas(64) Member {
 
   alignas(64) std::atomic<uint64_t> meetings{0};  // arrived at, in this group
   std::atomic<uint64_t> entered{0};               // collectives
-  std::atomic<bool> accessing{false};             // reads others' buffers, which must stay
+  std::atomic<bool> accessing{false};             // uses others' buffers, which must stay
   std::atomic<bool> left{false};
   Bell bell;  // a message came, or went
 };
