@@ -50,6 +50,7 @@ enum class Operation : uint8_t {
   kAllGather,
   kAllGatherPieces,
   kReduceScatter,
+  kReduceScatterPieces,
   kAllReduce,
   kBroadcast,
   kBarrier,
@@ -92,6 +93,14 @@ struct Piece {
   int64_t offset = 0, bytes = 0;
 };
 
+// Elements [offset, offset + count) of a buffer, and the rank that gets their sum in reduceScatterPieces.
+struct Share {
+  int64_t offset = 0, count = 0;
+  int owner = 0;
+
+  bool operator==(const Share&) const = default;
+};
+
 // Bytes that came from, and went to, other ranks by this handle; its own share of a result is not counted.
 struct Traffic {
   int64_t receivedBytes = 0, sentBytes = 0;
@@ -123,6 +132,12 @@ class Communicator {
   // receive [count] gets the sum over ranks of send [size, count], row `rank`. In place: receive == send + rank *
   // count.
   void reduceScatter(const float* send, float* receive, int64_t count, std::string_view site);
+
+  // On the owner of each share its elements of buffer [count] become the sum over ranks; on the other ranks they are
+  // undefined afterwards, and what is in no share is left alone. All ranks give the same shares in the same order; they
+  // must not overlap and lie inside the buffer. The way back is allGatherPieces of each rank's own shares, in place:
+  // both cost what the shares hold, however large the buffer.
+  void reduceScatterPieces(float* buffer, int64_t count, std::span<const Share> shares, std::string_view site);
 
   // receive [count] gets the sum over ranks of send [count]. In place: send == receive.
   void allReduce(const float* send, float* receive, int64_t count, std::string_view site);
@@ -171,6 +186,7 @@ class Communicator {
   virtual void runAllGather(const Call&, const void* send, void* receive) = 0;
   virtual void runAllGatherPieces(const Call&, std::span<const Piece>, void* receive) = 0;
   virtual void runReduceScatter(const Call&, const float* send, float* receive) = 0;
+  virtual void runReduceScatterPieces(const Call&, float* buffer, std::span<const Share>) = 0;
   virtual void runAllReduce(const Call&, const float* send, float* receive) = 0;
   virtual void runBroadcast(const Call&, void* data) = 0;
   virtual void runBarrier(const Call&) = 0;
@@ -183,6 +199,7 @@ class Communicator {
  private:
   Call next(Operation, Element, int64_t count, int root, std::string_view site);
   void checkPeer(const Call&);
+  void checkShares(const Call&, std::span<const Share>);
   void checkApart(const Call&, const void* a, int64_t aBytes, const void* b, int64_t bBytes);
 
   int rank_, size_;

@@ -107,6 +107,20 @@ class LocalCommunicator final : public Communicator {
     leave();
   }
 
+  void runReduceScatterPieces(const Call& call, float* buffer, std::span<const Share> shares) override {
+    flushDenormals();
+    enter(call, [&] { me_.send = buffer, me_.shares = shares; });
+    checkSameShares(call);
+    int64_t own = 0, others = 0;
+    for (const Share& share : shares) {
+      if (share.owner == rank()) sumAll(share.offset, buffer + share.offset, share.count);
+      (share.owner == rank() ? own : others) += share.count;
+    }
+    countReceived((size() - 1) * own * 4);
+    countSent(others * 4);
+    leave();
+  }
+
   // Every rank sums a slice, block by block, into its own buffer and from there, while the block is in a cache, into
   // the others': of this slice nobody else reads or writes.
   void runAllReduce(const Call& call, const float* send, float* receive) override {
@@ -381,6 +395,21 @@ class LocalCommunicator final : public Communicator {
                                       group_->rank(a.rank) + " and " + std::to_string(b.begin) + ".." +
                                       std::to_string(b.end) + " from " + group_->rank(b.rank));
     }
+  }
+
+  void checkSameShares(const Call& call) {
+    const auto text = [](std::span<const Share> shares, size_t i) {
+      if (i == shares.size()) return std::string("no further share");
+      return std::to_string(shares[i].count) + " elements at offset " + std::to_string(shares[i].offset) +
+             " for rank " + std::to_string(shares[i].owner);
+    };
+    const std::span<const Share> expected = member(0).shares, mine = me_.shares;
+    const auto [a, b] = std::mismatch(expected.begin(), expected.end(), mine.begin(), mine.end());
+    if (a == expected.end() && b == mine.end()) return;
+    const auto i = static_cast<size_t>(a - expected.begin());
+    fail("COLLECTIVE_MISMATCH", describe(call) + ": expected share " + std::to_string(i) + " to be " +
+                                    text(expected, i) + ", as of " + group_->rank(0) + ", received " + text(mine, i) +
+                                    " from " + group_->rank(rank()));
   }
 
   // to = tree over ranks of send[first ..].

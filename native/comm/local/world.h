@@ -68,6 +68,7 @@ struct alignas(64) Member {
   const void* send = nullptr;
   void* receive = nullptr;
   std::span<const Piece> pieces;
+  std::span<const Share> shares;
   int colour = 0, key = 0;
   std::shared_ptr<Group> created;
 
