@@ -15,10 +15,9 @@
 // odd one out passes up. No size, alignment or chunking changes a bit, and all ranks get the same bits. The calling
 // thread computes with denormals flushed from then on (core/thread_pool.h).
 //
-// A rank copies and sums with its calling thread, not with its pool. Messages that fit the caches already move at 20 to
-// 34 GB/s a rank, microseconds between products of milliseconds; those that do not are bound by memory, of which one
-// thread takes most (a second one copies 1.2 to 1.6 times as much). What is left to gain is less than what a pool that
-// two threads of a rank share would cost in rules.
+// A rank copies and sums with its calling thread, not with its pool: messages beyond the caches are bound by memory, of
+// which one thread takes most, and those within them are fast already (docs/performance.md). It would not pay for a
+// pool that the threads of a rank have to share.
 //
 // Nothing hangs. A group and all that is split from it is one world, and a call that throws has killed the world: every
 // pending call of every rank throws within a second, every later one at once, with the first cause:
