@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 
+#include "binding/bench.h"
 #include "binding/convert.h"
 #include "binding/device.h"
 #include "core/error.h"
@@ -26,12 +27,6 @@ double secondsOf(const std::function<void()>& run) {
   run();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
-
-struct BenchResult {
-  std::vector<double> seconds, ceilingSeconds;
-  double work = 0, ceilingWork = 0;  // multiply-adds, or bytes, of one run of each
-  bool verified = true;
-};
 
 // A run long enough to be timed: repeats until 20 ms.
 double timed(const std::function<void()>& run) {
@@ -59,12 +54,7 @@ class Bench {
 
  private:
   void measure(BenchResult& result, const std::function<void()>& run, const std::function<void()>& ceiling) {
-    run();
-    ceiling();
-    for (int i = 0; i < runs_; ++i) {
-      result.ceilingSeconds.push_back(timed(ceiling));
-      result.seconds.push_back(timed(run));
-    }
+    measureInTurn(result, runs_, run, ceiling);
   }
   std::function<void()> multiplyAdds(DType dtype, double* work) {
     constexpr int64_t kRounds = 20000;
@@ -234,9 +224,27 @@ BenchResult Bench::ceilings(DType dtype) {
   return result;
 }
 
+comm::Operation operationOf(Napi::Env env, const std::string& name) {
+  if (name == "all-gather") return comm::Operation::kAllGather;
+  if (name == "reduce-scatter") return comm::Operation::kReduceScatter;
+  if (name == "all-reduce") return comm::Operation::kAllReduce;
+  invalid(env, "operation", "all-gather, reduce-scatter or all-reduce");
+}
+
 }  // namespace
 
-// bench({what: gemm|adamw|dispatch|ceilings, runs, ...}): {seconds, ceilingSeconds, work, ceilingWork, verified}
+void measureInTurn(BenchResult& result, int runs, const std::function<void()>& run,
+                   const std::function<void()>& ceiling) {
+  run();
+  ceiling();
+  for (int i = 0; i < runs; ++i) {
+    result.ceilingSeconds.push_back(timed(ceiling));
+    result.seconds.push_back(timed(run));
+  }
+}
+
+// bench({what: gemm|adamw|dispatch|ceilings|collective, runs, ...}): {seconds, ceilingSeconds, work, ceilingWork,
+// verified}
 Napi::Value DeviceWrap::bench(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
   const std::string what = stringAt(o, "what");
@@ -256,8 +264,12 @@ Napi::Value DeviceWrap::bench(const Napi::CallbackInfo& info) {
     work = [rank = rank_, runs, result] { *result = Bench(*rank, runs).dispatch(); };
   } else if (what == "ceilings") {
     work = [rank = rank_, runs, result, dtype] { *result = Bench(*rank, runs).ceilings(dtype); };
+  } else if (what == "collective") {
+    work = [runs, result, operation = operationOf(info.Env(), stringAt(o, "operation")),
+            ranks = static_cast<int>(integerAt(o, "ranks")),
+            bytes = integerAt(o, "bytes")] { *result = benchCollective(operation, ranks, bytes, runs); };
   } else {
-    invalid(info.Env(), "what", "gemm, adamw, dispatch or ceilings");
+    invalid(info.Env(), "what", "gemm, adamw, dispatch, ceilings or collective");
   }
   return rank_->call(info.Env(), work, [result](Napi::Env env) {
     auto out = Napi::Object::New(env);

@@ -1,6 +1,8 @@
 #include "comm/communicator.h"
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 namespace lockstep::comm {
 
@@ -14,6 +16,8 @@ const char* nameOf(Operation operation) {
       return "all-gather of pieces";
     case Operation::kReduceScatter:
       return "reduce-scatter";
+    case Operation::kReduceScatterPieces:
+      return "reduce-scatter of pieces";
     case Operation::kAllReduce:
       return "all-reduce";
     case Operation::kBroadcast:
@@ -101,6 +105,35 @@ void Communicator::reduceScatter(const float* send, float* receive, int64_t coun
   const Call call = next(Operation::kReduceScatter, Element::kFloat32, count, -1, site);
   if (receive != send + rank_ * count) checkApart(call, send, size_ * count * 4, receive, count * 4);
   runReduceScatter(call, send, receive);
+}
+
+void Communicator::checkShares(const Call& call, std::span<const Share> shares) {
+  const auto text = [](const Share& share) {
+    return "share of " + std::to_string(share.count) + " elements at offset " + std::to_string(share.offset) +
+           " for rank " + std::to_string(share.owner);
+  };
+  std::vector<Share> inOrder;
+  for (const Share& share : shares) {
+    if (share.count < 0 || share.offset < 0 || share.offset > call.count - share.count) {
+      refuse(call, "the " + text(share) + " lies outside of the " + std::to_string(call.count) + " elements");
+    }
+    if (share.owner < 0 || share.owner >= size_) {
+      refuse(call, "the " + text(share) + ": expected a rank of 0.." + std::to_string(size_ - 1));
+    }
+    if (share.count > 0) inOrder.push_back(share);
+  }
+  std::sort(inOrder.begin(), inOrder.end(), [](const Share& a, const Share& b) { return a.offset < b.offset; });
+  for (size_t i = 1; i < inOrder.size(); ++i) {
+    const Share &a = inOrder[i - 1], &b = inOrder[i];
+    if (b.offset < a.offset + a.count) refuse(call, "the " + text(a) + " and the " + text(b) + " overlap");
+  }
+}
+
+void Communicator::reduceScatterPieces(float* buffer, int64_t count, std::span<const Share> shares,
+                                       std::string_view site) {
+  const Call call = next(Operation::kReduceScatterPieces, Element::kFloat32, count, -1, site);
+  checkShares(call, shares);
+  runReduceScatterPieces(call, buffer, shares);
 }
 
 void Communicator::allReduce(const float* send, float* receive, int64_t count, std::string_view site) {

@@ -3,7 +3,8 @@
 //
 // A group has ranks 0 .. size-1. Every rank holds a Communicator of its own and calls it from one thread at a time; to
 // communicate from a second thread of a rank (gradients behind the backward pass, say), give that thread a group of its
-// own with split() or duplicate(). A call returns when its result is there and its buffers may be used again.
+// own with split() or duplicate(), as Background (comm/background.h) does. A call returns when its result is there and
+// its buffers may be used again.
 //
 // Every rank of a group makes the same collective calls in the same order. A call carries (operation, count, element,
 // root, sequence number, site), and all of them must be equal on all ranks; `site` names the caller, as in
@@ -13,6 +14,10 @@
 // Sums are float32 and follow one balanced binary tree over the group in group order: neighbours, then their sums, an
 // odd one out passes up. No size, alignment or chunking changes a bit, and all ranks get the same bits. The calling
 // thread computes with denormals flushed from then on (core/thread_pool.h).
+//
+// A rank copies and sums with its calling thread, not with its pool: messages beyond the caches are bound by memory, of
+// which one thread takes most, and those within them are fast already (docs/performance.md). It would not pay for a
+// pool that the threads of a rank have to share.
 //
 // Nothing hangs. A group and all that is split from it is one world, and a call that throws has killed the world: every
 // pending call of every rank throws within a second, every later one at once, with the first cause:
@@ -50,6 +55,7 @@ enum class Operation : uint8_t {
   kAllGather,
   kAllGatherPieces,
   kReduceScatter,
+  kReduceScatterPieces,
   kAllReduce,
   kBroadcast,
   kBarrier,
@@ -92,6 +98,14 @@ struct Piece {
   int64_t offset = 0, bytes = 0;
 };
 
+// Elements [offset, offset + count) of a buffer, and the rank that gets their sum in reduceScatterPieces.
+struct Share {
+  int64_t offset = 0, count = 0;
+  int owner = 0;
+
+  bool operator==(const Share&) const = default;
+};
+
 // Bytes that came from, and went to, other ranks by this handle; its own share of a result is not counted.
 struct Traffic {
   int64_t receivedBytes = 0, sentBytes = 0;
@@ -123,6 +137,12 @@ class Communicator {
   // receive [count] gets the sum over ranks of send [size, count], row `rank`. In place: receive == send + rank *
   // count.
   void reduceScatter(const float* send, float* receive, int64_t count, std::string_view site);
+
+  // On the owner of each share its elements of buffer [count] become the sum over ranks; on the other ranks they are
+  // undefined afterwards, and what is in no share is left alone. All ranks give the same shares in the same order; they
+  // must not overlap and lie inside the buffer. The way back is allGatherPieces of each rank's own shares, in place:
+  // both cost what the shares hold, however large the buffer.
+  void reduceScatterPieces(float* buffer, int64_t count, std::span<const Share> shares, std::string_view site);
 
   // receive [count] gets the sum over ranks of send [count]. In place: send == receive.
   void allReduce(const float* send, float* receive, int64_t count, std::string_view site);
@@ -171,6 +191,7 @@ class Communicator {
   virtual void runAllGather(const Call&, const void* send, void* receive) = 0;
   virtual void runAllGatherPieces(const Call&, std::span<const Piece>, void* receive) = 0;
   virtual void runReduceScatter(const Call&, const float* send, float* receive) = 0;
+  virtual void runReduceScatterPieces(const Call&, float* buffer, std::span<const Share>) = 0;
   virtual void runAllReduce(const Call&, const float* send, float* receive) = 0;
   virtual void runBroadcast(const Call&, void* data) = 0;
   virtual void runBarrier(const Call&) = 0;
@@ -183,6 +204,7 @@ class Communicator {
  private:
   Call next(Operation, Element, int64_t count, int root, std::string_view site);
   void checkPeer(const Call&);
+  void checkShares(const Call&, std::span<const Share>);
   void checkApart(const Call&, const void* a, int64_t aBytes, const void* b, int64_t bBytes);
 
   int rank_, size_;

@@ -42,6 +42,8 @@ export type NativeBench = { runs: number } & (
   | { what: 'adamw'; count: number }
   | { what: 'dispatch' }
   | { what: 'ceilings'; dtype: 'float32' | 'bfloat16' }
+  /** In place, among ranks of a thread each; the ceiling is memcpy by as many threads. Work is bytes of one rank. */
+  | { what: 'collective'; operation: 'all-gather' | 'reduce-scatter' | 'all-reduce'; ranks: number; bytes: number }
 );
 
 /** Seconds of each run, and the multiply-adds or bytes that one run of the operation and of the ceiling makes. */

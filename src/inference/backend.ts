@@ -6,7 +6,7 @@ import type { Head } from '../layout/model-shape.js';
 
 export interface DeviceSettings {
   threads: number;
-  /** Budget of everything the device holds. */
+  /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
   memoryBytes: number;
   /** Stages of the pipeline, and ranks that share each: a model runs on their product. Default 1. */
   pipeline?: number;
@@ -46,14 +46,29 @@ export const nativeBackend: Backend = {
   },
 };
 
-/** A device for each rank, with its share of the threads, at least one, and the whole budget of memory. */
+/** `open(0)` to `open(count - 1)`; when one throws, those before it are closed again. */
+export async function openEach<T extends { close(): Promise<void> }>(
+  count: number,
+  open: (index: number) => T,
+): Promise<T[]> {
+  const opened: T[] = [];
+  try {
+    for (let i = 0; i < count; i++) opened.push(open(i));
+    return opened;
+  } catch (error) {
+    for (const each of opened) await each.close();
+    throw error;
+  }
+}
+
+/** A device for each rank, with its share of the threads, at least one, and a budget of its own. */
 async function openRanks(
   degrees: { pipeline: number; tensor: number },
   { threads, memoryBytes }: DeviceSettings,
 ): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
   const ranks = degrees.pipeline * degrees.tensor;
-  const devices = Array.from({ length: ranks }, (_, rank) =>
+  const devices = await openEach(ranks, (rank) =>
     createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), memoryBytes }),
   );
   return {

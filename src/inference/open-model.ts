@@ -15,7 +15,7 @@ export interface OpenModelOptions {
   parts?: number | 'auto';
   /** Tokens of a forward pass when scoring; a longer row has one to itself. Default 8192. */
   microTokens?: number;
-  /** Default 8 GiB. */
+  /** Of each rank's device. Default 8 GiB. */
   memoryBytes?: number;
   /** Stages of the pipeline, and ranks that share each stage. Default 1. */
   pipeline?: number;

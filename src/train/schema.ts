@@ -77,6 +77,7 @@ const common = {
   generation: section({ pipeline: count.default(1), tensor: count.default(1) }),
   placement: z.string().default('colocated'),
   memory: section({
+    /** Of each rank's device; ranks of one process have as much each, whatever the host has. */
     device: bytes.default('8GiB'),
     host: bytes.default('16GiB'),
     /** Recompute each layer's activations in backward instead of keeping them. */

@@ -29,7 +29,9 @@ describe('the communicator contract suite', () => {
 
   it('knows ranks of one process, correct programs and every kind of fault', () => {
     expect(implementations).toContain('local');
-    expect(cases).toEqual(expect.arrayContaining(['programs', 'tree', 'traffic', 'twoThreads', 'progress']));
+    expect(cases).toEqual(
+      expect.arrayContaining(['programs', 'tree', 'shares', 'traffic', 'twoThreads', 'background.overlap', 'progress']),
+    );
     for (const fault of ['throw', 'abort', 'otherCall', 'otherMessage', 'silent', 'skip', 'leave', 'crossed']) {
       expect(cases).toContain(`faults.${fault}`);
     }

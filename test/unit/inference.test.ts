@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { openCheckpoint } from '../../src/checkpoints/hugging-face.js';
+import { openEach } from '../../src/inference/backend.js';
 import { type Completion, type GenerateSettings, generate } from '../../src/inference/generate.js';
 import { endTokensOf, openModel } from '../../src/inference/open-model.js';
 import { type Scored, score } from '../../src/inference/score.js';
@@ -179,5 +180,29 @@ describe('end tokens', () => {
     const first = await collect(generate(opened, inputs.slice(0, 2), { maxNewTokens: 3 }));
     const second = await collect(generate(opened, inputs.slice(0, 2), { maxNewTokens: 3 }));
     expect(second).toEqual(first);
+  });
+});
+
+describe('ranks of one process', () => {
+  const opening = (failing: number) => {
+    const open = new Set<number>();
+    const devices = openEach(4, (rank) => {
+      if (rank === failing) throw new Error(`rank ${rank} has no device`);
+      open.add(rank);
+      return { rank, close: async () => void open.delete(rank) };
+    });
+    return { open, devices };
+  };
+
+  it.each([0, 1, 3])('that open all but rank %d leave no device behind', async (failing) => {
+    const { open, devices } = opening(failing);
+    await expect(devices).rejects.toThrow(`rank ${failing} has no device`);
+    expect(open.size).toBe(0);
+  });
+
+  it('that all open have their devices in order, open', async () => {
+    const { open, devices } = opening(-1);
+    expect((await devices).map(({ rank }) => rank)).toEqual([0, 1, 2, 3]);
+    expect(open.size).toBe(4);
   });
 });

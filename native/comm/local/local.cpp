@@ -23,6 +23,8 @@ constexpr int64_t kLookNanoseconds = 50 * kMillisecond;
 constexpr int64_t kCopyBytes = int64_t{64} << 20;
 // Slices of a sum begin at whole cache lines.
 constexpr int64_t kSliceFloats = 16;
+// An all-reduce sums and spreads so much at a time.
+constexpr int64_t kBlockFloats = 4096;
 
 struct Slice {
   int64_t begin = 0, count = 0;
@@ -40,7 +42,8 @@ std::string seconds(int64_t nanoseconds) {
 }
 
 // A collective is a few meetings of all members. Between the first and the last everybody may read what the others have
-// published (Member) and the buffers it points to. A member that throws first waits until nobody reads any more.
+// published (Member) and read, in an all-reduce also write, the buffers it points to. A member that throws first waits
+// until nobody does any more.
 class LocalCommunicator final : public Communicator {
  public:
   LocalCommunicator(std::shared_ptr<Group> group, int rank)
@@ -104,17 +107,33 @@ class LocalCommunicator final : public Communicator {
     leave();
   }
 
-  // Every rank sums a slice, then takes the others' slices.
+  void runReduceScatterPieces(const Call& call, float* buffer, std::span<const Share> shares) override {
+    flushDenormals();
+    enter(call, [&] { me_.send = buffer, me_.shares = shares; });
+    checkSameShares(call);
+    int64_t own = 0, others = 0;
+    for (const Share& share : shares) {
+      if (share.owner == rank()) sumAll(share.offset, buffer + share.offset, share.count);
+      (share.owner == rank() ? own : others) += share.count;
+    }
+    countReceived((size() - 1) * own * 4);
+    countSent(others * 4);
+    leave();
+  }
+
+  // Every rank sums a slice, block by block, into its own buffer and from there, while the block is in a cache, into
+  // the others': of this slice nobody else reads or writes.
   void runAllReduce(const Call& call, const float* send, float* receive) override {
     flushDenormals();
     enter(call, [&] { me_.send = send, me_.receive = receive; });
     const Slice mine = sliceOf(call.count, size(), rank());
-    sumAll(mine.begin, receive + mine.begin, mine.count);
-    meet();
-    for (int step = 1; step < size(); ++step) {
-      const int peer = (rank() + step) % size();
-      const Slice slice = sliceOf(call.count, size(), peer);
-      copy(receive + slice.begin, static_cast<const float*>(member(peer).receive) + slice.begin, slice.count * 4);
+    for (int64_t begin = mine.begin, end = mine.begin + mine.count; begin < end; begin += kBlockFloats) {
+      const int64_t count = std::min(kBlockFloats, end - begin);
+      sumAll(begin, receive + begin, count);
+      for (int step = 1; step < size(); ++step) {
+        float* const other = static_cast<float*>(member((rank() + step) % size()).receive);
+        copy(other + begin, receive + begin, count * 4);
+      }
     }
     const int64_t bytes = ((size() - 1) * mine.count + call.count - mine.count) * 4;
     countReceived(bytes);
@@ -214,7 +233,7 @@ class LocalCommunicator final : public Communicator {
     me_.sendingTo = me_.receivingFrom = 0;
   }
 
-  // Ends the call with the world's first cause, once nobody reads this rank's buffers any more.
+  // Ends the call with the world's first cause, once nobody uses this rank's buffers any more.
   [[noreturn]] void raise() {
     me_.accessing.store(false);
     for (int i = 0; i < size(); ++i) {
@@ -233,8 +252,8 @@ class LocalCommunicator final : public Communicator {
     raise();
   }
 
-  // From here on others' buffers may be read. A rank that raises has set `failed` before it looks at `accessing`:
-  // either it sees this rank reading and waits, or this rank sees the failure.
+  // From here on others' buffers may be used. A rank that raises has set `failed` before it looks at `accessing`:
+  // either it sees this rank at it and waits, or this rank sees the failure.
   void access() {
     me_.accessing.store(true);
     if (world_.failed()) raise();
@@ -282,7 +301,7 @@ class LocalCommunicator final : public Communicator {
 
   // --- collectives ---------------------------------------------------------------------------------------------------
 
-  // Begins, has publish() write what the others need, and meets them. From here until leave() their memory may be read.
+  // Begins, has publish() write what the others need, and meets them. From here until leave() their memory may be used.
   template <class Publish>
   void enter(const Call& call, const Publish& publish) {
     begin(call);
@@ -378,8 +397,24 @@ class LocalCommunicator final : public Communicator {
     }
   }
 
+  void checkSameShares(const Call& call) {
+    const auto text = [](std::span<const Share> shares, size_t i) {
+      if (i == shares.size()) return std::string("no further share");
+      return std::to_string(shares[i].count) + " elements at offset " + std::to_string(shares[i].offset) +
+             " for rank " + std::to_string(shares[i].owner);
+    };
+    const std::span<const Share> expected = member(0).shares, mine = me_.shares;
+    const auto [a, b] = std::mismatch(expected.begin(), expected.end(), mine.begin(), mine.end());
+    if (a == expected.end() && b == mine.end()) return;
+    const auto i = static_cast<size_t>(a - expected.begin());
+    fail("COLLECTIVE_MISMATCH", describe(call) + ": expected share " + std::to_string(i) + " to be " +
+                                    text(expected, i) + ", as of " + group_->rank(0) + ", received " + text(mine, i) +
+                                    " from " + group_->rank(rank()));
+  }
+
   // to = tree over ranks of send[first ..].
   void sumAll(int64_t first, float* to, int64_t count) {
+    if (size() == 1) return copy(to, static_cast<const float*>(me_.send) + first, count * 4);
     const float* addends[kMaxRanks];
     for (int i = 0; i < size(); ++i) addends[i] = static_cast<const float*>(member(i).send) + first;
     if (count > 0) treeSum(addends, size(), to, count);

@@ -68,6 +68,7 @@ struct alignas(64) Member {
   const void* send = nullptr;
   void* receive = nullptr;
   std::span<const Piece> pieces;
+  std::span<const Share> shares;
   int colour = 0, key = 0;
   std::shared_ptr<Group> created;
 
@@ -79,7 +80,7 @@ struct alignas(64) Member {
 
   alignas(64) std::atomic<uint64_t> meetings{0};  // arrived at, in this group
   std::atomic<uint64_t> entered{0};               // collectives
-  std::atomic<bool> accessing{false};             // reads others' buffers, which must stay
+  std::atomic<bool> accessing{false};             // uses others' buffers, which must stay
   std::atomic<bool> left{false};
   Bell bell;  // a message came, or went
 };

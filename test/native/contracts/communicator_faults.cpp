@@ -395,6 +395,21 @@ const CommunicatorRegistration kArguments("faults.arguments", 1, [](Communicator
          const comm::Piece piece{buffer + 1, 0, 8};
          c.allGatherPieces({&piece, 1}, buffer, 64, "bad");
        }},
+      {"outside",
+       [](Communicator& c) {
+         const comm::Share share{60, 5, 0};
+         c.reduceScatterPieces(buffer, 64, {&share, 1}, "bad");
+       }},
+      {"0..1",
+       [](Communicator& c) {
+         const comm::Share share{0, 5, 2};
+         c.reduceScatterPieces(buffer, 64, {&share, 1}, "bad");
+       }},
+      {"4 elements at offset 6 for rank 1 overlap",
+       [](Communicator& c) {
+         const comm::Share shares[] = {{6, 4, 1}, {20, 3, 1}, {0, 7, 0}};
+         c.reduceScatterPieces(buffer, 64, shares, "bad");
+       }},
   };
   for (const auto& [part, call] : wrong) {
     const auto outcomes = t.run(2, [&](Rank& rank) {
@@ -414,6 +429,21 @@ const CommunicatorRegistration kPieces("faults.pieces", 1, [](CommunicatorTrial&
   });
   t.expectAll(outcomes, "COLLECTIVE_MISMATCH",
               {"bytes 10..21 from rank 1", "20..30 from rank 2", "all-gather of pieces 0 of 30 bytes at 'weights'"});
+});
+
+const CommunicatorRegistration kOtherShares("faults.shares", 2, [](CommunicatorTrial& t) {
+  const bool shorter = t.integer(0, 1) == 0;
+  const auto outcomes = t.run(3, [&](Rank& rank) {
+    Communicator& c = *rank.world;
+    float all[30] = {};
+    const comm::Share shares[] = {{0, 10, 0}, {10, 10, c.rank() == 1 && !shorter ? 2 : 1}};
+    c.reduceScatterPieces(all, 30, {shares, c.rank() == 1 && shorter ? size_t{1} : size_t{2}}, "gradients");
+  });
+  t.expectAll(
+      outcomes, "COLLECTIVE_MISMATCH",
+      {"reduce-scatter of pieces 0 of 30 float32 at 'gradients'",
+       "expected share 1 to be 10 elements at offset 10 for rank 1, as of rank 0",
+       shorter ? "received no further share from rank 1" : "received 10 elements at offset 10 for rank 2 from rank 1"});
 });
 
 const CommunicatorRegistration kOneCaller("faults.secondThread", 1, [](CommunicatorTrial& t) {

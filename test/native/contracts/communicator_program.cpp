@@ -154,6 +154,38 @@ void reduceScatter(const Step& step, Communicator& c, const std::vector<int>& me
   }
 }
 
+// The elements are cut where a hash says so, and each share belongs to one rank or to none; all are gathered again.
+void reduceScatterPieces(const Step& step, Communicator& c, const std::vector<int>& members) {
+  std::vector<float> buffer = floats(step.seed, members[static_cast<size_t>(c.rank())], step.count);
+  const std::vector<float> before = buffer;
+  std::vector<comm::Share> shares;
+  for (int64_t begin = 0, k = 0; begin < step.count; ++k) {
+    const uint64_t hash = mixed(step.seed + static_cast<uint64_t>(k));
+    const int64_t count = std::min<int64_t>(step.count - begin, static_cast<int64_t>(hash % 251));
+    const int owner = static_cast<int>((hash >> 20) % (members.size() + 1));
+    if (owner < c.size()) shares.push_back({begin, count, owner});
+    begin += std::max<int64_t>(count, 1);
+  }
+  if (step.root % 2 == 0) std::reverse(shares.begin(), shares.end());
+  c.reduceScatterPieces(buffer.data(), step.count, shares, step.site);
+  std::vector<bool> summed(buffer.size());
+  std::vector<comm::Piece> own;
+  for (const comm::Share& share : shares) {
+    std::fill_n(summed.begin() + share.offset, share.count, true);
+    if (share.owner == c.rank()) own.push_back({buffer.data() + share.offset, share.offset * 4, share.count * 4});
+  }
+  c.allGatherPieces(own, buffer.data(), step.count * 4, step.site);
+  for (int64_t i = 0; i < step.count; ++i) {
+    const size_t at = static_cast<size_t>(i);
+    std::vector<float> addends;
+    for (const int r : members) addends.push_back(valueOf(step.seed, r, i));
+    const float expected = summed[at] ? plainTree(addends) : before[at];
+    require(std::bit_cast<uint32_t>(expected) == std::bit_cast<uint32_t>(buffer[at]),
+            step.site + ": element " + std::to_string(i) + " has other bits than " +
+                (summed[at] ? "the tree" : "before, and is in no share"));
+  }
+}
+
 void allReduce(const Step& step, Communicator& c, const std::vector<int>& members) {
   std::vector<float> send = floats(step.seed, members[static_cast<size_t>(c.rank())], step.count);
   std::vector<float> apart(send.size());
@@ -236,13 +268,14 @@ Program drawProgram(uint64_t seed, int ranks, int steps, int64_t largest) {
   const int64_t splits = draw.integer(0, 3);
   for (int64_t i = 0; i < splits; ++i) program.groups.push_back(drawGrouping(draw, program.groups, ranks));
   constexpr Operation kOperations[] = {
-      Operation::kAllGather, Operation::kAllGatherPieces, Operation::kReduceScatter, Operation::kAllReduce,
-      Operation::kBroadcast, Operation::kBarrier,         Operation::kSend,          Operation::kSend};
+      Operation::kAllGather, Operation::kAllGatherPieces, Operation::kReduceScatter, Operation::kReduceScatterPieces,
+      Operation::kAllReduce, Operation::kBroadcast,       Operation::kBarrier,       Operation::kSend,
+      Operation::kSend};
   constexpr Element kElements[] = {Element::kByte, Element::kBFloat16, Element::kFloat32};
   for (int i = 0; i < steps; ++i) {
     Step step;
     step.group = static_cast<int>(draw.integer(0, static_cast<int64_t>(program.groups.size()) - 1));
-    step.operation = kOperations[draw.integer(0, 7)];
+    step.operation = kOperations[draw.integer(0, 8)];
     step.element = kElements[draw.integer(0, 2)];
     step.count = draw.count(largest);
     step.root = static_cast<int>(draw.integer(0, kMostMembers - 1));
@@ -294,6 +327,8 @@ void ProgramRank::collective(const Step& step, Communicator& c, const std::vecto
       return allGatherPieces(step, c, members);
     case Operation::kReduceScatter:
       return reduceScatter(step, c, members);
+    case Operation::kReduceScatterPieces:
+      return reduceScatterPieces(step, c, members);
     case Operation::kAllReduce:
       return allReduce(step, c, members);
     case Operation::kBroadcast:

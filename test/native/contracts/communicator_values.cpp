@@ -1,7 +1,12 @@
 // What correct programs get: the right bytes, the bits of the tree, the traffic; groups used from two threads at once.
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <bit>
 #include <chrono>
+#include <cstring>
 #include <exception>
+#include <memory>
 #include <thread>
 
 #include "communicator_program.h"
@@ -67,6 +72,66 @@ const CommunicatorRegistration kTree("tree", 1, [](CommunicatorTrial& t) {
   }
 });
 
+// Pieces of many tensors, each rank's share of every one: the bits of one all-reduce, whatever the number of ranks.
+const CommunicatorRegistration kShares("shares", 1, [](CommunicatorTrial& t) {
+  for (const int ranks : {1, 2, 3, 4, 5}) {
+    const uint64_t seed = t.seed();
+    t.expectAllFine(t.run(ranks, [&](Rank& rank) {
+      constexpr int64_t kTensors[] = {640, 1, 33, 5000, 0, 17};
+      Communicator& c = *rank.world;
+      std::vector<comm::Share> shares;
+      int64_t count = 0;
+      for (const int64_t tensor : kTensors) {
+        const int64_t each = (tensor + ranks - 1) / ranks;
+        for (int owner = 0; owner < ranks; ++owner) {
+          const int64_t begin = std::min(tensor, owner * each), end = std::min(tensor, begin + each);
+          shares.push_back({count + begin, end - begin, owner});
+        }
+        count += tensor + 3;  // a gap that belongs to nobody
+      }
+      std::vector<float> buffer;
+      for (int64_t i = 0; i < count; ++i) buffer.push_back(valueOf(seed, c.rank(), i));
+      std::vector<float> sum(buffer.size());
+      c.allReduce(buffer.data(), sum.data(), count, "whole");
+      c.reduceScatterPieces(buffer.data(), count, shares, "shares");
+      for (const comm::Share& share : shares) {
+        const size_t bytes = static_cast<size_t>(share.count) * 4;
+        require(share.owner != c.rank() || bytes == 0 ||
+                    std::memcmp(buffer.data() + share.offset, sum.data() + share.offset, bytes) == 0,
+                "the share at " + std::to_string(share.offset) + " of " + std::to_string(ranks) +
+                    " ranks has other bits than the all-reduce");
+      }
+    }));
+  }
+});
+
+// The rest of a large buffer is not even there: it costs nothing, and touching it ends the process.
+const CommunicatorRegistration kSparse("pieces.sparse", 1, [](CommunicatorTrial& t) {
+  t.expectAllFine(t.run(3, [](Rank& rank) {
+    constexpr int64_t kBytes = int64_t{1} << 36, kPage = 4096, kFloats = kPage / 4;
+    Communicator& c = *rank.world;
+    void* const memory = mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory != MAP_FAILED, "the system reserves no addresses");
+    const std::unique_ptr<void, void (*)(void*)> freed(memory, [](void* all) { munmap(all, kBytes); });
+    auto* const buffer = static_cast<float*>(memory);
+    std::vector<comm::Share> shares;
+    std::vector<comm::Piece> own;
+    for (int owner = 0; owner < 3; ++owner) {
+      shares.push_back({owner * (kBytes / 16), kFloats, owner});
+      float* const at = buffer + shares.back().offset;
+      require(mprotect(at, kPage, PROT_READ | PROT_WRITE) == 0, "the system refuses a page");
+      std::fill_n(at, kFloats, 1.0f);
+      if (owner == c.rank()) own.push_back({at, shares.back().offset * 4, kPage});
+    }
+    c.reduceScatterPieces(buffer, kBytes / 4, shares, "sums");
+    c.allGatherPieces(own, buffer, kBytes, "gather");
+    for (const comm::Share& share : shares) {
+      const float* const at = buffer + share.offset;
+      require(std::all_of(at, at + kFloats, [](float x) { return x == 3.0f; }), "a share is not the sum");
+    }
+  }));
+});
+
 const CommunicatorRegistration kTraffic("traffic", 1, [](CommunicatorTrial& t) {
   for (const int ranks : {1, 2, 4}) {
     t.expectAllFine(t.run(ranks, [&](Rank& rank) {
@@ -93,6 +158,10 @@ const CommunicatorRegistration kTraffic("traffic", 1, [](CommunicatorTrial& t) {
       const comm::Piece piece{a.data(), c.rank() * 100, 100};
       c.allGatherPieces({&piece, 1}, b.data(), 400, "pieces");
       moved("pieces", others * 100, others * 100);
+      const comm::Share halves[] = {{0, 2048, 0}, {2048, 1024, ranks - 1}};
+      c.reduceScatterPieces(b.data(), 4096, halves, "shares");
+      const int64_t own = (c.rank() == 0 ? 8192 : 0) + (c.rank() == ranks - 1 ? 4096 : 0);
+      moved("shares", others * own, 12288 - own);
       const comm::Outgoing to{(c.rank() + 1) % ranks, a.data(), 77, Element::kByte};
       const comm::Incoming from{(c.rank() + ranks - 1) % ranks, b.data(), 77, Element::kByte};
       c.exchange({&to, 1}, {&from, 1}, "exchange");
