@@ -98,65 +98,68 @@ float* Parameters::vectorGradient(const std::string& name) const {
   return has(name) ? gradient(name).data : nullptr;
 }
 
+Stored Parameters::stored(int64_t index, Space space) const {
+  const TensorSpec& t = spec(index);
+  const auto at = [&](Arena& arena, int64_t offset, DType dtype) {
+    const size_t size = bytes(t.layout.elements, dtype);
+    return Stored{arena.at(static_cast<size_t>(offset), size, t.name.c_str()), dtype, size};
+  };
+  if (space == Space::kWeights) {
+    if (t.master != kAbsent) return at(optimizer_, t.master, DType::kFloat32);
+    return at(weights_, t.weights, t.matrix ? spec_.dtype : DType::kFloat32);
+  }
+  const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
+  if (offset == kAbsent)
+    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
+  return at(space == Space::kGradients ? gradients_ : optimizer_, offset, DType::kFloat32);
+}
+
 void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t count, const float* data) {
   const TensorSpec& t = spec(index);
   const int64_t in = t.layout.in;
-  const bool rounded = space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16;
-  if (rounded) {
-    auto* to = static_cast<BFloat16*>(
-        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
-    for (int64_t r = 0; r < count; ++r) {
-      eachElement(t.layout, row + r, DType::kBFloat16,
-                  [&](int64_t i, int64_t k) { to[i] = toBFloat16(data[r * in + k]); });
-    }
+  const Stored to = stored(index, space);
+  auto* const floats = static_cast<float*>(to.data);
+  auto* const halves = static_cast<BFloat16*>(to.data);
+  if (!t.matrix) {
+    std::copy_n(data, count * in, floats + row * in);
     return;
   }
-  const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
-  if (space != Space::kWeights && offset == kAbsent)
-    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
-  Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
-  float* to = space == Space::kWeights
-                  ? master(t)
-                  : static_cast<float*>(arena.at(static_cast<size_t>(offset), bytes(t.layout.elements, DType::kFloat32),
-                                                 t.name.c_str()));
   for (int64_t r = 0; r < count; ++r) {
-    if (t.matrix) {
-      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { to[i] = data[r * in + k]; });
+    const float* from = data + r * in;
+    if (to.dtype == DType::kFloat32) {
+      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { floats[i] = from[k]; });
     } else {
-      std::copy_n(data + r * in, in, to + (row + r) * in);
+      eachElement(t.layout, row + r, DType::kBFloat16, [&](int64_t i, int64_t k) { halves[i] = toBFloat16(from[k]); });
     }
   }
 }
 
 void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count, float* data) const {
   const TensorSpec& t = spec(index);
+  unpack(t, stored(index, space), row, count, data);
+  if (space != Space::kGradients || t.gradient2 == kAbsent) return;
+  const size_t size = bytes(t.layout.elements, DType::kFloat32);
+  const auto* second = static_cast<const float*>(gradients_.at(static_cast<size_t>(t.gradient2), size, t.name.c_str()));
+  for (int64_t r = 0; r < count; ++r) {
+    eachElement(t.layout, row + r, DType::kFloat32,
+                [&](int64_t i, int64_t k) { data[r * t.layout.in + k] += second[i]; });
+  }
+}
+
+void Parameters::unpack(const TensorSpec& t, const Stored& stored, int64_t row, int64_t count, float* data) {
   const int64_t in = t.layout.in;
-  const bool rounded = space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16;
-  if (rounded) {
-    const auto* from = static_cast<const BFloat16*>(
-        weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, spec_.dtype), t.name.c_str()));
-    for (int64_t r = 0; r < count; ++r) {
-      eachElement(t.layout, row + r, DType::kBFloat16,
-                  [&](int64_t i, int64_t k) { data[r * in + k] = toFloat(from[i]); });
-    }
+  const auto* const floats = static_cast<const float*>(stored.data);
+  const auto* const halves = static_cast<const BFloat16*>(stored.data);
+  if (!t.matrix) {
+    std::copy_n(floats + row * in, count * in, data);
     return;
   }
-  const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
-  if (space != Space::kWeights && offset == kAbsent)
-    throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
-  Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
-  const auto read = [&](int64_t at) {
-    return static_cast<const float*>(
-        arena.at(static_cast<size_t>(at), bytes(t.layout.elements, DType::kFloat32), t.name.c_str()));
-  };
-  const float* from = space == Space::kWeights ? master(t) : read(offset);
-  const float* second = space == Space::kGradients && t.gradient2 != kAbsent ? read(t.gradient2) : nullptr;
   for (int64_t r = 0; r < count; ++r) {
-    if (t.matrix) {
-      eachElement(t.layout, row + r, DType::kFloat32,
-                  [&](int64_t i, int64_t k) { data[r * in + k] = second == nullptr ? from[i] : from[i] + second[i]; });
+    float* to = data + r * in;
+    if (stored.dtype == DType::kFloat32) {
+      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { to[k] = floats[i]; });
     } else {
-      std::copy_n(from + (row + r) * in, in, data + r * in);
+      eachElement(t.layout, row + r, DType::kBFloat16, [&](int64_t i, int64_t k) { to[k] = toFloat(halves[i]); });
     }
   }
 }

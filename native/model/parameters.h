@@ -15,6 +15,13 @@ namespace lockstep::model {
 
 enum class Space : uint8_t { kWeights, kMoment1, kMoment2, kGradients };
 
+// A tensor as it lies in memory, in the element order of its dtype.
+struct Stored {
+  void* data;
+  DType dtype;
+  size_t bytes;
+};
+
 struct StepOptions {
   double learningRate, beta1, beta2, epsilon, weightDecay, clipNorm;
   int64_t step;  // 1 for the first update
@@ -34,12 +41,18 @@ class Parameters {
   kernels::WeightGradient gradient(const std::string& name, int copy = 0) const;
   float* vectorGradient(const std::string& name) const;
 
-  // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]. Weights means the masters where there are
-  // any, else the compute weights (rounded when written).
+  // Where a tensor lies: its masters where there are any, else its compute weights; a moment; its first gradient
+  // accumulator. Throws Error("MODEL_NOT_TRAINED").
+  Stored stored(int64_t tensor, Space) const;
+
+  // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]; bfloat16 weights are rounded when written.
   void writeRows(int64_t tensor, Space, int64_t row, int64_t count, const float* data);
   void readRows(int64_t tensor, Space, int64_t row, int64_t count, float* data) const;
   const TensorSpec& spec(int64_t tensor) const { return spec_.tensors[static_cast<size_t>(tensor)]; }
   int64_t find(const std::string& name) const;
+
+  // Rows of a tensor that lies elsewhere in the same order, as plain float32 [count, in].
+  static void unpack(const TensorSpec&, const Stored&, int64_t row, int64_t count, float* data);
 
   // Renews the compute weights from the masters.
   void publish(Queue&);

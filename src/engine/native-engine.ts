@@ -18,11 +18,12 @@ import { type RankShare, rankShare, wholeShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
 import { shardTable } from '../layout/shards.js';
 import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
-import { type Device, rethrow, rethrowAsync } from './device.js';
+import { awaitedLater, type Device, rethrow, rethrowAsync } from './device.js';
 import type {
   Dtype,
   Engine,
   EngineMemory,
+  FileTensor,
   ForwardOptions,
   ForwardResult,
   Generated,
@@ -31,15 +32,16 @@ import type {
   GenerateRequest,
   ParameterSpace,
   SamplingOptions,
+  Saving,
   StepOptions,
   StepResult,
   TokenGradients,
 } from './engine.js';
+import { type HeldTensor, slicesToLoad, slicesToSave } from './file-slices.js';
 import {
   loadNative,
   type NativeForward,
   type NativeGenerate,
-  type NativeLoad,
   type NativeModel,
   type NativePieces,
   type NativeWorld,
@@ -101,8 +103,10 @@ export class NativeEngine implements Engine {
   readonly parts: number;
   /** What the rank has of the model. */
   readonly share: RankShare;
-  readonly table: readonly TensorSpec[];
+  readonly table: readonly HeldTensor[];
   lastGeneration: GenerationStatistics | undefined;
+  /** Among those of its world. */
+  private readonly rank: number;
   private readonly device: Device;
   private readonly recompute: boolean;
   private readonly train: boolean;
@@ -117,6 +121,7 @@ export class NativeEngine implements Engine {
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
     const { rank } = options;
+    this.rank = rank?.rank ?? 0;
     this.share = rank ? rankShare(this.shape, this.parts, rank.degrees, rank.rank) : wholeShare(this.shape, this.parts);
     this.table = rank
       ? shardTable(this.shape, this.parts, rank.degrees, rank.rank)
@@ -166,9 +171,19 @@ export class NativeEngine implements Engine {
     await rethrowAsync(() => this.native.join(this.share.tensorRanks));
   }
 
-  /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
-  async load(items: NativeLoad[]): Promise<void> {
-    await rethrowAsync(() => this.native.load(items));
+  async load(tensors: readonly FileTensor[]): Promise<void> {
+    await rethrowAsync(() => this.native.load(slicesToLoad(this.table, tensors)));
+  }
+
+  async save(tensors: readonly FileTensor[], { copy = false }: { copy?: boolean } = {}): Promise<Saving> {
+    const slices = slicesToSave(this.table, this.rank, tensors);
+    if (!copy) {
+      await rethrowAsync(() => this.native.save(slices));
+      return { copiedBytes: 0, written: Promise.resolve() };
+    }
+    const snapshot = await rethrowAsync(() => this.native.snapshot(slices));
+    const written = awaitedLater(rethrowAsync(() => this.native.save(slices, snapshot.copy)));
+    return { copiedBytes: snapshot.bytes, written };
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {

@@ -8,7 +8,14 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LockstepError } from '../errors.js';
 import type { CallPlan } from '../layout/memory-plan.js';
-import type { ForwardOutput, ForwardResult, Generated, GenerateProgress, ParameterSpace } from './engine.js';
+import type {
+  FileTensor,
+  ForwardOutput,
+  ForwardResult,
+  Generated,
+  GenerateProgress,
+  ParameterSpace,
+} from './engine.js';
 
 export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
@@ -80,17 +87,21 @@ export interface NativeGenerated {
 /** Flat quadruples: source row, tensor index, row in that tensor, count. */
 export type NativePieces = number[];
 
-export interface NativeLoad {
-  file: string;
-  name: string;
-  dtype: 'F32' | 'BF16' | 'F16';
-  offset: number;
+/** A rank's part of a tensor in a file: these rows, and of them these columns. */
+export interface NativeSlice extends FileTensor {
+  /** Logical shape [out rows, in columns]; a transposed one is stored [columns, rows]. */
   rows: number;
   columns: number;
   columnBegin: number;
   columnCount: number;
   transposed: boolean;
   pieces: NativePieces;
+}
+
+/** A model's state in host memory; `save` takes `copy` once. */
+export interface NativeSnapshot {
+  bytes: number;
+  copy: object;
 }
 
 export interface NativeStep {
@@ -111,7 +122,9 @@ export interface NativeWorld {
 export interface NativeModel {
   /** Resolves when all ranks of the world have called it; a stage has `tensorRanks`. */
   join(tensorRanks: number): Promise<void>;
-  load(items: NativeLoad[]): Promise<void>;
+  load(slices: NativeSlice[]): Promise<void>;
+  snapshot(slices: NativeSlice[]): Promise<NativeSnapshot>;
+  save(slices: NativeSlice[], copy?: object): Promise<void>;
   forward(call: NativeForward): Promise<ForwardResult>;
   backward(gradients: { logprobs?: Float32Array; entropies?: Float32Array; values?: Float32Array }): Promise<void>;
   step(options: NativeStep): Promise<number>;

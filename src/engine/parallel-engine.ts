@@ -10,17 +10,19 @@ import { type Degrees, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
 import { rankShare } from '../layout/rank-share.js';
 import type { Device } from './device.js';
-import { rethrow } from './device.js';
+import { awaitedLater, rethrow } from './device.js';
 import type {
   Dtype,
   Engine,
   EngineMemory,
+  FileTensor,
   ForwardOptions,
   ForwardResult,
   Generated,
   GenerateOptions,
   GenerateRequest,
   ParameterSpace,
+  Saving,
   StepResult,
 } from './engine.js';
 import { loadNative, type NativeGenerate } from './native.js';
@@ -162,6 +164,18 @@ export class ParallelEngine implements Engine {
 
   async publish(): Promise<void> {
     await together(this.ranks.map((rank) => rank.publish()));
+  }
+
+  async load(tensors: readonly FileTensor[]): Promise<void> {
+    await together(this.ranks.map((rank) => rank.load(tensors)));
+  }
+
+  async save(tensors: readonly FileTensor[], options: { copy?: boolean } = {}): Promise<Saving> {
+    const savings = await together(this.ranks.map((rank) => rank.save(tensors, options)));
+    return {
+      copiedBytes: savings.reduce((sum, { copiedBytes }) => sum + copiedBytes, 0),
+      written: awaitedLater(together(savings.map(({ written }) => written)).then(() => undefined)),
+    };
   }
 
   /** Arenas of every rank, as `rank 0 weights`. */

@@ -4,11 +4,13 @@ import { describe, expect, test } from 'vitest';
 import { writeFailure } from '../../src/checkpoints/files.js';
 import { hubCacheDirectory, resolveModelDirectory } from '../../src/checkpoints/hub-cache.js';
 import { loadPlan, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
-import { readFloat32 } from '../../src/checkpoints/safetensors.js';
 import { loadOptimizerState, saveOptimizerState } from '../../src/checkpoints/state.js';
+import { slicesToLoad } from '../../src/engine/file-slices.js';
+import type { NativeSlice } from '../../src/engine/native.js';
 import { parseModelConfig, withHead } from '../../src/layout/config.js';
 import { tensorTable } from '../../src/layout/tensor-table.js';
 import { type Json, MemoryEngine, temporaryDirectory, tensorsOf, writeTensors } from './checkpoints-files.js';
+import { readFloat32 } from './fake-files.js';
 
 const llama: Json = {
   architectures: ['LlamaForCausalLM'],
@@ -52,7 +54,7 @@ const failure = (work: Promise<unknown>) =>
   );
 const plan = async ({ directory }: Written, options = {}) => {
   const opened = await openCheckpoint(directory);
-  return loadPlan(opened, tensorTable(opened.shape, 1), options);
+  return loadPlan(opened, { shape: opened.shape, parts: 1 }, options);
 };
 
 describe('opening', () => {
@@ -60,12 +62,14 @@ describe('opening', () => {
     const written = checkpoint(llama);
     const opened = await openCheckpoint(written.directory);
     expect(opened.shape).toEqual(parseModelConfig(llama, 'config.json'));
-    const { slices, zeroed } = loadPlan(opened, tensorTable(opened.shape, 1));
+    const { tensors, zeroed } = loadPlan(opened, { shape: opened.shape, parts: 1 });
     expect(zeroed).toEqual([]);
+    const table = tensorTable(opened.shape, 1);
+    const slices = slicesToLoad(table, tensors);
     expect(slices.map((slice) => slice.name).sort()).toEqual([...opened.tensors.keys()].sort());
     const key = slices.find((slice) => slice.name.endsWith('k_proj.weight'));
-    expect(key).toMatchObject({ tensor: 'layers.0.qkv', dtype: 'F32', rows: 4, columns: 8, transposed: false });
-    expect(key?.pieces).toEqual([{ sourceRow: 0, rows: 4, row: 8 }]);
+    expect(key).toMatchObject({ dtype: 'F32', rows: 4, columns: 8, transposed: false });
+    expect(key?.pieces).toEqual([0, table.findIndex(({ name }) => name === 'layers.0.qkv'), 8, 4]);
     expect(key?.file).toBe(written.weights);
   });
 
@@ -75,7 +79,10 @@ describe('opening', () => {
       tensors.push({ name: 'h.0.attn.bias', shape: [1, 1, 16, 16] }, { name: 'h.0.attn.masked_bias', shape: [] });
     });
     const full = checkpoint(gpt2);
-    const [bareSlices, fullSlices] = [(await plan(bare)).slices, (await plan(full)).slices];
+    const table = tensorTable((await openCheckpoint(full.directory)).shape, 1);
+    const [bareSlices, fullSlices] = [await plan(bare), await plan(full)].map(({ tensors }) =>
+      slicesToLoad(table, tensors),
+    ) as [NativeSlice[], NativeSlice[]];
     const strip = (slices: typeof fullSlices) => slices.map(({ file: _, offset: __, ...rest }) => rest);
     expect(strip(bareSlices)).toEqual(strip(fullSlices));
     expect(fullSlices.find((slice) => slice.name.endsWith('c_attn.weight'))).toMatchObject({
@@ -109,7 +116,7 @@ describe('opening', () => {
     expect(shards.length).toBeGreaterThan(2);
     const opened = await openCheckpoint(directory);
     for (const [name, tensor] of opened.tensors) {
-      expect(await readFloat32(name, tensor)).toEqual(await engine.readTensor(name));
+      expect(await readFloat32(tensor)).toEqual(await engine.readTensor(name));
     }
     const indexPath = join(directory, 'model.safetensors.index.json');
     const index = JSON.parse(readFileSync(indexPath, 'utf8')) as { weight_map: Record<string, string> };
@@ -164,11 +171,11 @@ describe('a checkpoint that does not fit', () => {
 
   test('a head that the checkpoint lacks is zero when asked for, an error otherwise', async () => {
     const opened = await openCheckpoint(checkpoint(llama).directory);
-    const table = tensorTable(withHead(opened.shape, 'value'), 1);
+    const table = { shape: withHead(opened.shape, 'value'), parts: 1 };
     expect(() => loadPlan(opened, table)).toThrow(/score.weight.*no such head yet/);
-    const { slices, zeroed } = loadPlan(opened, table, { newHead: true });
+    const { tensors, zeroed } = loadPlan(opened, table, { newHead: true });
     expect(zeroed).toEqual(['scalarHead', 'scalarHeadBias']);
-    expect(slices.some((slice) => slice.name === 'lm_head.weight')).toBe(false);
+    expect(tensors.some(({ name }) => name === 'lm_head.weight')).toBe(false);
     const trunkless = await openCheckpoint(checkpoint(llama, (tensors) => tensors.splice(2, 1)).directory);
     expect(() => loadPlan(trunkless, table, { newHead: true })).toThrow(/q_proj/);
   });
@@ -176,9 +183,10 @@ describe('a checkpoint that does not fit', () => {
   test('a critic takes over the head of a reward model, its bias being new', async () => {
     const score = { ...gpt2, architectures: ['GPT2ForSequenceClassification'], id2label: { 0: 'LABEL_0' } };
     const opened = await openCheckpoint(checkpoint(score).directory);
-    const { slices, zeroed } = loadPlan(opened, tensorTable(withHead(opened.shape, 'value'), 1), { newHead: true });
+    const critic = { shape: withHead(opened.shape, 'value'), parts: 1 };
+    const { tensors, zeroed } = loadPlan(opened, critic, { newHead: true });
     expect(zeroed).toEqual(['scalarHeadBias']);
-    expect(slices.some((slice) => slice.tensor === 'scalarHead')).toBe(true);
+    expect(tensors.some(({ name, space }) => name === 'classifier.weight' && space === 'weights')).toBe(true);
   });
 
   test('a dtype that cannot be loaded is named', async () => {
@@ -290,10 +298,10 @@ describe('saving', () => {
     expect(opened.shape).toEqual(engine.shape);
     expect(opened.config.architectures).toEqual([architecture]);
     expect(opened.config.torch_dtype).toBe('float32');
-    const { slices } = loadPlan(opened, tensorTable(opened.shape, 1));
-    expect(slices.length).toBe(opened.tensors.size);
-    for (const { name } of slices) {
-      expect(await readFloat32(name, opened.tensors.get(name)!)).toEqual(await engine.readTensor(name));
+    const { tensors } = loadPlan(opened, { shape: opened.shape, parts: 1 });
+    expect(tensors.length).toBe(opened.tensors.size);
+    for (const { name } of tensors) {
+      expect(await readFloat32(opened.tensors.get(name)!)).toEqual(await engine.readTensor(name));
     }
     expect(readdirSync(directory).sort()).toEqual(['config.json', 'model.safetensors']);
   });
