@@ -167,6 +167,11 @@ function settingsOf(config: Config): Settings {
   };
 }
 
+/** The layout of a run, as its folder's config.yaml names it: a checkpoint's own bytes are those of any layout. */
+export function layoutOf(earlier: string | undefined): Config['parallel'] | undefined {
+  return earlier === undefined ? undefined : (parseYaml(earlier) as Config).parallel;
+}
+
 /** Models, data and reward as the run folder's config.yaml names them; relative paths are relative to here. */
 function earlierDifference(earlier: string | undefined, config: Config): Difference | undefined {
   if (earlier === undefined) return undefined;
