@@ -96,18 +96,23 @@ describe('a checkpoint', () => {
 
   it('is written while the next step runs', async () => {
     // Nothing is written before the next step begins; after the last one there is none to wait for.
+    const begun: string[] = [];
     let begin = () => {};
     const saving = ({ copiedBytes, written }: Saving): Saving => {
-      const begun = new Promise<void>((resolve) => {
+      const step = new Promise<string>((resolve) => {
         const before = begin;
         begin = () => {
           before();
-          resolve();
+          resolve('step');
         };
       });
-      return { copiedBytes, written: Promise.race([begun, later(300)]).then(() => written) };
+      const time = later(1000).then(() => 'time');
+      const first = Promise.race([step, time]).then((by) => begun.push(by));
+      return { copiedBytes, written: first.then(() => written) };
     };
     const events = order(await run(sft(), { backend: backendWith({ saving, step: () => begin() }) }));
+    // The model and its optimizer state, three times.
+    expect(begun).toEqual(['step', 'step', 'step', 'step', 'time', 'time']);
     const inOrder = (...names: string[]) => {
       const places = names.map((name) => events.indexOf(name));
       expect([events, places]).toEqual([events, places.toSorted((a, b) => a - b)]);
