@@ -20,6 +20,7 @@ import type { Dtype, Engine, FileTensor } from '../../src/engine/engine.js';
 import { loadNative } from '../../src/engine/native.js';
 import { NativeEngine } from '../../src/engine/native-engine.js';
 import { ParallelEngine } from '../../src/engine/parallel-engine.js';
+import { parseModelConfig } from '../../src/layout/config.js';
 import { snapshotBytes } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import { goldenDirectories } from './golden.js';
@@ -31,7 +32,6 @@ import {
   readAll,
   runModule,
   sameTensors,
-  smallShape,
   temporaryDirectory,
   tinyShape,
 } from './support.js';
@@ -170,26 +170,31 @@ describe.each(folders)('$name', ({ directory }) => {
   });
 });
 
-const llamaJson = (shape: ModelShape): Json => ({
+const base: Json = {
   model_type: 'llama',
-  vocab_size: shape.vocabulary,
-  hidden_size: shape.width,
-  intermediate_size: shape.feedForward,
-  num_hidden_layers: shape.layers,
-  num_attention_heads: shape.heads,
-  num_key_value_heads: shape.keyValueHeads,
-  head_dim: shape.headWidth,
-  max_position_embeddings: shape.maxPositions,
-  tie_word_embeddings: shape.tied,
-});
+  vocab_size: 97,
+  hidden_size: 48,
+  intermediate_size: 96,
+  num_hidden_layers: 3,
+  num_attention_heads: 8,
+  num_key_value_heads: 2,
+  head_dim: 6,
+  max_position_embeddings: 64,
+};
+const configs: Record<string, Json> = {
+  'four ranks to each key/value head, tied, fewer tokens than parts': {
+    ...{ ...base, num_key_value_heads: 1, tie_word_embeddings: true, vocab_size: 7 },
+  },
+  'stored transposed, with biases and learned positions': {
+    ...{ model_type: 'gpt2', vocab_size: 97, n_embd: 48, n_layer: 3, n_head: 8, n_positions: 16 },
+  },
+  'biases of queries, keys and values': { ...base, model_type: 'qwen2' },
+  'head norms': { ...base, model_type: 'qwen3', num_key_value_heads: 4 },
+};
 
-describe('more ranks than key/value heads', () => {
-  const shape: ModelShape = {
-    ...{ ...tinyShape, windows: [0, 0], heads: 8, headWidth: 8, keyValueHeads: 1, feedForward: 128 },
-    ...{ tied: true, vocabulary: 20, normEpsilon: 1e-6 },
-  };
-  test.each(dtypes)('each row is saved by its owner alone, %s', async (dtype) => {
-    expect(await sameInAllLayouts(shape, llamaJson(shape), dtype, 8)).toBe(4);
+describe.each(Object.entries(configs))('eight parts: %s', (_, config) => {
+  test.each(dtypes)('saved and loaded alike by all layouts, %s', async (dtype) => {
+    expect(await sameInAllLayouts(parseModelConfig(config, 'config.json'), config, dtype, 8)).toBe(4);
   });
 });
 
@@ -208,8 +213,8 @@ function manyTimes(engine: Engine, file: string, times: number): FileTensor[] {
 }
 
 describe('a save behind the model', () => {
-  const shape = { ...smallShape, maxPositions: 64, normEpsilon: 1e-6 };
-  const configJson = llamaJson(shape);
+  const configJson = { ...base, vocab_size: 1000, hidden_size: 256, intermediate_size: 704, head_dim: 32 };
+  const shape = parseModelConfig(configJson, 'config.json');
 
   const withLearner = (run: (engine: NativeEngine, device: Device) => Promise<void>) =>
     withDevices(1, async ([device]) => {

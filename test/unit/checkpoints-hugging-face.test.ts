@@ -1,4 +1,14 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { writeFailure } from '../../src/checkpoints/files.js';
@@ -135,6 +145,54 @@ describe('opening', () => {
     expect(await failure(openCheckpoint(directory))).toMatchObject({ code: 'CHECKPOINT_CORRUPT' });
     writeFileSync(indexPath, '{"weight_map": 3}');
     expect(await failure(openCheckpoint(directory))).toMatchObject({ message: expect.stringContaining('weight_map') });
+  });
+});
+
+describe('a shard', () => {
+  /** A folder of several files, and the names of these. */
+  async function sharded(config: Json = llama): Promise<{ directory: string; shards: string[] }> {
+    const directory = temporaryDirectory();
+    const engine = new MemoryEngine(parseModelConfig(config, 'config.json'), 1, (_, name, i) => value(name, i));
+    await saveModel(engine.asEngine(), directory, { configJson: config, maxShardBytes: 600 });
+    return { directory, shards: readdirSync(directory).filter((file) => /^model-.*\.safetensors$/.test(file)) };
+  }
+  const replaced = async (other: Json, from: number, to: number) => {
+    const [{ directory, shards }, foreign] = [await sharded(), await sharded(other)];
+    copyFileSync(join(foreign.directory, foreign.shards[from]!), join(directory, shards[to]!));
+    return failure(plan({ directory, weights: '' }));
+  };
+
+  test('that is missing is named', async () => {
+    const { directory, shards } = await sharded();
+    rmSync(join(directory, shards[1]!));
+    expect(await failure(openCheckpoint(directory))).toMatchObject({
+      code: 'CHECKPOINT_FILE_MISSING',
+      message: expect.stringMatching(new RegExp(`${shards[1]}: no such file`)),
+    });
+  });
+
+  test('that is cut short is named', async () => {
+    const { directory, shards } = await sharded();
+    const file = join(directory, shards[1]!);
+    truncateSync(file, readFileSync(file).length - 4);
+    expect(await failure(openCheckpoint(directory))).toMatchObject({
+      code: 'CHECKPOINT_CORRUPT',
+      message: expect.stringContaining(shards[1]!),
+    });
+  });
+
+  test('of another model is named, with its tensor and both shapes', async () => {
+    expect(await replaced({ ...llama, vocab_size: 12 }, 0, 0)).toMatchObject({
+      code: 'CHECKPOINT_TENSOR_SHAPE',
+      details: { file: expect.stringContaining('model-00001-of'), expected: [11, 8], received: [12, 8] },
+    });
+  });
+
+  test('in the place of another is named, with the tensor that it lacks', async () => {
+    expect(await replaced(llama, 0, 1)).toMatchObject({
+      code: 'CHECKPOINT_TENSOR_MISSING',
+      details: { file: expect.stringContaining('model-00002-of'), tensor: expect.stringContaining('model.layers.0') },
+    });
   });
 });
 
@@ -389,17 +447,27 @@ describe('optimizer state', () => {
     }
   });
 
-  test('of another model is refused before anything is written', async () => {
+  test('of another model, or damaged, is refused before anything is read, with file, tensor and both sides', async () => {
     const directory = temporaryDirectory();
     await saveOptimizerState(new MemoryEngine(shape, 1, () => 1).asEngine(), directory);
-    const check = async (config: Json, code: string) => {
+    const check = async (config: Json, code: string, details: Json) => {
       const engine = new MemoryEngine(parseModelConfig(config, 'config.json'));
-      expect(await failure(loadOptimizerState(engine.asEngine(), directory))).toMatchObject({ code });
+      expect(await failure(loadOptimizerState(engine.asEngine(), directory))).toMatchObject({ code, details });
       for (const data of engine.values.values()) expect(data.every((x) => x === 0)).toBe(true);
     };
-    await check({ ...llama, vocab_size: 12 }, 'CHECKPOINT_TENSOR_SHAPE');
-    await check({ ...llama, num_hidden_layers: 2 }, 'CHECKPOINT_TENSOR_MISSING');
-    await check({ ...llama, tie_word_embeddings: true }, 'CHECKPOINT_TENSOR_MISSING');
+    const file = join(directory, 'optimizer.safetensors');
+    const tensor = 'moment1.model.embed_tokens.weight';
+    const shapes = { file, tensor, expected: [12, 8], received: [11, 8] };
+    await check({ ...llama, vocab_size: 12 }, 'CHECKPOINT_TENSOR_SHAPE', shapes);
+    const lacking = { file, tensor: 'moment1.model.layers.1.input_layernorm.weight', expected: [8] };
+    await check({ ...llama, num_hidden_layers: 2 }, 'CHECKPOINT_TENSOR_MISSING', lacking);
+    const extra = { file, tensor: 'moment1.lm_head.weight' };
+    await check({ ...llama, tie_word_embeddings: true }, 'CHECKPOINT_TENSOR_MISSING', extra);
+    const whole = readFileSync(file);
+    writeFileSync(file, Buffer.from(whole.toString('latin1').replaceAll('"F32"', '"I32"'), 'latin1'));
+    await check(llama, 'CHECKPOINT_DTYPE', { file, tensor, expected: 'F32', received: 'I32' });
+    writeFileSync(file, whole.subarray(0, -4));
+    await check(llama, 'CHECKPOINT_CORRUPT', { file });
     expect(
       await failure(loadOptimizerState(new MemoryEngine(shape).asEngine(), join(directory, 'none'))),
     ).toMatchObject({
