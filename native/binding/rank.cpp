@@ -22,7 +22,9 @@ Rank::Rank(Napi::Env env, const RankOptions& options)
     : kernels_(options.implementation == "reference" ? &kernels::referenceKernels()
                                                      : &kernels::cpuKernels(options.isa.c_str())),
       poison_(options.poison),
-      workspace_("workspace", 0),
+      memory_("memory.device", MemorySpace::kUnbounded),
+      host_("memory.host", options.hostBytes),
+      workspace_("workspace", 0, &memory_),
       queue_(std::make_unique<Queue>(options.threads, options.scratchBytes)),
       env_(env),
       door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
@@ -47,12 +49,33 @@ void Rank::close() {
   if (closed_.exchange(true)) return;
   for (const auto& hook : hooks_) hook();
   thread_.close();
+  transfer_.close();
   queue_->close();
   workspace_.release();
   door_.Release();
 }
 
 Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  return post(env, thread_, std::move(work), std::move(finish));
+}
+
+Napi::Promise Rank::transfer(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  return post(env, transfer_, std::move(work), std::move(finish));
+}
+
+std::shared_future<void> Rank::trimWorkspace(size_t bytes) {
+  auto trimmed = std::make_shared<std::promise<void>>();
+  const bool posted = thread_.post([this, bytes, trimmed] {
+    workspace_.trim(bytes);
+    ++workspaceUse_;
+    trimmed->set_value();
+  });
+  if (!posted) trimmed->set_value();
+  return trimmed->get_future().share();
+}
+
+Napi::Promise Rank::post(Napi::Env env, RankThread& thread, std::function<void()> work,
+                         std::function<Napi::Value(Napi::Env)> finish) {
   if (closed_) {  // the door is gone: nothing may touch it
     const auto refused = Napi::Promise::Deferred::New(env);
     refused.Reject(toJavaScript(env, "CLOSED", "the device is closed").Value());
@@ -62,7 +85,7 @@ Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::functio
       new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
   const Napi::Promise promise = call->deferred.Promise();
   if (pending_++ == 0) door_.Ref(env);
-  thread_.post([call] {
+  thread.post([call] {
     try {
       call->work();
     } catch (const Error& error) {

@@ -11,7 +11,7 @@ Model::Model(Spec spec, Device device, Parallel parallel)
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, device.kernels),
+      parameters_(spec_, device.kernels, device.memory),
       transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
 
 void Model::join(int tensorRanks) {

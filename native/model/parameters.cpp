@@ -39,12 +39,12 @@ kernels::QkvLayout Shape::qkv(int64_t layer) const {
   return {{heads, keyValueHeads, headWidth, windows[static_cast<size_t>(layer)], parts, scale}};
 }
 
-Parameters::Parameters(const Spec& spec, const kernels::Kernels& kernels)
+Parameters::Parameters(const Spec& spec, const kernels::Kernels& kernels, MemorySpace& memory)
     : spec_(spec),
       kernels_(kernels),
-      weights_("weights", static_cast<size_t>(spec.weightsBytes)),
-      gradients_("gradients", static_cast<size_t>(spec.gradientBytes)),
-      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes)) {
+      weights_("weights", static_cast<size_t>(spec.weightsBytes), &memory),
+      gradients_("gradients", static_cast<size_t>(spec.gradientBytes), &memory),
+      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &memory) {
   for (size_t i = 0; i < spec.tensors.size(); ++i) {
     const TensorSpec& t = spec.tensors[i];
     index_[t.name] = i;

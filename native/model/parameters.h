@@ -22,8 +22,9 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps a reference to `spec`. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
-  Parameters(const Spec& spec, const kernels::Kernels& kernels);
+  // Keeps a reference to `spec`; the arenas count in `memory`. Throws Error("MEMORY_PLAN") when a tensor does not fit
+  // where the plan puts it.
+  Parameters(const Spec& spec, const kernels::Kernels& kernels, MemorySpace& memory);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -47,9 +48,9 @@ class Parameters {
   // Clips by the global norm, updates, publishes, clears the gradients; returns the norm before clipping.
   double step(Queue&, const StepOptions&);
 
-  const Arena& weights() const { return weights_; }
-  const Arena& gradients() const { return gradients_; }
-  const Arena& optimizer() const { return optimizer_; }
+  Arena& weights() { return weights_; }
+  Arena& gradients() { return gradients_; }
+  Arena& optimizer() { return optimizer_; }
 
  private:
   const TensorSpec& tensor(const std::string& name) const;

@@ -8,6 +8,7 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { ModelState } from './model-state.js';
 
 export type Dtype = 'float32' | 'bfloat16';
 
@@ -107,6 +108,8 @@ export interface Engine extends AsyncDisposable {
   readonly shape: ModelShape;
   readonly dtype: Dtype;
   readonly parts: number;
+  /** The state of each rank, for `moveState`; absent when it stays where it is. */
+  readonly states?: readonly ModelState[];
 
   forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult>;
   /** Adds the gradients of the last `forward` with `keep` to the accumulators, and releases its activations. */

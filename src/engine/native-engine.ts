@@ -35,6 +35,7 @@ import type {
   StepResult,
   TokenGradients,
 } from './engine.js';
+import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
   loadNative,
   type NativeForward,
@@ -102,6 +103,8 @@ export class NativeEngine implements Engine {
   /** What the rank has of the model. */
   readonly share: RankShare;
   readonly table: readonly TensorSpec[];
+  /** Its state, which can leave the device. */
+  readonly state: ModelState;
   lastGeneration: GenerationStatistics | undefined;
   private readonly device: Device;
   private readonly recompute: boolean;
@@ -124,6 +127,8 @@ export class NativeEngine implements Engine {
     const plan = planModel(this.table, this.dtype, this.train);
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
     this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
+    const { weightsBytes: parameters, gradientBytes: gradients, optimizerBytes: optimizer } = plan;
+    this.state = new ModelState(this.device, this, this.native, { parameters, gradients, optimizer });
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -171,12 +176,25 @@ export class NativeEngine implements Engine {
     await rethrowAsync(() => this.native.load(items));
   }
 
+  get states(): readonly ModelState[] {
+    return [this.state];
+  }
+
+  /**
+   * Moves groups of the state; see `moveState`.
+   * @throws LockstepError MEMORY_BUDGET, STATE_MOVE_INVALID, GRADIENTS_LIVE, OFFLOAD_FILE
+   */
+  move(places: StatePlaces): Promise<void> {
+    return moveState([{ state: this.state, places }]);
+  }
+
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
     return this.runForward(this.planForward(batch, options));
   }
 
   /** @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET */
   planForward(batch: TokenBatch, options: ForwardOptions): NativeForward {
+    this.state.require(['parameters'], 'A forward pass');
     const keep = options.keep ?? false;
     if (keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
@@ -202,10 +220,12 @@ export class NativeEngine implements Engine {
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
+    this.state.require(['parameters', 'gradients'], 'A backward pass');
     await rethrowAsync(() => this.native.backward(gradients));
   }
 
   async step(options: StepOptions): Promise<StepResult> {
+    this.state.require(['parameters', 'gradients', 'optimizer'], 'An optimizer step');
     const { betas, ...rest } = options;
     return {
       gradientNorm: await rethrowAsync(() => this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
@@ -258,6 +278,7 @@ export class NativeEngine implements Engine {
 
   /** @throws LockstepError PROMPT_TOO_LONG */
   generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
+    this.state.require(['parameters'], 'Generation');
     const { shape } = this;
     const native = requests.map((request, i) => {
       const room = shape.maxPositions - request.prompt.length;
@@ -327,12 +348,21 @@ export class NativeEngine implements Engine {
   }
 
   /** Rows as `pieces` says, of one tensor of the table. */
-  readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+  async readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+    this.state.require(this.groupsOf(space), 'Reading a tensor');
     return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
   }
 
-  writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+  async writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+    this.state.require(this.groupsOf(space), 'Writing a tensor');
     return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+  }
+
+  /** In bfloat16 the weights that tensors are read from are the masters, which lie with the optimizer's state. */
+  private groupsOf(space: ParameterSpace): StateGroup[] {
+    if (space === 'gradients') return ['gradients'];
+    if (space !== 'weights') return ['optimizer'];
+    return this.train && this.dtype === 'bfloat16' ? ['parameters', 'optimizer'] : ['parameters'];
   }
 
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
@@ -348,6 +378,7 @@ export class NativeEngine implements Engine {
   }
 
   async publish(): Promise<void> {
+    this.state.require(['parameters', 'optimizer'], 'Publishing the weights');
     await rethrowAsync(() => this.native.publish());
   }
 

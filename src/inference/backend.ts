@@ -8,6 +8,9 @@ export interface DeviceSettings {
   threads: number;
   /** Budget of everything the device holds. */
   memoryBytes: number;
+  /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */
+  hostBytes?: number;
+  offloadFolder?: string;
   /** Stages of the pipeline, and ranks that share each: a model runs on their product. Default 1. */
   pipeline?: number;
   tensor?: number;
@@ -49,12 +52,12 @@ export const nativeBackend: Backend = {
 /** A device for each rank, with its share of the threads, at least one, and the whole budget of memory. */
 async function openRanks(
   degrees: { pipeline: number; tensor: number },
-  { threads, memoryBytes }: DeviceSettings,
+  { threads, ...memory }: DeviceSettings,
 ): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
   const ranks = degrees.pipeline * degrees.tensor;
   const devices = Array.from({ length: ranks }, (_, rank) =>
-    createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), memoryBytes }),
+    createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), ...memory }),
   );
   return {
     createEngine: (checkpoint, { head, dtype, parts, train }) => {

@@ -29,10 +29,12 @@ type Settings = Readonly<Record<string, unknown>>;
 
 /** Fills `directory` with the task's state after `step`. */
 export async function saveCheckpoint(task: Task, config: Config, step: number, directory: string): Promise<void> {
-  for (const { role, engine } of task.trained) {
+  for (const { role, engine, hold } of task.trained) {
     const { directory: tokenizerFrom, config: configJson } = role.checkpoint;
-    await saveModel(engine, join(directory, role.folder), { configJson, tokenizerFrom });
-    await saveOptimizerState(engine, join(directory, 'trainer', role.name));
+    await hold(async () => {
+      await saveModel(engine, join(directory, role.folder), { configJson, tokenizerFrom });
+      await saveOptimizerState(engine, join(directory, 'trainer', role.name));
+    });
   }
   const state: TrainerState = {
     format: 1,
@@ -47,8 +49,8 @@ export async function saveCheckpoint(task: Task, config: Config, step: number, d
 
 /** Gives a task, whose models were loaded from `directory`, the rest of its state. */
 export async function restoreCheckpoint(task: Task, directory: string): Promise<void> {
-  for (const { role, engine } of task.trained) {
-    await loadOptimizerState(engine, join(directory, 'trainer', role.name));
+  for (const { role, engine, hold } of task.trained) {
+    await hold(() => loadOptimizerState(engine, join(directory, 'trainer', role.name)));
   }
   const state = await readState(directory);
   const difference = firstDifference(state.parts, partsOf(task), 'numerics.parts');

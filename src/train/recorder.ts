@@ -16,11 +16,15 @@ interface TraceEvent {
   args?: { step: number };
 }
 
+type Category = 'phase' | 'native' | 'transfer';
+const rowOf: Record<Category, number> = { phase: 1, native: 2, transfer: 3 };
+
 export class Recorder {
   /** Milliseconds of the process clock that are microsecond `#base` of the trace. */
   #origin = performance.now();
   #base = 0;
-  #seconds = new Map<string, number>();
+  /** By metric. */
+  #sums = new Map<string, number>();
   #events: TraceEvent[] = [];
   #file: FileHandle | undefined;
   #empty = true;
@@ -38,21 +42,20 @@ export class Recorder {
     await this.flush();
   }
 
-  /** Runs `work` as a phase; `category` native calls are drawn on a row of their own. */
-  async phase<T>(name: string, work: () => Promise<T> | T, category: 'phase' | 'native' = 'phase'): Promise<T> {
+  /** Runs `work` as a phase; native calls and transfers are drawn on rows of their own, and summed under their category. */
+  async phase<T>(name: string, work: () => Promise<T> | T, category: Category = 'phase'): Promise<T> {
     const start = performance.now();
     try {
       return await work();
     } finally {
       const end = performance.now();
-      const key = category === 'native' ? 'native' : name;
-      this.#seconds.set(key, (this.#seconds.get(key) ?? 0) + (end - start) / 1000);
+      this.add(`seconds.${category === 'phase' ? name : category}`, (end - start) / 1000);
       this.#events.push({
         name,
         cat: category,
         ph: 'X',
         pid: 1,
-        tid: category === 'native' ? 2 : 1,
+        tid: rowOf[category],
         ts: this.#base + Math.round((start - this.#origin) * 1000),
         dur: Math.round((end - start) * 1000),
         args: { step: this.step },
@@ -60,10 +63,15 @@ export class Recorder {
     }
   }
 
-  /** `seconds.<phase>` since the last call. */
+  /** Adds to a metric of the present row: `seconds.<phase>` or `bytes.<transfer>`. */
+  add(metric: string, amount: number): void {
+    this.#sums.set(metric, (this.#sums.get(metric) ?? 0) + amount);
+  }
+
+  /** What was added since the last call. */
   take(): Record<string, number> {
-    const entries = [...this.#seconds].map(([name, seconds]) => [`seconds.${name}`, Number(seconds.toFixed(6))]);
-    this.#seconds.clear();
+    const entries = [...this.#sums].map(([metric, sum]) => [metric, Number(sum.toFixed(6))]);
+    this.#sums.clear();
     return Object.fromEntries(entries);
   }
 
@@ -83,7 +91,7 @@ export class Recorder {
   }
 
   /** An object whose listed methods are phases; a phase is named by its table entry. */
-  wrap<T extends object>(target: T, phases: Partial<Record<keyof T, string>>, category?: 'phase' | 'native'): T {
+  wrap<T extends object>(target: T, phases: Partial<Record<keyof T, string>>, category?: Category): T {
     const recorder = this;
     return new Proxy(target, {
       get(object, key) {

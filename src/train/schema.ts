@@ -78,7 +78,13 @@ const common = {
   placement: z.string().default('colocated'),
   memory: section({
     device: bytes.default('8GiB'),
+    /** Host memory for state that is moved off the device. */
     host: bytes.default('16GiB'),
+    /**
+     * Models that take turns on the device: what a call does not need waits in host memory, or in files of the run folder, when
+     * there is no room for it. Changes no bit.
+     */
+    offload: z.enum(['none', 'host', 'file']).default('none'),
     /** Recompute each layer's activations in backward instead of keeping them. */
     recompute: z.boolean().default(false),
   }),

@@ -157,11 +157,13 @@ export async function withEngine<T>(
   { isa, ...options }: DeviceOptions & Omit<OpenOptions, 'device'> & { isa?: string },
   run: (engine: NativeEngine, device: Device) => Promise<T>,
 ): Promise<T> {
-  const { threads = 2, memoryBytes, implementation, poison, ...rest } = options;
+  const { threads = 2, memoryBytes, hostBytes, offloadFolder, implementation, poison, ...rest } = options;
   const device = withIsa(isa, () =>
     createDevice({
       threads,
       ...(memoryBytes === undefined ? {} : { memoryBytes }),
+      ...(hostBytes === undefined ? {} : { hostBytes }),
+      ...(offloadFolder === undefined ? {} : { offloadFolder }),
       ...(implementation === undefined ? {} : { implementation }),
       ...(poison === undefined ? {} : { poison }),
     }),
