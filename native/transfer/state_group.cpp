@@ -69,36 +69,35 @@ bool StateGroup::arrived() const {
   return arena_.absent() == (leaving() ? arena_.planned() : 0);
 }
 
-size_t StateGroup::moveChunk(size_t bytes) {
-  const auto start = std::chrono::steady_clock::now();
+size_t StateGroup::nextChunk(size_t bytes) const {
   const size_t absent = arena_.absent();
-  size_t moved = 0;
+  if (leaving()) return std::min(bytes, arena_.planned() - absent);
+  // From the end: what is absent stays one run of bytes from the start.
+  return absent == 0 ? 0 : absent - (absent - 1) / bytes * bytes;
+}
+
+void StateGroup::moveChunk(size_t bytes) {
+  const auto start = std::chrono::steady_clock::now();
+  const size_t absent = arena_.absent(), moved = nextChunk(bytes);
   if (leaving()) {
-    moved = std::min(bytes, arena_.planned() - absent);
     if (backing_) backing_->put(absent, arena_.data() + absent, moved);
     arena_.setAbsent(absent + moved);
   } else {
-    // From the end: what is absent stays one run of bytes from the start.
-    const size_t begin = (absent - 1) / bytes * bytes;
-    moved = absent - begin;
-    arena_.setAbsent(begin);
+    arena_.setAbsent(absent - moved);
     try {
-      if (backing_) backing_->take(begin, arena_.data() + begin, moved);
+      if (backing_) backing_->take(absent - moved, arena_.data() + absent - moved, moved);
     } catch (...) {
       arena_.setAbsent(absent);
       throw;
     }
   }
-  const std::lock_guard lock(counting_);
-  auto& seconds = leaving() ? counts_.offloadSeconds : counts_.restoreSeconds;
-  seconds += secondsSince(start);
-  if (backing_) {
-    (leaving() ? counts_.offloadBytes : counts_.restoreBytes) += static_cast<int64_t>(moved);
-  } else if (leaving()) {
-    counts_.droppedBytes += static_cast<int64_t>(moved);
+  {
+    const std::lock_guard lock(counting_);
+    (leaving() ? counts_.offloadSeconds : counts_.restoreSeconds) += secondsSince(start);
+    if (backing_) (leaving() ? counts_.offloadBytes : counts_.restoreBytes) += static_cast<int64_t>(moved);
+    if (!backing_ && leaving()) counts_.droppedBytes += static_cast<int64_t>(moved);
   }
   if (arrived() && !leaving()) backing_.reset();
-  return moved;
 }
 
 Counts StateGroup::counts() const {
@@ -114,9 +113,11 @@ struct Direction {
   size_t next = 0, moved = 0;
 
   bool done() const { return next == moves.size(); }
+  size_t nextChunk(size_t bytes) const { return moves[next].group->nextChunk(bytes); }
   void chunk(size_t bytes) {
-    Move& move = moves[next];
-    if (!move.group->arrived()) moved += move.group->moveChunk(bytes);
+    const Move& move = moves[next];
+    moved += nextChunk(bytes);
+    if (!move.group->arrived()) move.group->moveChunk(bytes);
     if (!move.group->arrived()) return;
     move.group->end(StateGroup::Kind::kMove, move.ticket);
     ++next;
@@ -136,7 +137,8 @@ void exchange(const std::vector<Move>& moves, size_t chunkBytes, const std::stri
     }
     while (!away.done() || !back.done()) {
       if (cancelled) throw Error("ABORTED", "the device was closed while state was moving");
-      const bool leave = !away.done() && (back.done() || away.moved <= back.moved);
+      // What comes takes only room that was made.
+      const bool leave = !away.done() && (back.done() || back.moved + back.nextChunk(chunkBytes) > away.moved);
       (leave ? away : back).chunk(chunkBytes);
     }
   } catch (...) {

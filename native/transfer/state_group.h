@@ -45,9 +45,11 @@ class StateGroup {
   // Error("GRADIENTS_LIVE"), and what backings throw; then nothing has changed.
   void aim(Place, const std::string& folder);
   bool arrived() const;
-  // Moves one chunk of at most `bytes` towards the aim and returns its size. A failure leaves the chunk where it was:
-  // whatever has left can be fetched by aiming at the device.
-  size_t moveChunk(size_t bytes);
+  // Moves one chunk of at most `bytes` towards the aim. A failure leaves the chunk where it was: whatever has left can
+  // be fetched by aiming at the device.
+  void moveChunk(size_t bytes);
+  // The size of the next chunk; 0 after arrival.
+  size_t nextChunk(size_t bytes) const;
   bool leaving() const { return aim_ != Place::kDevice; }
 
   // The contents are not zero: a backward pass has added to them and no step has used them.
@@ -85,8 +87,8 @@ struct Move {
   uint64_t ticket;
 };
 
-// Makes moves as one exchange: what leaves and what comes take turns, chunk by chunk, so that neither the device nor
-// the host ever holds more than before or after, plus one chunk on the host. Each move's ticket ends when its group has
+// Makes moves as one exchange: what leaves and what comes take turns, chunk by chunk, so that the device never holds
+// more than before or after, and the host at most two chunks more. Each move's ticket ends when its group has
 // arrived; a failure or a cancellation ends all and throws.
 void exchange(const std::vector<Move>& moves, size_t chunkBytes, const std::string& folder,
               const std::atomic<bool>& cancelled);
