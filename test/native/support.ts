@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs';
 import { resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 
-import { checkpointTensors, openCheckpoint } from '../../src/checkpoints/hugging-face.js';
+import { checkpointTensors, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
 import { createDevice, createEngine } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
 import type { Device, DeviceOptions } from '../../src/engine/device.js';
@@ -136,6 +136,20 @@ export function randomModel(name: string, shape: ModelShape, seed = 1): TestMode
     return engine;
   };
   return { name, shape, open };
+}
+
+/** Writes a model of the Llama family as a checkpoint that never ends a text by itself: responses have their full length. */
+export async function writeCheckpoint(model: TestModel, directory: string): Promise<string> {
+  const { shape } = model;
+  const configJson = {
+    ...{ architectures: ['LlamaForCausalLM'], model_type: 'llama', vocab_size: shape.vocabulary },
+    ...{ hidden_size: shape.width, intermediate_size: shape.feedForward, num_hidden_layers: shape.layers },
+    ...{ num_attention_heads: shape.heads, num_key_value_heads: shape.keyValueHeads, head_dim: shape.headWidth },
+    ...{ max_position_embeddings: shape.maxPositions, rms_norm_eps: shape.normEpsilon, rope_theta: 10000 },
+    ...{ hidden_act: 'silu', tie_word_embeddings: shape.tied, eos_token_id: null, pad_token_id: shape.padToken },
+  };
+  await withEngine(model, { dtype: 'float32' }, (engine) => saveModel(engine, directory, { configJson }));
+  return directory;
 }
 
 function randomTensor(shape: readonly number[], next: () => number): Float32Array {
