@@ -97,7 +97,7 @@ async function save({ config, folder, recorder, task }: Run, step: number) {
     folder.saveCheckpoint(step, config.checkpoint.keep, (target) => saveCheckpoint(task, config, step, target)),
   );
   // The row of this step is written before the checkpoint, so its time is in the event and the trace only.
-  recorder.take();
+  recorder.forgetSeconds();
   await recorder.flush();
   return { type: 'checkpoint', step, directory, seconds: (performance.now() - start) / 1000 } as const;
 }

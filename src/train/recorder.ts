@@ -75,6 +75,11 @@ export class Recorder {
     return Object.fromEntries(entries);
   }
 
+  /** Leaves the seconds since the last call to the trace; bytes count in the next row. */
+  forgetSeconds(): void {
+    for (const metric of this.#sums.keys()) if (metric.startsWith('seconds.')) this.#sums.delete(metric);
+  }
+
   async flush(): Promise<void> {
     if (!this.#file || this.#events.length === 0) return;
     const text = this.#events.map((event) => JSON.stringify(event)).join(',\n');
