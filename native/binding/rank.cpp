@@ -49,7 +49,7 @@ void Rank::close() {
   if (closed_.exchange(true)) return;
   for (const auto& hook : hooks_) hook();
   thread_.close();
-  transfer_.close();
+  if (transfer_ != nullptr) transfer_->close();
   queue_->close();
   workspace_.release();
   door_.Release();
@@ -60,7 +60,8 @@ Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::functio
 }
 
 Napi::Promise Rank::transfer(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
-  return post(env, transfer_, std::move(work), std::move(finish));
+  if (transfer_ == nullptr && !closed_) transfer_ = std::make_unique<RankThread>();
+  return post(env, transfer_ == nullptr ? thread_ : *transfer_, std::move(work), std::move(finish));
 }
 
 std::shared_future<void> Rank::trimWorkspace(size_t bytes) {

@@ -38,7 +38,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   // Runs work on the rank's thread; the promise resolves to finish(env) or rejects with the error of either.
   Napi::Promise call(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
 
-  // The same on the rank's transfer thread, which moves state while the rank computes.
+  // The same on the rank's transfer thread, which moves state while the rank computes; the first call starts it.
   Napi::Promise transfer(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
 
   // After the calls so far: the workspace gives back what it has beyond `bytes`. Activations kept for backward are
@@ -83,7 +83,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
   std::vector<std::function<void()>> hooks_;
   std::atomic<bool> closed_{false};
   bool hooked_ = true;
-  RankThread thread_, transfer_;
+  RankThread thread_;
+  std::unique_ptr<RankThread> transfer_;
 };
 
 Napi::Error toJavaScript(Napi::Env, const std::string& code, const std::string& message);
