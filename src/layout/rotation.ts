@@ -1,7 +1,7 @@
 /**
- * Models of a run in one region in turn (homogeneous networking, notes on offload in docs/decisions): which groups of state lie
- * on the device while each call runs, and what moves between two calls. Pure data, computed before anything is allocated: the
- * preflight adds it up, the run carries it out.
+ * Models of a run in one region in turn (docs/decisions/offload.md): which groups of state lie on the device while each call runs,
+ * and what moves between two calls. Pure data, computed before anything is allocated: the preflight adds it up, the run carries
+ * it out.
  *
  * A group is all of one kind of a model's state. What a call does not need stays on the device as long as there is room, the
  * soonest needed first, and only if there is room until it is needed; what is away comes back ahead of its call on the same terms.
