@@ -1,6 +1,7 @@
 /** What the benches share: medians with spread, devices, and random models of the shapes in test/fixtures/configs. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { saveModel } from '../src/checkpoints/hugging-face.js';
 import { createDevice } from '../src/checkpoints/load-model.js';
 import type { Measurement } from '../src/cli/bench.js';
 import type { Device } from '../src/engine/device.js';
@@ -100,6 +101,13 @@ export async function randomEngine(options: RandomModel): Promise<NativeEngine> 
   }
   await engine.publish();
   return engine;
+}
+
+/** A random model as a checkpoint that never ends a text by itself: every response has its full length. */
+export async function writeModel(name: string, directory: string, head: Head, seed: number): Promise<void> {
+  await using device = createDevice({ threads: 1 });
+  await using engine = await randomEngine({ shape: shapeOf(name, head), device, dtype: 'float32', seed });
+  await saveModel(engine, directory, { configJson: { ...configOf(name), eos_token_id: null } });
 }
 
 export function randomTokens(count: number, vocabulary: number, seed = 2): Int32Array {

@@ -8,14 +8,18 @@ namespace lockstep::binding {
 Napi::Function DeviceWrap::define(Napi::Env env) {
   return DefineClass(env, "Device",
                      {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close"),
-                      InstanceMethod<&DeviceWrap::bench>("bench")});
+                      InstanceMethod<&DeviceWrap::bench>("bench"), InstanceMethod<&DeviceWrap::move>("move"),
+                      InstanceMethod<&DeviceWrap::spaces>("spaces")});
 }
 
 DeviceWrap::DeviceWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DeviceWrap>(info) {
   const auto o = info[0].As<Napi::Object>();
   const RankOptions options{static_cast<int>(integerAt(o, "threads")),
-                            static_cast<size_t>(integerAt(o, "scratchBytes")), stringAt(o, "implementation"),
-                            stringAt(o, "isa"), booleanAt(o, "poison")};
+                            static_cast<size_t>(integerAt(o, "scratchBytes")),
+                            stringAt(o, "implementation"),
+                            stringAt(o, "isa"),
+                            booleanAt(o, "poison"),
+                            static_cast<size_t>(integerAt(o, "hostBytes"))};
   try {
     rank_ = std::make_shared<Rank>(info.Env(), options);
   } catch (const Error& error) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "binding/rank.h"
+#include "binding/state.h"
 #include "comm/communicator.h"
 #include "model/model.h"
 
@@ -22,6 +23,8 @@ class DeviceWrap : public Napi::ObjectWrap<DeviceWrap> {
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
   Napi::Value bench(const Napi::CallbackInfo&);
+  Napi::Value move(const Napi::CallbackInfo&);
+  Napi::Value spaces(const Napi::CallbackInfo&);
 
   std::shared_ptr<Rank> rank_;
 };
@@ -42,6 +45,8 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
  public:
   static Napi::Function define(Napi::Env);
   explicit ModelWrap(const Napi::CallbackInfo&);
+  // The model's state, or a CLOSED error.
+  std::shared_ptr<ModelState> state(Napi::Env) const;
 
  private:
   Napi::Value join(const Napi::CallbackInfo&);
@@ -57,6 +62,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   Napi::Value clearGradients(const Napi::CallbackInfo& info);
   Napi::Value publish(const Napi::CallbackInfo&);
   Napi::Value memory(const Napi::CallbackInfo&);
+  Napi::Value state(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
 
   // The model, or a CLOSED error.
@@ -64,6 +70,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
 
   std::shared_ptr<Rank> rank_;
   std::shared_ptr<model::Model> model_;
+  std::shared_ptr<ModelState> state_;
 };
 
 }  // namespace lockstep::binding

@@ -19,6 +19,17 @@ model::Parallel readParallel(Napi::Object o, Rank& rank) {
   return parallel;
 }
 
+// What reading or writing rows of a space needs on the device.
+unsigned groupsOf(const model::Model& model, model::Space space, const std::vector<Piece>& pieces) {
+  if (space == model::Space::kGradients) return kGradients;
+  if (space != model::Space::kWeights) return kOptimizer;
+  const auto& tensors = model.spec().tensors;
+  const bool masters = std::any_of(pieces.begin(), pieces.end(), [&](const Piece& piece) {
+    return tensors.at(static_cast<size_t>(piece.tensor)).master != model::kAbsent;
+  });
+  return masters ? kParameters | kOptimizer : kParameters;
+}
+
 }  // namespace
 
 Napi::Function ModelWrap::define(Napi::Env env) {
@@ -30,7 +41,8 @@ Napi::Function ModelWrap::define(Napi::Env env) {
        InstanceMethod<&ModelWrap::step>("step"), InstanceMethod<&ModelWrap::generate>("generate"),
        InstanceMethod<&ModelWrap::readRows>("readRows"), InstanceMethod<&ModelWrap::writeRows>("writeRows"),
        InstanceMethod<&ModelWrap::clearGradients>("clearGradients"), InstanceMethod<&ModelWrap::publish>("publish"),
-       InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::close>("close")});
+       InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::state>("state"),
+       InstanceMethod<&ModelWrap::close>("close")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWrap>(info) {
@@ -39,6 +51,7 @@ ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWra
     model::Parallel parallel;
     if (info[2].IsObject()) parallel = readParallel(info[2].As<Napi::Object>(), *rank_);
     model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel));
+    state_ = std::make_shared<ModelState>(model_, rank_->host());
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
@@ -106,7 +119,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
                    {pointer(call->logprobs), pointer(call->entropies), pointer(call->values), pointer(call->logits),
                     pointer(call->hidden)});
   };
-  return rank_->call(info.Env(), work, [call](Napi::Env env) {
+  return rank_->call(info.Env(), claimed(state_, kParameters, work), [call](Napi::Env env) {
     auto result = Napi::Object::New(env);
     const auto give = [&](const char* name, const std::vector<float>& array) {
       if (!array.empty()) result.Set(name, toFloat32Array(env, array));
@@ -125,11 +138,14 @@ Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
   auto gradients = std::make_shared<std::array<std::vector<float>, 3>>(
       std::array<std::vector<float>, 3>{float32At(o, "logprobs"), float32At(o, "entropies"), float32At(o, "values")});
-  auto work = [model = open(info.Env()), gradients, slot = integerAt(o, "slot"), more = booleanAt(o, "more")] {
+  auto work = [model = open(info.Env()), state = state_, gradients, slot = integerAt(o, "slot"),
+               more = booleanAt(o, "more")] {
     const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
+    state->gradients.live = true;
     model->backward(slot, more, pointer((*gradients)[0]), pointer((*gradients)[1]), pointer((*gradients)[2]));
   };
-  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(info.Env(), claimed(state_, kParameters | kGradients, work),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
@@ -138,8 +154,12 @@ Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
   const model::StepOptions options{number("learningRate"), number("beta1"),    number("beta2"),     number("epsilon"),
                                    number("weightDecay"),  number("clipNorm"), integerAt(o, "step")};
   auto norm = std::make_shared<double>(0);
-  auto work = [model = open(info.Env()), options, norm] { *norm = model->step(options); };
-  return rank_->call(info.Env(), work, [norm](Napi::Env env) { return Napi::Number::New(env, *norm); });
+  auto work = [model = open(info.Env()), state = state_, options, norm] {
+    *norm = model->step(options);
+    state->gradients.live = false;
+  };
+  return rank_->call(info.Env(), claimed(state_, kParameters | kGradients | kOptimizer, work),
+                     [norm](Napi::Env env) { return Napi::Number::New(env, *norm); });
 }
 
 // readRows({space, pieces: [sourceRow, tensor, row, rows, ...], columns}): float32 [sum of source rows, columns]
@@ -155,7 +175,8 @@ Napi::Value ModelWrap::readRows(const Napi::CallbackInfo& info) {
     for (const Piece& p : pieces)
       model->parameters().readRows(p.tensor, space, p.row, p.rows, out->data() + p.sourceRow * columns);
   };
-  return rank_->call(info.Env(), work, [out](Napi::Env env) { return toFloat32Array(env, *out); });
+  return rank_->call(info.Env(), claimed(state_, groupsOf(*model_, space, pieces), work),
+                     [out](Napi::Env env) { return toFloat32Array(env, *out); });
 }
 
 Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
@@ -168,22 +189,28 @@ Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
     if ((p.sourceRow + p.rows) * columns > static_cast<int64_t>(data->size()))
       invalid(info.Env(), "data", "rows x columns numbers");
   }
-  auto work = [model = open(info.Env()), pieces, space, columns, data] {
+  auto work = [model = open(info.Env()), state = state_, pieces, space, columns, data] {
+    if (space == model::Space::kGradients) state->gradients.live = true;
     for (const Piece& p : pieces)
       model->parameters().writeRows(p.tensor, space, p.row, p.rows, data->data() + p.sourceRow * columns);
   };
-  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(info.Env(), claimed(state_, groupsOf(*model_, space, pieces), work),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::clearGradients(const Napi::CallbackInfo& info) {
-  return rank_->call(
-      info.Env(), [model = open(info.Env())] { model->clearGradients(); },
-      [](Napi::Env env) { return env.Undefined(); });
+  const auto model = open(info.Env());
+  const auto work = [model, state = state_] {
+    model->clearGradients();
+    state->gradients.live = false;
+  };
+  return rank_->call(info.Env(), claimed(state_, kGradients, work), [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::publish(const Napi::CallbackInfo& info) {
-  return rank_->call(
-      info.Env(), [model = open(info.Env())] { model->publish(); }, [](Napi::Env env) { return env.Undefined(); });
+  const auto model = open(info.Env());
+  return rank_->call(info.Env(), claimed(state_, kParameters | kOptimizer, [model] { model->publish(); }),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 // {weights, gradients, optimizer}: {planned, highWater} in bytes
@@ -206,6 +233,7 @@ Napi::Value ModelWrap::memory(const Napi::CallbackInfo& info) {
 // Frees the model's memory when the calls in flight are done. Idempotent.
 Napi::Value ModelWrap::close(const Napi::CallbackInfo& info) {
   model_.reset();
+  state_.reset();
   return info.Env().Undefined();
 }
 

@@ -22,7 +22,9 @@ Rank::Rank(Napi::Env env, const RankOptions& options)
     : kernels_(options.implementation == "reference" ? &kernels::referenceKernels()
                                                      : &kernels::cpuKernels(options.isa.c_str())),
       poison_(options.poison),
-      workspace_("workspace", 0),
+      memory_("memory.device", MemorySpace::kUnbounded),
+      host_("memory.host", options.hostBytes),
+      workspace_("workspace", 0, &memory_),
       queue_(std::make_unique<Queue>(options.threads, options.scratchBytes)),
       env_(env),
       door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
@@ -47,7 +49,9 @@ void Rank::close() {
   if (closed_.exchange(true)) return;
   for (const auto& hook : hooks_) hook();
   thread_.close();
-  if (saver_) saver_->close();
+  for (RankThread* beside : {saver_.get(), transfer_.get()}) {
+    if (beside != nullptr) beside->close();
+  }
   queue_->close();
   workspace_.release();
   door_.Release();
@@ -64,6 +68,22 @@ Napi::Promise Rank::callSaver(Napi::Env env, std::function<void()> work, std::fu
 RankThread& Rank::saver() {
   if (!saver_) saver_ = std::make_unique<RankThread>();
   return *saver_;
+}
+
+Napi::Promise Rank::transfer(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  if (transfer_ == nullptr && !closed_) transfer_ = std::make_unique<RankThread>();
+  return callOn(transfer_ == nullptr ? thread_ : *transfer_, env, std::move(work), std::move(finish));
+}
+
+std::shared_future<void> Rank::trimWorkspace(size_t bytes) {
+  auto trimmed = std::make_shared<std::promise<void>>();
+  const bool posted = thread_.post([this, bytes, trimmed] {
+    workspace_.trim(bytes);
+    ++workspaceUse_;
+    trimmed->set_value();
+  });
+  if (!posted) trimmed->set_value();
+  return trimmed->get_future().share();
 }
 
 Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void()> work,

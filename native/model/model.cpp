@@ -28,7 +28,7 @@ Model::Model(Spec spec, Device device, Parallel parallel)
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, parallel_, device.kernels),
+      parameters_(spec_, parallel_, device.kernels, device.memory),
       transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
 
 // Takes the workspace for one call, grown to its plan.

@@ -22,6 +22,7 @@ struct Device {
   const kernels::Kernels& kernels;
   Queue& queue;
   Arena& workspace;
+  MemorySpace& memory;
   const std::atomic<bool>& cancelled;
   // Counts the calls that used the workspace: activations kept for backward are gone when another call came between.
   int64_t& workspaceUse;

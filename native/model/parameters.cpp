@@ -79,13 +79,13 @@ kernels::WeightLayout vectorLayout(int64_t out, int64_t in, const std::vector<in
   return layout;
 }
 
-Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels)
+Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory)
     : spec_(spec),
       parallel_(parallel),
       kernels_(kernels),
-      weights_("weights", static_cast<size_t>(spec.weightsBytes)),
-      gradients_("gradients", static_cast<size_t>(spec.gradientBytes)),
-      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes)) {
+      weights_("weights", static_cast<size_t>(spec.weightsBytes), &memory),
+      gradients_("gradients", static_cast<size_t>(spec.gradientBytes), &memory),
+      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &memory) {
   for (size_t i = 0; i < spec.tensors.size(); ++i) {
     const TensorSpec& t = spec.tensors[i];
     index_[t.name] = i;

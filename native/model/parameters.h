@@ -40,8 +40,9 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps references. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
-  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels);
+  // Keeps references; the arenas count in `memory`. Throws Error("MEMORY_PLAN") when a tensor does not fit where the
+  // plan puts it.
+  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -80,9 +81,9 @@ class Parameters {
   void step(Queue&, const StepOptions&, double norm);
   void clearGradients();
 
-  const Arena& weights() const { return weights_; }
-  const Arena& gradients() const { return gradients_; }
-  const Arena& optimizer() const { return optimizer_; }
+  Arena& weights() { return weights_; }
+  Arena& gradients() { return gradients_; }
+  Arena& optimizer() { return optimizer_; }
 
  private:
   const TensorSpec& tensor(const std::string& name) const;

@@ -8,6 +8,10 @@ export interface DeviceOptions {
   threads?: number;
   /** Budget of everything the device holds; default 8 GiB. */
   memoryBytes?: number;
+  /** Budget of the state that is moved to host memory; default 16 GiB. */
+  hostBytes?: number;
+  /** Where state is moved to files; default: the current directory. They have no name while they exist. */
+  offloadFolder?: string;
   /** `reference` computes with plain loops: the oracle, very slow. */
   implementation?: 'cpu' | 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
@@ -20,14 +24,20 @@ const scratchBytes = 64 << 20;
 export class Device implements AsyncDisposable {
   readonly threads: number;
   readonly memoryBytes: number;
+  readonly offloadFolder: string;
   readonly native: NativeDevice;
   private readonly held = new Map<object, number>();
+  /** Of moves under way: it counts until it has left. */
+  private leavingBytes = 0;
+  /** The largest workspace that a call has asked for: the native one is never smaller than what it holds. */
+  private workspaceSeen = 0;
   private closed = false;
 
   /** @throws LockstepError NATIVE_NOT_BUILT, ISA_UNSUPPORTED, ISA_INVALID, THREADS_INVALID. */
   constructor(options: DeviceOptions = {}) {
     this.threads = options.threads ?? availableParallelism();
     this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
+    this.offloadFolder = options.offloadFolder ?? '.';
     if (!Number.isInteger(this.threads) || this.threads < 1 || this.threads > 256) {
       throw new LockstepError('THREADS_INVALID', `threads: expected an integer in 1..256, received ${this.threads}.`);
     }
@@ -39,6 +49,7 @@ export class Device implements AsyncDisposable {
           implementation: options.implementation ?? 'cpu',
           isa: requestedInstructionSet(),
           poison: options.poison ?? false,
+          hostBytes: options.hostBytes ?? 16 * 2 ** 30,
         }),
     );
   }
@@ -50,6 +61,10 @@ export class Device implements AsyncDisposable {
 
   /** Bytes that the models of this device hold for good. */
   get heldBytes(): number {
+    return this.settledBytes + this.leavingBytes;
+  }
+
+  private get settledBytes(): number {
     let sum = 0;
     for (const bytes of this.held.values()) sum += bytes;
     return sum;
@@ -76,14 +91,56 @@ export class Device implements AsyncDisposable {
     this.held.delete(owner);
   }
 
+  /**
+   * Books an exchange that ends with `held` bytes for each owner: what comes counts from now on, what leaves until `end`. With
+   * `workspaceBytes` the workspace must first give back what it has beyond them.
+   * @throws LockstepError MEMORY_BUDGET with the arithmetic
+   */
+  rehold(held: ReadonlyMap<object, number>): Booking {
+    const before = this.settledBytes;
+    let after = before;
+    for (const [owner, bytes] of held) after += bytes - (this.held.get(owner) ?? 0);
+    if (after > this.memoryBytes) {
+      throw new LockstepError(
+        'MEMORY_BUDGET',
+        `Moving state to the device would make its models hold ${mebibytes(after)}, more than the device's ${mebibytes(this.memoryBytes)}; ` +
+          `they hold ${mebibytes(before)}. Move other state away first, or raise memory.device.`,
+        { bytes: after - before, held: before, budget: this.memoryBytes },
+      );
+    }
+    for (const [owner, bytes] of held) this.held.set(owner, bytes);
+    const leaving = Math.max(0, before - after);
+    this.leavingBytes += leaving;
+    const end = (): void => {
+      this.leavingBytes -= leaving;
+    };
+    const room = Math.max(0, this.workspaceBytes);
+    if (this.workspaceSeen <= room) return { end };
+    this.workspaceSeen = room;
+    return { workspaceBytes: room, end };
+  }
+
+  /** What an owner really holds after an exchange that failed. */
+  correct(owner: object, bytes: number): void {
+    this.held.set(owner, bytes);
+  }
+
   /** @throws LockstepError MEMORY_BUDGET when a call's buffers do not fit beside the models. */
   requireWorkspace(bytes: number, what: string): void {
-    if (bytes <= this.workspaceBytes) return;
+    if (bytes <= this.workspaceBytes) {
+      this.workspaceSeen = Math.max(this.workspaceSeen, bytes);
+      return;
+    }
     throw new LockstepError(
       'MEMORY_BUDGET',
       `${what} needs ${mebibytes(bytes)} of workspace; the device has ${mebibytes(this.memoryBytes)}, of which its models hold ${mebibytes(this.heldBytes)}. Raise memory.device or lower batch.microTokens.`,
       { bytes, held: this.heldBytes, budget: this.memoryBytes },
     );
+  }
+
+  /** Bytes that all arenas of the device, and what was moved to host memory, hold now and held at most. */
+  spaces(): ReturnType<NativeDevice['spaces']> {
+    return this.native.spaces();
   }
 
   memory(): ReturnType<NativeDevice['memory']> {
@@ -100,6 +157,12 @@ export class Device implements AsyncDisposable {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
+}
+
+/** An exchange of state that was booked: see `Device.rehold`. */
+export interface Booking {
+  workspaceBytes?: number;
+  end(): void;
 }
 
 const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1)} MiB`;

@@ -8,6 +8,7 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { ModelState } from './model-state.js';
 
 export type Dtype = 'float32' | 'bfloat16';
 
@@ -136,6 +137,8 @@ export interface Engine extends AsyncDisposable {
   readonly parts: number;
   /** Data-parallel degree: replicas of the model that learn together. */
   readonly replicas: number;
+  /** The state of each rank, for `moveState`; absent when it stays where it is. */
+  readonly states?: readonly ModelState[];
 
   forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult>;
   /** Adds the gradients of the last `forward` with `keep` to the accumulators, and releases its activations. */

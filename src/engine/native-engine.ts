@@ -43,6 +43,7 @@ import type {
   TokenGradients,
 } from './engine.js';
 import { slicesToLoad, slicesToSave } from './file-slices.js';
+import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
   loadNative,
   type NativeForward,
@@ -123,6 +124,8 @@ export class NativeEngine implements Engine {
   readonly share: RankShare;
   readonly table: readonly ShardTensor[];
   readonly replicas = 1;
+  /** Its state, which can leave the device. */
+  readonly state: ModelState;
   lastGeneration: GenerationStatistics | undefined;
   /** Among those of its world. */
   private readonly device: Device;
@@ -151,6 +154,8 @@ export class NativeEngine implements Engine {
     const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
     this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
+    const { weightsBytes: parameters, gradientBytes: gradients, optimizerBytes: optimizer } = plan;
+    this.state = new ModelState(this.device, this, this.native, { parameters, gradients, optimizer });
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -217,6 +222,18 @@ export class NativeEngine implements Engine {
     return { copiedBytes: snapshot.bytes, written };
   }
 
+  get states(): readonly ModelState[] {
+    return [this.state];
+  }
+
+  /**
+   * Moves groups of the state; see `moveState`.
+   * @throws LockstepError MEMORY_BUDGET, STATE_MOVE_INVALID, GRADIENTS_LIVE, OFFLOAD_FILE
+   */
+  move(places: StatePlaces): Promise<void> {
+    return moveState([{ state: this.state, places }]);
+  }
+
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
     return this.runForward(this.planForward(batch, options));
   }
@@ -226,6 +243,7 @@ export class NativeEngine implements Engine {
    * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET
    */
   planForward(batch: TokenBatch, options: ForwardOptions, pass?: Pass): NativeForward {
+    this.state.require(['parameters'], 'A forward pass');
     if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
@@ -258,6 +276,7 @@ export class NativeEngine implements Engine {
 
   /** Of the forward kept in a slot. */
   runBackward(slot: number, more: boolean, gradients: TokenGradients): Promise<void> {
+    this.state.require(['parameters', 'gradients'], 'A backward pass');
     return rethrowAsync(() => this.native.backward({ ...gradients, slot, more }));
   }
 
@@ -279,6 +298,7 @@ export class NativeEngine implements Engine {
   }
 
   async step(options: StepOptions): Promise<StepResult> {
+    this.state.require(['parameters', 'gradients', 'optimizer'], 'An optimizer step');
     const { betas, ...rest } = options;
     return {
       gradientNorm: await rethrowAsync(() => this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
@@ -331,6 +351,7 @@ export class NativeEngine implements Engine {
 
   /** @throws LockstepError PROMPT_TOO_LONG */
   generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
+    this.state.require(['parameters'], 'Generation');
     const { shape } = this;
     const native = requests.map((request, i) => {
       const room = shape.maxPositions - request.prompt.length;
@@ -400,12 +421,21 @@ export class NativeEngine implements Engine {
   }
 
   /** Rows as `pieces` says, of one tensor of the table. */
-  readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+  async readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+    this.state.require(this.groupsOf(space), 'Reading a tensor');
     return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
   }
 
-  writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+  async writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+    this.state.require(this.groupsOf(space), 'Writing a tensor');
     return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+  }
+
+  /** In bfloat16 the weights that tensors are read from are the masters, which lie with the optimizer's state. */
+  private groupsOf(space: ParameterSpace): StateGroup[] {
+    if (space === 'gradients') return ['gradients'];
+    if (space !== 'weights') return ['optimizer'];
+    return this.train && this.dtype === 'bfloat16' ? ['parameters', 'optimizer'] : ['parameters'];
   }
 
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
@@ -421,6 +451,7 @@ export class NativeEngine implements Engine {
   }
 
   async publish(): Promise<void> {
+    this.state.require(['parameters', 'optimizer'], 'Publishing the weights');
     await rethrowAsync(() => this.native.publish());
   }
 

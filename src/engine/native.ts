@@ -8,6 +8,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LockstepError } from '../errors.js';
 import type { CallPlan } from '../layout/memory-plan.js';
+import type { StateGroup } from '../layout/rotation.js';
 import type {
   FileTensor,
   ForwardOutput,
@@ -22,6 +23,10 @@ export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
   readonly kernels: string;
   memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
+  /** Bytes of all models and the workspace, and of what they keep in host memory. */
+  spaces(): Record<'device' | 'host', { used: number; highWater: number }>;
+  /** One exchange on the transfer thread, after the calls made so far and before later ones; first the workspace gives back what it has beyond `workspaceBytes`. */
+  move(call: { moves: NativeMove[]; chunkBytes: number; folder: string; workspaceBytes?: number }): Promise<void>;
   close(): void;
   /** Times one operation beside its ceiling, verified first (bench/). */
   bench(call: NativeBench): Promise<NativeBenchResult>;
@@ -139,6 +144,23 @@ export interface NativeStep {
   step: number;
 }
 
+export interface NativeMove {
+  model: NativeModel;
+  group: StateGroup;
+  place: NativeStateGroup['place'];
+}
+
+/** Where a group is, and what moving it has cost so far. */
+export interface NativeStateGroup {
+  place: 'device' | 'host' | 'file' | 'dropped';
+  absentBytes: number;
+  offloadBytes: number;
+  restoreBytes: number;
+  droppedBytes: number;
+  offloadSeconds: number;
+  restoreSeconds: number;
+}
+
 /** Ranks of this process that communicate; each model of several ranks takes one handle. */
 export interface NativeWorld {
   readonly __world?: never;
@@ -161,6 +183,7 @@ export interface NativeModel {
   writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
   clearGradients(): Promise<void>;
   publish(): Promise<void>;
+  state(): Record<StateGroup, NativeStateGroup>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;
 }
@@ -172,6 +195,7 @@ export interface NativeAddon {
     implementation: 'cpu' | 'reference';
     isa: string;
     poison: boolean;
+    hostBytes: number;
   }) => NativeDevice;
   World: new (options: { ranks: number; timeoutSeconds: number }) => NativeWorld;
   Model: new (device: NativeDevice, spec: object, ranks?: { world: NativeWorld; rank: number }) => NativeModel;

@@ -36,6 +36,7 @@ import type {
   StepResult,
   TokenGradients,
 } from './engine.js';
+import type { ModelState } from './model-state.js';
 import { loadNative, type NativeGenerate } from './native.js';
 import { NativeEngine } from './native-engine.js';
 import { readShards, writeShards } from './shard-access.js';
@@ -119,6 +120,11 @@ export class ParallelEngine implements Engine {
       throw error;
     }
     return new ParallelEngine(options, degrees, ranks);
+  }
+
+  /** The state of every rank, in their order. */
+  get states(): readonly ModelState[] {
+    return this.ranks.map((rank) => rank.state);
   }
 
   /** With several replicas each takes its share of the rows. */

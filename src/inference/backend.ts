@@ -8,6 +8,9 @@ export interface DeviceSettings {
   threads: number;
   /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
   memoryBytes: number;
+  /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */
+  hostBytes?: number;
+  offloadFolder?: string;
   /** Over which ranks models run. Default: one. */
   layout?: LayoutSettings;
 }
@@ -74,12 +77,12 @@ export async function openEach<T extends { close(): Promise<void> }>(
 const ranksOf = ({ pipeline = 1, tensor = 1, data = 1 }: LayoutSettings): number => pipeline * tensor * data;
 
 /** A device for each rank, with its share of the threads, at least one, and a budget of its own. */
-async function openRanks(layout: LayoutSettings, { threads, memoryBytes }: DeviceSettings): Promise<BackendDevice> {
+async function openRanks(layout: LayoutSettings, { threads, ...memory }: DeviceSettings): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
   const { pipeline = 1, tensor = 1, data = 1, ...how } = layout;
   const ranks = ranksOf(layout);
   const devices = await openEach(ranks, (rank) =>
-    createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), memoryBytes }),
+    createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), ...memory }),
   );
   return {
     createEngine: (checkpoint, settings) =>

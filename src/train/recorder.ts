@@ -16,14 +16,16 @@ interface TraceEvent {
   args?: { step: number };
 }
 
-const rows = { phase: 1, native: 2, background: 3 } as const;
+/** Rows of the trace. What goes on behind the steps is in no sum. */
+const rows = { phase: 1, native: 2, transfer: 3, background: 4 } as const;
 type Category = keyof typeof rows;
 
 export class Recorder {
   /** Milliseconds of the process clock that are microsecond `#base` of the trace. */
   #origin = performance.now();
   #base = 0;
-  #seconds = new Map<string, number>();
+  /** By metric. */
+  #sums = new Map<string, number>();
   #events: TraceEvent[] = [];
   #file: FileHandle | undefined;
   #empty = true;
@@ -41,7 +43,7 @@ export class Recorder {
     await this.flush();
   }
 
-  /** Runs `work` as a phase. Native calls and what goes on behind the steps are drawn on rows of their own; the latter is in no sum. */
+  /** Runs `work` as a phase; native calls, transfers and what goes on behind the steps are drawn on rows of their own. */
   async phase<T>(name: string, work: () => Promise<T> | T, category: Category = 'phase'): Promise<T> {
     const start = performance.now();
     const step = this.step;
@@ -49,8 +51,8 @@ export class Recorder {
       return await work();
     } finally {
       const end = performance.now();
-      const key = category === 'native' ? 'native' : name;
-      if (category !== 'background') this.#seconds.set(key, (this.#seconds.get(key) ?? 0) + (end - start) / 1000);
+      const seconds = (end - start) / 1000;
+      if (category !== 'background') this.add(`seconds.${category === 'phase' ? name : category}`, seconds);
       this.#events.push({
         name,
         cat: category,
@@ -64,11 +66,21 @@ export class Recorder {
     }
   }
 
-  /** `seconds.<phase>` since the last call. */
+  /** Adds to a metric of the present row: `seconds.<phase>` or `bytes.<transfer>`. */
+  add(metric: string, amount: number): void {
+    this.#sums.set(metric, (this.#sums.get(metric) ?? 0) + amount);
+  }
+
+  /** What was added since the last call. */
   take(): Record<string, number> {
-    const entries = [...this.#seconds].map(([name, seconds]) => [`seconds.${name}`, Number(seconds.toFixed(6))]);
-    this.#seconds.clear();
+    const entries = [...this.#sums].map(([metric, sum]) => [metric, Number(sum.toFixed(6))]);
+    this.#sums.clear();
     return Object.fromEntries(entries);
+  }
+
+  /** Leaves the seconds since the last call to the trace; bytes count in the next row. */
+  forgetSeconds(): void {
+    for (const metric of this.#sums.keys()) if (metric.startsWith('seconds.')) this.#sums.delete(metric);
   }
 
   async flush(): Promise<void> {
@@ -87,7 +99,7 @@ export class Recorder {
   }
 
   /** An object whose listed methods are phases, also when it calls them itself; a phase is named by its table entry. */
-  wrap<T extends object>(target: T, phases: Partial<Record<keyof T, string>>, category?: 'phase' | 'native'): T {
+  wrap<T extends object>(target: T, phases: Partial<Record<keyof T, string>>, category?: Category): T {
     const recorder = this;
     return new Proxy(target, {
       get(object, key, proxy) {

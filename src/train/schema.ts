@@ -82,7 +82,13 @@ const common = {
   memory: section({
     /** Of each rank's device; ranks of one process have as much each, whatever the host has. */
     device: bytes.default('8GiB'),
+    /** Host memory for state that is moved off the device. */
     host: bytes.default('16GiB'),
+    /**
+     * Models that take turns on the device: what a call does not need waits in host memory, or in files of the run folder, when
+     * there is no room for it. Changes no bit.
+     */
+    offload: z.enum(['none', 'host', 'file']).default('none'),
     /** Recompute each layer's activations in backward instead of keeping them. */
     recompute: z.boolean().default(false),
   }),

@@ -61,7 +61,7 @@ describe('defaults', () => {
       parallel: { pipeline: 1, tensor: 1, data: 1, zero: 0, schedule: '1f1b' },
       generation: { pipeline: 1, tensor: 1 },
       placement: 'colocated',
-      memory: { device: '8GiB', host: '16GiB' },
+      memory: { device: '8GiB', host: '16GiB', offload: 'none' },
       numerics: { parts: 'auto' },
       checks: { mismatch: 'first' },
       evaluation: { every: 50 },
