@@ -6,9 +6,10 @@
 namespace lockstep::binding {
 
 Napi::Function DeviceWrap::define(Napi::Env env) {
-  return DefineClass(env, "Device",
-                     {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close"),
-                      InstanceMethod<&DeviceWrap::bench>("bench")});
+  return DefineClass(
+      env, "Device",
+      {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close"),
+       InstanceMethod<&DeviceWrap::limitWorkspace>("limitWorkspace"), InstanceMethod<&DeviceWrap::bench>("bench")});
 }
 
 DeviceWrap::DeviceWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DeviceWrap>(info) {
@@ -39,6 +40,17 @@ Napi::Value DeviceWrap::memory(const Napi::CallbackInfo& info) {
   out.Set("workspace", entry(rank_->workspace().planned(), rank_->workspace().highWater()));
   out.Set("scratch", entry(queue.scratchBytes() * threads, queue.scratchHighWater() * threads));
   return out;
+}
+
+// limitWorkspace(bytes): what the workspace has beyond them goes back to the system, and with it what a forward kept
+Napi::Value DeviceWrap::limitWorkspace(const Napi::CallbackInfo& info) {
+  const auto bytes = static_cast<size_t>(info[0].As<Napi::Number>().Int64Value());
+  auto work = [rank = rank_, bytes] {
+    if (rank->workspace().planned() <= bytes) return;
+    ++rank->device().workspaceUse;
+    rank->workspace().reserve(bytes);
+  };
+  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
 }
 
 // Cancels what runs, waits for it and ends the rank's threads. Idempotent.

@@ -3,6 +3,7 @@
 
 #include "binding/convert.h"
 #include "binding/device.h"
+#include "binding/transfer.h"
 #include "core/error.h"
 #include "transfer/file_slices.h"
 
@@ -17,16 +18,6 @@ model::Space readSpace(Napi::Object o) {
   if (space == "moment2") return model::Space::kMoment2;
   if (space == "gradients") return model::Space::kGradients;
   invalid(o.Env(), "space", "weights, moment1, moment2 or gradients");
-}
-
-// {world, rank}: the handle of the model's rank; the device's end ends its waits.
-model::Parallel readParallel(Napi::Object o, Rank& rank) {
-  model::Parallel parallel;
-  parallel.world = WorldWrap::Unwrap(objectAt(o, "world"))->take(o.Env(), integerAt(o, "rank"));
-  rank.onClose([handle = std::weak_ptr(parallel.world)] {
-    if (const auto world = handle.lock()) world->abort("its device was closed");
-  });
-  return parallel;
 }
 
 // Rows of one checkpoint tensor and where they go: source row, engine tensor, row there, count.
@@ -94,8 +85,11 @@ ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWra
   rank_ = DeviceWrap::Unwrap(info[0].As<Napi::Object>())->rank();
   try {
     model::Parallel parallel;
-    if (info[2].IsObject()) parallel = readParallel(info[2].As<Napi::Object>(), *rank_);
-    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel));
+    if (info[2].IsObject()) parallel.world = takeHandle(info[2].As<Napi::Object>(), *rank_);
+    std::shared_ptr<Arena> weights;
+    if (info[3].IsObject()) weights = MemoryWrap::Unwrap(info[3].As<Napi::Object>())->arena(info.Env());
+    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel),
+                                            std::move(weights));
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "core/error.h"
 
@@ -10,7 +11,7 @@ namespace lockstep {
 
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
 
 char* map(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -38,15 +39,26 @@ void Arena::release() {
 
 void Arena::reserve(size_t bytes) {
   bytes_ = bytes;
-  if (bytes <= mapped_) return;
+  if (bytes <= mapped_) return discard(bytes, mapped_ - bytes);
   release();
-  const size_t mapped = (bytes + 4095) / 4096 * 4096;
+  const size_t mapped = (bytes + kPage - 1) / kPage * kPage;
   memory_ = map(mapped);
   if (memory_ == nullptr) {
     throw Error("OUT_OF_MEMORY", "arena '" + name_ + "': the system refused " + std::to_string(mapped) +
                                      " bytes; use a smaller model, batch.microTokens or memory.device");
   }
   mapped_ = mapped;
+}
+
+void Arena::discard(size_t offset, size_t bytes) {
+  const size_t begin = (offset + kPage - 1) / kPage * kPage, end = std::min(offset + bytes, mapped_) / kPage * kPage;
+  if (begin < end) madvise(memory_ + begin, end - begin, MADV_DONTNEED);
+}
+
+size_t Arena::resident() const {
+  std::vector<unsigned char> pages(mapped_ / kPage);
+  if (pages.empty() || mincore(memory_, mapped_, pages.data()) != 0) return 0;
+  return kPage * static_cast<size_t>(std::count_if(pages.begin(), pages.end(), [](auto page) { return page & 1; }));
 }
 
 void* Arena::at(size_t offset, size_t bytes, const char* what) {

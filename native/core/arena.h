@@ -18,15 +18,20 @@ class Arena {
   // The buffer [offset, offset + bytes). Throws Error("MEMORY_PLAN") when it does not lie inside.
   void* at(size_t offset, size_t bytes, const char* what);
 
-  // Grows (or shrinks) the planned size; memory is kept only when it fits. Only for arenas whose contents do not
-  // matter.
+  // Grows (or shrinks) the planned size; memory is kept only when it fits, and none beyond the size. Only for arenas
+  // whose contents do not matter.
   void reserve(size_t bytes);
+
+  // Gives the whole pages inside [offset, offset + bytes) back to the system: they read as zeros until written again.
+  void discard(size_t offset, size_t bytes);
 
   // Gives the memory back; planned() and highWater() stay. Only reserve() may follow.
   void release();
 
   size_t planned() const { return bytes_; }
   size_t highWater() const { return highWater_; }
+  // What the system keeps in memory for it now, in whole pages.
+  size_t resident() const;
 
  private:
   std::string name_;

@@ -7,11 +7,11 @@
 
 namespace lockstep::model {
 
-Model::Model(Spec spec, Device device, Parallel parallel)
+Model::Model(Spec spec, Device device, Parallel parallel, std::shared_ptr<Arena> weights)
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, device.kernels),
+      parameters_(spec_, device.kernels, std::move(weights)),
       transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
 
 void Model::join(int tensorRanks) {

@@ -35,8 +35,8 @@ struct ForwardOutputs {
 
 class Model {
  public:
-  // `parallel` unjoined: join() comes before any other call.
-  Model(Spec spec, Device device, Parallel parallel = {});
+  // `parallel` unjoined: join() comes before any other call. `weights` as of Parameters.
+  Model(Spec spec, Device device, Parallel parallel = {}, std::shared_ptr<Arena> weights = nullptr);
 
   // Forms the groups of `tensorRanks` ranks; all ranks of the world at the same time.
   void join(int tensorRanks);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/error.h"
 
@@ -39,10 +40,12 @@ kernels::QkvLayout Shape::qkv(int64_t layer) const {
   return {{heads, keyValueHeads, headWidth, windows[static_cast<size_t>(layer)], parts, scale}};
 }
 
-Parameters::Parameters(const Spec& spec, const kernels::Kernels& kernels)
+Parameters::Parameters(const Spec& spec, const kernels::Kernels& kernels, std::shared_ptr<Arena> weights)
     : spec_(spec),
       kernels_(kernels),
-      weights_("weights", static_cast<size_t>(spec.weightsBytes)),
+      shared_(weights != nullptr ? std::move(weights)
+                                 : std::make_shared<Arena>("weights", static_cast<size_t>(spec.weightsBytes))),
+      weights_(*shared_),
       gradients_("gradients", static_cast<size_t>(spec.gradientBytes)),
       optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes)) {
   for (size_t i = 0; i < spec.tensors.size(); ++i) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -22,8 +23,9 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps a reference to `spec`. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
-  Parameters(const Spec& spec, const kernels::Kernels& kernels);
+  // Keeps a reference to `spec`. `weights`: the arena in which the compute weights lie, shared with whoever else uses
+  // it; null: one of its own. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
+  Parameters(const Spec& spec, const kernels::Kernels& kernels, std::shared_ptr<Arena> weights = nullptr);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -58,7 +60,9 @@ class Parameters {
 
   const Spec& spec_;
   const kernels::Kernels& kernels_;
-  mutable Arena weights_, gradients_, optimizer_;
+  std::shared_ptr<Arena> shared_;
+  Arena& weights_;
+  mutable Arena gradients_, optimizer_;
   std::unordered_map<std::string, size_t> index_;
 };
 

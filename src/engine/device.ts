@@ -86,6 +86,11 @@ export class Device implements AsyncDisposable {
     );
   }
 
+  /** After a hold: the workspace gives back what it has beyond what is left for it. */
+  async shrinkWorkspace(): Promise<void> {
+    await rethrowAsync(() => this.native.limitWorkspace(this.workspaceBytes));
+  }
+
   memory(): ReturnType<NativeDevice['memory']> {
     return this.native.memory();
   }

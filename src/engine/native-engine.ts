@@ -11,12 +11,14 @@ import {
   planTraining,
   wholeSequences,
 } from '../layout/memory-plan.js';
+import type { WeightPlace } from '../layout/generation-view.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Degrees } from '../layout/parallel.js';
 import { resolveParts, vocabularyParts } from '../layout/parts.js';
 import { type RankShare, rankShare, wholeShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
 import { shardTable } from '../layout/shards.js';
+import type { Range } from '../layout/stages.js';
 import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
 import { type Device, rethrow, rethrowAsync } from './device.js';
 import type {
@@ -40,6 +42,7 @@ import {
   type NativeForward,
   type NativeGenerate,
   type NativeLoad,
+  type NativeMemory,
   type NativeModel,
   type NativePieces,
   type NativeWorld,
@@ -57,12 +60,23 @@ export interface EngineOptions {
   recompute?: boolean;
   /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
   rank?: RankOfWorld;
+  /** Default: an arena of its own. */
+  weights?: WeightsIn;
+}
+
+/** Compute weights in a memory that others use too; its owner counts its bytes in the device's budget. */
+export interface WeightsIn {
+  memory: NativeMemory;
+  /** One per tensor of the engine's table. */
+  places: readonly WeightPlace[];
 }
 
 export interface RankOfWorld {
   degrees: Degrees;
   rank: number;
   world: NativeWorld;
+  /** Layers of each stage; default: those of `stageLayers`. */
+  stages?: readonly Range[];
 }
 
 /** One generation, before it is decided how many pages of keys and values it has. */
@@ -116,14 +130,15 @@ export class NativeEngine implements Engine {
     this.train = options.train ?? false;
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
-    const { rank } = options;
-    this.share = rank ? rankShare(this.shape, this.parts, rank.degrees, rank.rank) : wholeShare(this.shape, this.parts);
-    this.table = rank
-      ? shardTable(this.shape, this.parts, rank.degrees, rank.rank)
-      : tensorTable(this.shape, this.parts);
+    const { rank, weights } = options;
+    const { shape, parts } = this;
+    this.share = rank ? rankShare(shape, parts, rank.degrees, rank.rank, rank.stages) : wholeShare(shape, parts);
+    this.table = rank ? shardTable(shape, parts, rank.degrees, rank.rank, rank.stages) : tensorTable(shape, parts);
     const plan = planModel(this.table, this.dtype, this.train);
-    this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
-    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
+    const own = weights ? 0 : plan.weightsBytes;
+    this.device.hold(this, own + plan.gradientBytes + plan.optimizerBytes, 'The model');
+    const spec = this.nativeSpec(plan, weights?.places);
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, spec, rank, weights?.memory));
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -133,7 +148,7 @@ export class NativeEngine implements Engine {
     }
   }
 
-  private nativeSpec(plan: ModelPlan): object {
+  private nativeSpec(plan: ModelPlan, weights: readonly WeightPlace[] = []): object {
     const { shape, share } = this;
     const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
     return {
@@ -152,6 +167,7 @@ export class NativeEngine implements Engine {
       tensors: this.table.map(({ name, kind, out, in: columns, split, sizes, elements, decay }, i) => ({
         ...{ name, kind, out, in: columns, split, sizes, elements, decay },
         ...plan.places[i],
+        ...weights[i],
       })),
       weightsBytes: plan.weightsBytes,
       gradientBytes: plan.gradientBytes,
