@@ -3,7 +3,7 @@ import { Device, type DeviceOptions } from '../engine/device.js';
 import type { Dtype } from '../engine/engine.js';
 import type { NativeLoad } from '../engine/native.js';
 import { NativeEngine } from '../engine/native-engine.js';
-import { ParallelEngine } from '../engine/parallel-engine.js';
+import { ParallelEngine, type ParallelOptions } from '../engine/parallel-engine.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
 import { type Checkpoint, type LoadSlice, loadPlan, openCheckpoint } from './hugging-face.js';
@@ -52,7 +52,9 @@ export async function createEngine(options: LoadModelOptions): Promise<NativeEng
   }
 }
 
-export interface LoadParallelOptions extends Pick<LoadModelOptions, 'model' | 'dtype' | 'head' | 'parts'> {
+export interface LoadParallelOptions
+  extends Pick<LoadModelOptions, 'model' | 'dtype' | 'head' | 'parts'>,
+    Pick<ParallelOptions, 'generation' | 'transition'> {
   /** One per rank. */
   devices: readonly Device[];
   degrees: { pipeline: number; tensor: number };
@@ -64,12 +66,8 @@ export interface LoadParallelOptions extends Pick<LoadModelOptions, 'model' | 'd
  */
 export async function createParallelEngine(options: LoadParallelOptions): Promise<ParallelEngine> {
   const checkpoint = typeof options.model === 'string' ? await openCheckpoint(options.model) : options.model;
-  const { head, devices, degrees, dtype, parts } = options;
-  const shape = shapeUnder(checkpoint, head);
-  const engine = await ParallelEngine.create({
-    ...{ shape, devices, degrees, dtype },
-    ...(parts === undefined ? {} : { parts }),
-  });
+  const { model: _, head, ...rest } = options;
+  const engine = await ParallelEngine.create({ ...rest, shape: shapeUnder(checkpoint, head) });
   try {
     for (const rank of engine.ranks) await loadRank(rank, checkpoint);
     return engine;

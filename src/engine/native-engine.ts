@@ -1,6 +1,7 @@
 /** The engine over the addon: plans every call in layout/ and hands it to the rank's thread. */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
+import type { WeightPlace } from '../layout/generation-view.js';
 import {
   type CallPlan,
   type ModelPlan,
@@ -11,7 +12,6 @@ import {
   planTraining,
   wholeSequences,
 } from '../layout/memory-plan.js';
-import type { WeightPlace } from '../layout/generation-view.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Degrees } from '../layout/parallel.js';
 import { resolveParts, vocabularyParts } from '../layout/parts.js';

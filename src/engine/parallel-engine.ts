@@ -4,9 +4,9 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
-import { pagePositions } from '../layout/memory-plan.js';
+import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import { type Degrees, worldSize } from '../layout/parallel.js';
+import { type Degrees, type GenerationDegrees, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
 import { rankShare } from '../layout/rank-share.js';
 import type { Device } from './device.js';
@@ -23,9 +23,14 @@ import type {
   ParameterSpace,
   StepResult,
 } from './engine.js';
-import { loadNative, type NativeGenerate } from './native.js';
+import { HybridEngine } from './hybrid-engine.js';
+import { loadNative } from './native.js';
 import { NativeEngine } from './native-engine.js';
+import { checkTokens, Replica } from './replica.js';
 import { readShards, writeShards } from './shard-access.js';
+import { together } from './together.js';
+
+export { together } from './together.js';
 
 export interface ParallelOptions {
   shape: ModelShape;
@@ -37,10 +42,11 @@ export interface ParallelOptions {
   parts?: number | 'auto';
   /** A rank for which others wait so long without a sign of life is taken for dead. Default 300. */
   timeoutSeconds?: number;
+  /** Generates in this layout: replicas of pipeline x tensor ranks. Default: in the training layout. */
+  generation?: GenerationDegrees;
+  /** How weights come from one layout to the other. Default hybridflow. */
+  transition?: TransitionEngine;
 }
-
-/** Errors that tell a rank of another's failure: the other's says more. */
-const echoes = new Set(['RANK_ABORTED', 'RANK_LEFT']);
 
 export class ParallelEngine implements Engine {
   readonly shape: ModelShape;
@@ -48,13 +54,21 @@ export class ParallelEngine implements Engine {
   readonly parts: number;
   readonly degrees: Degrees;
   readonly ranks: readonly NativeEngine[];
+  /** The generation layout, where it is another. */
+  readonly hybrid: HybridEngine | undefined;
 
-  private constructor(options: ParallelOptions, degrees: Degrees, ranks: readonly NativeEngine[]) {
+  private constructor(
+    options: ParallelOptions,
+    degrees: Degrees,
+    ranks: readonly NativeEngine[],
+    hybrid: HybridEngine | undefined,
+  ) {
     this.shape = options.shape;
     this.dtype = options.dtype;
     this.parts = resolveParts(options.shape, options.parts);
     this.degrees = degrees;
     this.ranks = ranks;
+    this.hybrid = hybrid;
   }
 
   /**
@@ -62,22 +76,27 @@ export class ParallelEngine implements Engine {
    * @throws LockstepError PARALLEL_INVALID, PARTS_INVALID, RANKS_INVALID, MEMORY_BUDGET
    */
   static async create(options: ParallelOptions): Promise<ParallelEngine> {
-    const { shape, devices, dtype, timeoutSeconds = 300 } = options;
+    const { shape, devices, dtype, generation, transition: engine = 'hybridflow', timeoutSeconds = 300 } = options;
     const parts = resolveParts(shape, options.parts);
     const degrees: Degrees = { ...options.degrees, data: 1 };
     checkDegrees(shape, parts, degrees, devices.length);
     const world = rethrow(() => new (loadNative().World)({ ranks: devices.length, timeoutSeconds }));
     const ranks: NativeEngine[] = [];
+    const hybrid =
+      generation &&
+      (await HybridEngine.create({ shape, parts, dtype, train: degrees, generation, engine, devices, timeoutSeconds }));
     try {
       for (const [rank, device] of devices.entries()) {
-        ranks.push(new NativeEngine({ shape, device, dtype, parts, rank: { degrees, rank, world } }));
+        const weights = hybrid ? { weights: hybrid.trainingWeights(rank) } : {};
+        ranks.push(new NativeEngine({ shape, device, dtype, parts, rank: { degrees, rank, world }, ...weights }));
       }
       await together(ranks.map((rank) => rank.join()));
     } catch (error) {
       for (const rank of ranks) await rank.close();
+      await hybrid?.close();
       throw error;
     }
-    return new ParallelEngine(options, degrees, ranks);
+    return new ParallelEngine(options, degrees, ranks, hybrid);
   }
 
   /** The rank that has the answers. */
@@ -96,20 +115,12 @@ export class ParallelEngine implements Engine {
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
   private checkBatch({ tokens, lengths }: TokenBatch): void {
     const { maxPositions } = this.shape;
-    this.checkTokens(tokens, 'the batch');
+    checkTokens(this.shape, tokens, 'the batch');
     const wrong = lengths.findIndex((length) => length < 1 || length > maxPositions);
     if (wrong >= 0) {
       const message = `Sequence ${wrong} has ${lengths[wrong]} tokens; the model takes 1..${maxPositions}.`;
       throw new LockstepError('SEQUENCE_TOO_LONG', message, { sequence: wrong, tokens: lengths[wrong] });
     }
-  }
-
-  private checkTokens(tokens: Int32Array, where: string): void {
-    const { vocabulary } = this.shape;
-    const outside = tokens.findIndex((token) => token < 0 || token >= vocabulary);
-    if (outside < 0) return;
-    const message = `Token id ${tokens[outside]} at position ${outside} of ${where} is outside the model's vocabulary 0..${vocabulary - 1}.`;
-    throw new LockstepError('TOKEN_OUT_OF_RANGE', message, { position: outside, token: tokens[outside] });
   }
 
   async backward(): Promise<void> {
@@ -120,36 +131,13 @@ export class ParallelEngine implements Engine {
     throw unsupported('takes no optimizer step');
   }
 
-  /** All ranks run the same program with as many pages as the one with the least room has. */
+  /** In the generation layout, where there is one: there, and back afterwards. */
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
     options.signal?.throwIfAborted();
     if (requests.length === 0) return [];
-    const [first] = this.ranks;
-    const needs = first!.generationNeeds(requests, options);
-    const pages = Math.min(...this.ranks.map((rank) => rank.pagesFor(needs)));
-    for (const [i, request] of needs.requests.entries()) this.checkRequest(request, i, pages);
-    const calls = this.ranks.map((rank) => rank.planGeneration(needs, pages));
-    const results = await together(
-      this.ranks.map((rank, i) =>
-        i === this.leader ? rank.runGeneration(calls[i]!, options) : rank.followGeneration(calls[i]!),
-      ),
-    );
-    return results[this.leader]!;
-  }
-
-  private checkRequest(
-    { prompt, maxNewTokens }: NativeGenerate['requests'][number],
-    index: number,
-    pages: number,
-  ): void {
-    this.checkTokens(prompt, `prompt ${index}`);
-    const positions = prompt.length + maxNewTokens;
-    const needed = Math.ceil(positions / pagePositions);
-    if (needed <= pages) return;
-    const message =
-      `Request ${index} needs ${needed} pages of keys and values (${positions} positions), the smallest budget of a rank holds ${pages}; ` +
-      'raise memory.device or lower the number of new tokens.';
-    throw new LockstepError('KV_BUDGET', message, { request: index, needed, pages });
+    if (this.hybrid) return this.hybrid.generate(requests, options);
+    const replica = new Replica(this.ranks, this.leader);
+    return replica.run(replica.plan(requests, options), options);
   }
 
   readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
@@ -176,6 +164,7 @@ export class ParallelEngine implements Engine {
   /** Frees the models; the devices end the work that still runs when they are closed. */
   async close(): Promise<void> {
     for (const rank of this.ranks) await rank.close();
+    await this.hybrid?.close();
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -190,16 +179,6 @@ function checkDegrees(shape: ModelShape, parts: number, degrees: Degrees, device
   if (devices === world) return;
   const message = `pipeline ${degrees.pipeline} x tensor ${degrees.tensor} takes ${world} devices, one per rank; received ${devices}.`;
   throw new LockstepError('RANKS_INVALID', message, { expected: world, received: devices });
-}
-
-/** All results, or, when every rank has ended, the error that made the others fail. */
-export async function together<T>(calls: readonly Promise<T>[]): Promise<T[]> {
-  const settled = await Promise.allSettled(calls);
-  const errors = settled.flatMap((result) => (result.status === 'rejected' ? [result.reason as unknown] : []));
-  if (errors.length > 0) {
-    throw errors.find((error) => !(LockstepError.isInstance(error) && echoes.has(error.code))) ?? errors[0];
-  }
-  return settled.map((result) => (result as PromiseFulfilledResult<T>).value);
 }
 
 function unsupported(what: string): LockstepError {
