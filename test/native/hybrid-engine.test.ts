@@ -320,10 +320,14 @@ describe('a parallel engine with a generation layout', () => {
       const onProgress = () => void controller.abort();
       const aborted = engine.generate(requests, { ...long, onProgress, signal: controller.signal });
       await expect(aborted).rejects.toMatchObject({ name: 'AbortError' });
-      const throwing = () => {
-        throw new Error('no more');
+      let most = 0;
+      const throwing: GenerateOptions['onProgress'] = ({ requests: reported, total }) => {
+        most = total;
+        if (reported.includes(0)) throw new Error('no more');
+        return undefined;
       };
       await expect(engine.generate(requests, { ...long, onProgress: throwing })).rejects.toThrow('no more');
+      expect(most).toBeLessThan((requests.length * long.maxNewTokens) / 2);
       expect(engine.hybrid!.transition.entered).toBe(false);
       const outside = [...requests, { id: 9, prompt: Int32Array.of(1000) }];
       await expect(engine.generate(outside, long)).rejects.toMatchObject({
