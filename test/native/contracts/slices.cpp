@@ -44,8 +44,9 @@ Problem drawGather(CommunicatorTrial& t) {
     const int64_t count = t.integer(0, 4);
     int64_t sourceEnd = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t gap = t.integer(0, 1) * t.integer(1, 70), bytes = t.integer(1, 3000);
-      const int64_t destination = end + gap, source = p.inPlace ? destination : sourceEnd + gap;
+      const auto gap = [&] { return t.integer(0, 1) * t.integer(1, 70); };
+      const int64_t bytes = t.integer(1, 3000);
+      const int64_t destination = end + gap(), source = p.inPlace ? destination : sourceEnd + gap();
       for (int to = 0; to < p.ranks; ++to) {
         if (to != from || !p.inPlace)
           p.slices.push_back({tensorName(tensors), from, to, source, destination, bytes, 1, 0, 0});
