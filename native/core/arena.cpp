@@ -17,7 +17,7 @@ char* map(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   // Large arenas use huge pages: fewer TLB misses in the products that stream through them.
-  if (bytes >= 8 * kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (bytes >= 2 * kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
   return static_cast<char*>(memory);
 }
 

@@ -134,8 +134,8 @@ describe('the general plan, by the same executor', () => {
 });
 
 describe('what is given back', () => {
-  // Four ranks of 4 MiB each, so that pages tell.
-  const shape = rotary({ hidden_size: 256, head_dim: 32, intermediate_size: 1024, num_hidden_layers: 4 });
+  // Many pages, and none of them huge (core/arena.cpp).
+  const shape = rotary({ hidden_size: 64, head_dim: 16, intermediate_size: 512, num_hidden_layers: 4 });
   const options: TransitionOptions = {
     ...{ shape, parts, dtype: 'float32', engine: 'hybridflow' },
     ...{ train: { pipeline: 2, tensor: 2, data: 1 }, generation: { pipeline: 1, tensor: 1 } },
@@ -145,6 +145,10 @@ describe('what is given back', () => {
     const { transition, training } = filled(options);
     const resident = () => transition.memory().map(({ buffer }) => buffer.resident);
     const before = resident();
+    for (const { memoryBytes } of transition.views) {
+      expect(memoryBytes).toBeGreaterThan(1 << 20);
+      expect(memoryBytes).toBeLessThan(4 << 20);
+    }
     await transition.enter();
     for (const [rank, bytes] of resident().entries()) {
       expect(bytes).toBeGreaterThanOrEqual(transition.views[rank]!.memoryBytes);
