@@ -21,6 +21,7 @@ class DeviceWrap : public Napi::ObjectWrap<DeviceWrap> {
 
  private:
   Napi::Value memory(const Napi::CallbackInfo&);
+  Napi::Value limitWorkspace(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
   Napi::Value bench(const Napi::CallbackInfo&);
   Napi::Value move(const Napi::CallbackInfo&);
@@ -40,6 +41,9 @@ class WorldWrap : public Napi::ObjectWrap<WorldWrap> {
  private:
   std::vector<std::unique_ptr<comm::Communicator>> handles_;
 };
+
+// {world, rank}: the handle of a rank; the end of its device ends its waits.
+std::shared_ptr<comm::Communicator> takeHandle(Napi::Object, Rank&);
 
 class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
  public:

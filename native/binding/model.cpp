@@ -3,21 +3,12 @@
 
 #include "binding/convert.h"
 #include "binding/device.h"
+#include "binding/transfer.h"
 #include "core/error.h"
 
 namespace lockstep::binding {
 
 namespace {
-
-// {world, rank}: the handle of the model's rank; the device's end ends its waits.
-model::Parallel readParallel(Napi::Object o, Rank& rank) {
-  model::Parallel parallel;
-  parallel.world = WorldWrap::Unwrap(objectAt(o, "world"))->take(o.Env(), integerAt(o, "rank"));
-  rank.onClose([handle = std::weak_ptr(parallel.world)] {
-    if (const auto world = handle.lock()) world->abort("its device was closed");
-  });
-  return parallel;
-}
 
 // What reading or writing rows of a space needs on the device.
 unsigned groupsOf(const model::Model& model, model::Space space, const std::vector<Piece>& pieces) {
@@ -49,8 +40,11 @@ ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWra
   rank_ = DeviceWrap::Unwrap(info[0].As<Napi::Object>())->rank();
   try {
     model::Parallel parallel;
-    if (info[2].IsObject()) parallel = readParallel(info[2].As<Napi::Object>(), *rank_);
-    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel));
+    if (info[2].IsObject()) parallel.world = takeHandle(info[2].As<Napi::Object>(), *rank_);
+    std::shared_ptr<Arena> weights;
+    if (info[3].IsObject()) weights = MemoryWrap::Unwrap(info[3].As<Napi::Object>())->arena(info.Env());
+    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel),
+                                            std::move(weights));
     state_ = std::make_shared<ModelState>(model_, rank_->host());
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());

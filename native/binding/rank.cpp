@@ -75,11 +75,15 @@ Napi::Promise Rank::transfer(Napi::Env env, std::function<void()> work, std::fun
   return callOn(transfer_ == nullptr ? thread_ : *transfer_, env, std::move(work), std::move(finish));
 }
 
+void Rank::trim(size_t bytes) {
+  workspace_.trim(bytes);
+  ++workspaceUse_;
+}
+
 std::shared_future<void> Rank::trimWorkspace(size_t bytes) {
   auto trimmed = std::make_shared<std::promise<void>>();
   const bool posted = thread_.post([this, bytes, trimmed] {
-    workspace_.trim(bytes);
-    ++workspaceUse_;
+    trim(bytes);
     trimmed->set_value();
   });
   if (!posted) trimmed->set_value();

@@ -45,8 +45,9 @@ class Rank : public std::enable_shared_from_this<Rank> {
   // The same on the rank's transfer thread, which moves state while the rank computes; the first call starts it.
   Napi::Promise transfer(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
 
-  // After the calls so far: the workspace gives back what it has beyond `bytes`. Activations kept for backward are
-  // lost.
+  // On the rank's thread: the workspace gives back what it has beyond `bytes`. Activations kept for backward are lost.
+  void trim(size_t bytes);
+  // The same after the calls so far.
   std::shared_future<void> trimWorkspace(size_t bytes);
 
   // From the rank's thread: runs `visit` on the JavaScript thread, without waiting for it.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "core/error.h"
 
@@ -17,7 +18,7 @@ char* map(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   // Large arenas use huge pages: fewer TLB misses in the products that stream through them.
-  if (bytes >= 8 * kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (bytes >= 2 * kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
   return static_cast<char*>(memory);
 }
 
@@ -48,7 +49,7 @@ void Arena::release() {
 
 void Arena::reserve(size_t bytes) {
   bytes_ = bytes;
-  if (bytes <= mapped_) return;
+  if (bytes <= mapped_) return discard(bytes, mapped_ - bytes);
   release();
   if (space_ != nullptr) space_->take(bytes, "arena '" + name_ + "'");
   counted_ = bytes;
@@ -88,6 +89,12 @@ void Arena::setAbsent(size_t bytes) {
 
 void Arena::discard(size_t offset, size_t bytes) const {
   giveBack(memory_ + offset, (offset + bytes == bytes_ ? mapped_ : offset + bytes) - offset);
+}
+
+size_t Arena::resident() const {
+  std::vector<unsigned char> pages(mapped_ / kPage);
+  if (pages.empty() || mincore(memory_, mapped_, pages.data()) != 0) return 0;
+  return kPage * static_cast<size_t>(std::count_if(pages.begin(), pages.end(), [](auto page) { return page & 1; }));
 }
 
 void* Arena::at(size_t offset, size_t bytes, const char* what) {

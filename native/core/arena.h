@@ -23,8 +23,8 @@ class Arena {
   // Error("STATE_NOT_ON_DEVICE") while some of the arena is absent.
   void* at(size_t offset, size_t bytes, const char* what);
 
-  // Grows (or shrinks) the planned size; memory is kept only when it fits. Only for arenas whose contents do not
-  // matter.
+  // Grows (or shrinks) the planned size; memory is kept only when it fits, and none beyond the size. Only for arenas
+  // whose contents do not matter.
   void reserve(size_t bytes);
 
   // Gives memory beyond `bytes` back; contents are lost, planned() is at most `bytes` afterwards.
@@ -35,6 +35,8 @@ class Arena {
 
   size_t planned() const { return bytes_; }
   size_t highWater() const { return highWater_; }
+  // What the system keeps in memory for it now, in whole pages.
+  size_t resident() const;
 
   // Bytes [0, absent) are not here: more absent bytes give their pages back, fewer take zeroed ones. Addresses stay.
   // Throws what MemorySpace::take throws.

@@ -24,11 +24,11 @@ Error notFinite(int64_t step) {
 
 }  // namespace
 
-Model::Model(Spec spec, Device device, Parallel parallel)
+Model::Model(Spec spec, Device device, Parallel parallel, std::shared_ptr<Arena> weights)
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, parallel_, device.kernels, device.memory),
+      parameters_(spec_, parallel_, device.kernels, device.memory, std::move(weights)),
       transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
 
 // Takes the workspace for one call, grown to its plan.

@@ -46,8 +46,8 @@ struct KeptPass {
 
 class Model {
  public:
-  // `parallel` unjoined: join() comes before any other call.
-  Model(Spec spec, Device device, Parallel parallel = {});
+  // `parallel` unjoined: join() comes before any other call. `weights` as of Parameters.
+  Model(Spec spec, Device device, Parallel parallel = {}, std::shared_ptr<Arena> weights = nullptr);
 
   // Forms the groups of ranks; all of the world at the same time.
   void join(const Degrees& degrees) { parallel_.join(degrees); }

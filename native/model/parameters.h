@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -40,9 +41,11 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps references; the arenas count in `memory`. Throws Error("MEMORY_PLAN") when a tensor does not fit where the
-  // plan puts it.
-  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory);
+  // Keeps references; the arenas count in `memory`. `weights`: the arena in which the compute weights lie, shared with
+  // whoever else uses it; null: one of its own. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan
+  // puts it.
+  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory,
+             std::shared_ptr<Arena> weights = nullptr);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -103,7 +106,9 @@ class Parameters {
   const Spec& spec_;
   const Parallel& parallel_;
   const kernels::Kernels& kernels_;
-  mutable Arena weights_, gradients_, optimizer_;
+  std::shared_ptr<Arena> shared_;
+  Arena& weights_;
+  mutable Arena gradients_, optimizer_;
   std::unordered_map<std::string, size_t> index_;
   std::vector<Held> held_;  // by tensor
 };

@@ -143,6 +143,12 @@ export class Device implements AsyncDisposable {
     return this.native.spaces();
   }
 
+  /** After a hold: the workspace gives back what it has beyond what is left for it. */
+  async shrinkWorkspace(): Promise<void> {
+    this.workspaceSeen = Math.min(this.workspaceSeen, this.workspaceBytes);
+    await rethrowAsync(() => this.native.limitWorkspace(this.workspaceBytes));
+  }
+
   memory(): ReturnType<NativeDevice['memory']> {
     return this.native.memory();
   }

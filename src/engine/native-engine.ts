@@ -1,6 +1,7 @@
 /** The engine over the addon: plans every call in layout/ and hands it to the rank's thread. */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
+import type { WeightPlace } from '../layout/generation-view.js';
 import {
   type CallPlan,
   type ModelPlan,
@@ -18,6 +19,7 @@ import { resolveParts, vocabularyParts } from '../layout/parts.js';
 import { type RankShare, rankShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
+import type { Range } from '../layout/stages.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { pieceBoundaries } from '../layout/zero.js';
 import { accumulateInTurn } from './accumulate.js';
@@ -48,6 +50,7 @@ import {
   loadNative,
   type NativeForward,
   type NativeGenerate,
+  type NativeMemory,
   type NativeModel,
   type NativePieces,
   type NativeWorld,
@@ -67,6 +70,8 @@ export interface EngineOptions {
   rank?: RankOfWorld;
   /** ZeRO stage (layout/zero.ts). Default 0. */
   zero?: number;
+  /** Default: an arena of its own. */
+  weights?: WeightsIn;
 }
 
 /** A forward whose activations stay, among others that are under way. */
@@ -78,10 +83,19 @@ export interface Pass {
   more: boolean;
 }
 
+/** Compute weights in a memory that others use too; its owner counts its bytes in the device's budget. */
+export interface WeightsIn {
+  memory: NativeMemory;
+  /** One per tensor of the engine's table. */
+  places: readonly WeightPlace[];
+}
+
 export interface RankOfWorld {
   degrees: Degrees;
   rank: number;
   world: NativeWorld;
+  /** Layers of each stage; default: those of `stageLayers`. */
+  stages?: readonly Range[];
 }
 
 const alone: Degrees = { pipeline: 1, tensor: 1, data: 1 };
@@ -144,17 +158,20 @@ export class NativeEngine implements Engine {
     this.train = options.train ?? false;
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
-    const { rank } = options;
+    const { rank, weights } = options;
     this.degrees = rank?.degrees ?? alone;
     this.rank = rank?.rank ?? 0;
     this.zero = options.zero ?? 0;
-    this.share = rankShare(this.shape, this.parts, this.degrees, this.rank);
-    this.table = shardTable(this.shape, this.parts, this.degrees, this.rank);
+    this.share = rankShare(this.shape, this.parts, this.degrees, this.rank, rank?.stages);
+    this.table = shardTable(this.shape, this.parts, this.degrees, this.rank, rank?.stages);
     const { dataRank, dataRanks } = this.share;
     const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
-    this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
-    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
-    const { weightsBytes: parameters, gradientBytes: gradients, optimizerBytes: optimizer } = plan;
+    const { gradientBytes: gradients, optimizerBytes: optimizer } = plan;
+    const parameters = weights ? 0 : plan.weightsBytes;
+    this.device.hold(this, parameters + gradients + optimizer, 'The model');
+    const spec = this.nativeSpec(plan, weights?.places);
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, spec, rank, weights?.memory));
+    // What others use as well stays where it is.
     this.state = new ModelState(this.device, this, this.native, { parameters, gradients, optimizer });
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
@@ -165,7 +182,7 @@ export class NativeEngine implements Engine {
     }
   }
 
-  private nativeSpec(plan: ModelPlan): object {
+  private nativeSpec(plan: ModelPlan, weights: readonly WeightPlace[] = []): object {
     const { shape, share } = this;
     const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
     return {
@@ -189,8 +206,11 @@ export class NativeEngine implements Engine {
         return {
           ...{ name, kind, out, in: columns, split, sizes, elements, decay },
           ...plan.places[i],
+          ...weights[i],
           ...sharing(tensor, this.degrees, this.rank),
-          pieces: pieceBoundaries(tensor, share.dataRanks),
+          // Parts that lie apart are those of a model that generates and has no replicas.
+          pieces:
+            share.dataRanks > 1 ? pieceBoundaries(tensor, share.dataRanks) : [0, weights[i]?.elements ?? elements],
         };
       }),
       weightsBytes: plan.weightsBytes,

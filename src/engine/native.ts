@@ -27,6 +27,8 @@ export interface NativeDevice {
   spaces(): Record<'device' | 'host', { used: number; highWater: number }>;
   /** One exchange on the transfer thread, after the calls made so far and before later ones; first the workspace gives back what it has beyond `workspaceBytes`. */
   move(call: { moves: NativeMove[]; chunkBytes: number; folder: string; workspaceBytes?: number }): Promise<void>;
+  /** What the workspace has beyond so many bytes goes back to the system. */
+  limitWorkspace(bytes: number): Promise<void>;
   close(): void;
   /** Times one operation beside its ceiling, verified first (bench/). */
   bench(call: NativeBench): Promise<NativeBenchResult>;
@@ -166,6 +168,48 @@ export interface NativeWorld {
   readonly __world?: never;
 }
 
+/** An arena by itself, which models and transfers of a rank share. */
+export interface NativeMemory {
+  /** Bytes reserved, largest end used, and bytes of whole pages that the system keeps in memory now. */
+  marks(): { planned: number; highWater: number; resident: number };
+  /** Pairs of offset and bytes, given back to the system on the device's thread: they read as zeros afterwards. */
+  discard(device: NativeDevice, ranges: number[]): Promise<void>;
+  /** Tests and benches. */
+  read(offset: number, bytes: number): Uint8Array;
+  write(offset: number, data: Uint8Array): void;
+  close(): void;
+}
+
+/** One rank's part of a list of slices between the memories of a group (native/transfer/slices.h). */
+export interface NativeTransferOptions {
+  source: NativeMemory;
+  destination: NativeMemory;
+  /** Absent: a group of one. */
+  group?: { world: NativeWorld; rank: number };
+  /** Global ranks of the group, for messages. */
+  ranks: number[];
+  tensors: string[];
+  /** Flat: tensor, from, to (ranks of the group), source offset, destination offset, bytes, runs, and their distances on both sides. */
+  slices: number[];
+}
+
+export interface NativeTransferResult {
+  receivedBytes: number;
+  sentBytes: number;
+  moveSeconds: number;
+  checkSeconds: number;
+}
+
+export interface NativeTransfer {
+  /** It runs as one all-gather. */
+  readonly gathers: boolean;
+  /** All ranks of the group together; `check` sums what is sent and what arrives. */
+  run(check: boolean): Promise<NativeTransferResult>;
+  /** Rejects when what the last checked run sent has changed since. */
+  verify(): Promise<void>;
+  close(): void;
+}
+
 export interface NativeModel {
   /** Resolves when all ranks of the world have called it. */
   join(degrees: NativeDegrees): Promise<void>;
@@ -198,7 +242,14 @@ export interface NativeAddon {
     hostBytes: number;
   }) => NativeDevice;
   World: new (options: { ranks: number; timeoutSeconds: number }) => NativeWorld;
-  Model: new (device: NativeDevice, spec: object, ranks?: { world: NativeWorld; rank: number }) => NativeModel;
+  Model: new (
+    device: NativeDevice,
+    spec: object,
+    ranks?: { world: NativeWorld; rank: number },
+    weights?: NativeMemory,
+  ) => NativeModel;
+  Memory: new (options: { name: string; bytes: number }) => NativeMemory;
+  Transfer: new (device: NativeDevice, options: NativeTransferOptions) => NativeTransfer;
   /** The kernels that a name ('' for the best) resolves to on this CPU, after their self-check. */
   instructionSet(name: string): string;
 }
