@@ -9,6 +9,7 @@
 import type { TokenBatch } from '../data/batch.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { ModelState } from './model-state.js';
+import type { TransitionReport } from './transition.js';
 
 export type Dtype = 'float32' | 'bfloat16';
 
@@ -137,6 +138,8 @@ export interface Engine extends AsyncDisposable {
   readonly parts: number;
   /** Data-parallel degree: replicas of the model that learn together. */
   readonly replicas: number;
+  /** Called after each way to the generation layout of a model that has one. */
+  onTransition?: ((report: TransitionReport) => void) | undefined;
   /** The state of each rank, for `moveState`; absent when it stays where it is. */
   readonly states?: readonly ModelState[];
 

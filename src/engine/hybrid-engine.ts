@@ -15,6 +15,7 @@ import { Transition, type TransitionReport, type TransitionSetup, worldOf } from
 export class HybridEngine {
   /** Of the last way there. */
   lastTransition: TransitionReport | undefined;
+  onTransition: ((report: TransitionReport) => void) | undefined;
   private last: Promise<unknown> = Promise.resolve();
 
   private constructor(
@@ -71,7 +72,9 @@ export class HybridEngine {
   }
 
   private async go(): Promise<void> {
-    if (!this.transition.entered) this.lastTransition = await this.transition.enter();
+    if (this.transition.entered) return;
+    this.lastTransition = await this.transition.enter();
+    this.onTransition?.(this.lastTransition);
   }
 
   /** One call after the other: the ways there and back are not to be mixed. */

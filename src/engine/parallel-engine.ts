@@ -142,6 +142,10 @@ export class ParallelEngine implements Engine {
     return new ParallelEngine(options, degrees, ranks, hybrid);
   }
 
+  set onTransition(report: Engine['onTransition']) {
+    if (this.hybrid) this.hybrid.onTransition = report;
+  }
+
   /** The state of every rank, in their order. */
   get states(): readonly ModelState[] {
     return this.ranks.map((rank) => rank.state);

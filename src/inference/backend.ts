@@ -1,6 +1,7 @@
 /** What runs models: a device and engines on it, loaded from checkpoints. Tests put a table in its place. */
 import type { Checkpoint } from '../checkpoints/hugging-face.js';
 import type { Dtype, Engine } from '../engine/engine.js';
+import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { Head } from '../layout/model-shape.js';
 import type { ScheduleName } from '../layout/pipeline-schedule.js';
 
@@ -26,6 +27,13 @@ export interface LayoutSettings {
   schedule?: ScheduleName;
 }
 
+/** The layout in which a model over ranks generates; default: the one that it is in. */
+export interface GenerationSettings {
+  pipeline: number;
+  tensor: number;
+  transition: TransitionEngine;
+}
+
 export interface EngineSettings {
   /** Default: the checkpoint's. A value or score head that the checkpoint lacks starts at zero. */
   head?: Head;
@@ -34,6 +42,8 @@ export interface EngineSettings {
   parts?: number | 'auto';
   /** Layers keep only their input for backward and are computed again. */
   recompute?: boolean;
+  /** For a model over ranks. */
+  generation?: GenerationSettings;
 }
 
 export interface BackendDevice {
@@ -85,8 +95,12 @@ async function openRanks(layout: LayoutSettings, { threads, ...memory }: DeviceS
     createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), ...memory }),
   );
   return {
-    createEngine: (checkpoint, settings) =>
-      createParallelEngine({ model: checkpoint, devices, degrees: { pipeline, tensor, data }, ...how, ...settings }),
+    createEngine: (checkpoint, { generation, ...settings }) => {
+      const degrees = { pipeline, tensor, data };
+      const other = generation && (generation.pipeline !== pipeline || generation.tensor !== tensor);
+      const generating = other ? { generation, transition: generation.transition } : {};
+      return createParallelEngine({ model: checkpoint, devices, degrees, ...how, ...settings, ...generating });
+    },
     close: async () => {
       for (const device of devices) await device.close();
     },

@@ -1,5 +1,6 @@
 /** The calls of a run and what each needs on the device: the preflight adds them up, and offload plans its moves by them. */
 import { generationRows, generationSequences } from '../engine/native-engine.js';
+import { generationView } from '../layout/generation-view.js';
 import {
   largestCall,
   type ModelPlan,
@@ -15,6 +16,7 @@ import { microBatchesInFlight, pipelineSchedules } from '../layout/pipeline-sche
 import { type RankShare, rankShare } from '../layout/rank-share.js';
 import { type Phase, type RotatingModel, type StateGroup, stateGroups } from '../layout/rotation.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
+import { transitionPlan } from '../layout/transition-plan.js';
 import type { Config } from './config.js';
 import type { Role } from './roles.js';
 
@@ -137,7 +139,9 @@ function workspaceOf(
   const pagesOf = (positions: number): number => Math.ceil(Math.min(shape.maxPositions, positions) / pagePositions) + 1;
   const bytes = (pages: number): number => {
     const call = { rows: Math.max(sequences, generationRows), sequences, pages };
-    return mostOf(role, config, ({ share }) => planGeneration(share.shape, dtype, call, share).total);
+    return config.generation
+      ? mostOfGeneration(role, config, call)
+      : mostOf(role, config, ({ share }) => planGeneration(share.shape, dtype, call, share).total);
   };
   return {
     workspaceBytes: bytes(pagesOf(rows + rollout.maxNewTokens)),
@@ -145,6 +149,30 @@ function workspaceOf(
     wishedBytes: bytes(sequences * pagesOf(2 * rollout.maxNewTokens)),
     what: `workspace: ${name}, generation`,
   };
+}
+
+/**
+ * In a generation layout of its own: the shards that a rank gathers and what generation takes beside them, both of which are the
+ * workspace's in training.
+ */
+function mostOfGeneration(
+  { shape }: Role,
+  { dtype, parallel, generation, numerics }: Config,
+  call: { rows: number; sequences: number; pages: number },
+): number {
+  const { pipeline, tensor, transition: engine } = generation!;
+  const parts = resolveParts(shape, numerics.parts);
+  // Training replicas have the same buffers; of ds-chat and hybridflow-v the training shard lies beside them.
+  const train = { pipeline: parallel.pipeline, tensor: parallel.tensor, data: 1 };
+  const options = { shape, parts, dtype, train, generation: { pipeline, tensor }, engine };
+  const plan = transitionPlan(options);
+  const needs = plan.ranks.map(({ training }, rank) => {
+    const view = generationView(options, plan, rank);
+    const share = rankShare(shape, parts, view.degrees, view.rank, view.stages);
+    const gathered = view.memoryBytes - (training.slotOffset === undefined ? 0 : training.arenaBytes);
+    return gathered + planGeneration(share.shape, dtype, call, share).total;
+  });
+  return Math.max(...needs);
 }
 
 /** With as many micro-batches under way as the rank's stage may hold. */

@@ -116,14 +116,27 @@ export async function openEngine(role: Role, context: EngineContext): Promise<En
       train: role.trained,
       parts: config.numerics.parts,
       recompute: config.memory.recompute,
+      ...(role.generates && config.generation ? { generation: config.generation } : {}),
     });
   const engine = context.own(await (turns.rotation ? turns.rotation.open(role.name, create) : create()));
   if (role.trained && !saved && role.head === 'score' && role.checkpoint.shape.head !== 'score') {
     await engine.writeTensor('score.weight', initialScoreHead(role.shape.width, config.seed));
     await engine.publish();
   }
+  countTransitions(engine, recorder);
   const calls = { forward: 'forward', backward: 'backward', step: 'optimizer', generate: 'generate' } as const;
   return recorder.wrap(engine, calls, 'native');
+}
+
+/** Bytes and seconds of the ways to the generation layout, in the metrics of the step that they are made in. */
+function countTransitions(engine: Engine, recorder: Recorder): void {
+  engine.onTransition = ({ receivedBytes, seconds }) => {
+    recorder.add(
+      'bytes.transition',
+      receivedBytes.reduce((sum, bytes) => sum + bytes, 0),
+    );
+    recorder.add('seconds.transition', seconds);
+  };
 }
 
 /** Normal numbers of standard deviation 1/sqrt(D + 1) (Huang et al. 2024, arXiv:2403.17031), a function of the seed. */

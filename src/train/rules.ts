@@ -33,9 +33,31 @@ const commonRules: Rule<Config>[] = [
           `${batch.sequences} rows leave some of the ${parallel.data} data-parallel ranks without any; raise it or lower parallel.data`,
         )
       : undefined,
-  ({ generation }) =>
-    generation.pipeline > 1 || generation.tensor > 1
-      ? unsupported('generation', generation, 'it generates in the layout that trains; set pipeline and tensor to 1')
+  ...(['pipeline', 'tensor'] as const).map(
+    (axis) =>
+      ({ parallel, generation }: Config) =>
+        generation && parallel[axis] % generation[axis] !== 0
+          ? contradiction(
+              `generation.${axis}`,
+              `${generation[axis]} does not divide parallel.${axis} (${parallel[axis]}): a rank generates with whole training shards; use a divisor of it`,
+            )
+          : undefined,
+  ),
+  ({ generation, parallel }) =>
+    generation?.transition === 'ds-chat' && parallel.data > 1
+      ? unsupported(
+          'generation.transition',
+          'ds-chat',
+          'it gathers from data-parallel pieces that no model trains on; use hybridflow',
+        )
+      : undefined,
+  ({ generation, memory }) =>
+    generation && memory.offload !== 'none'
+      ? unsupported(
+          'memory.offload',
+          memory.offload,
+          'it does not move weights that two layouts share; leave out generation',
+        )
       : undefined,
   ({ placement }) =>
     placement !== 'colocated'

@@ -77,7 +77,15 @@ const common = {
     /** Order of micro-batches on the stages of the pipeline. */
     schedule: z.enum(['1f1b', 'gpipe']).default('1f1b'),
   }),
-  generation: section({ pipeline: count.default(1), tensor: count.default(1) }),
+  /** The layout in which a model over ranks generates (HybridFlow, section 5): replicas of so many ranks. Left out: as it trains. */
+  generation: z
+    .strictObject({
+      pipeline: count.default(1),
+      tensor: count.default(1),
+      /** How weights come from one layout to the other, after HybridFlow's Table 2. */
+      transition: z.enum(['hybridflow', 'hybridflow-v', 'ds-chat']).default('hybridflow'),
+    })
+    .optional(),
   placement: z.string().default('colocated'),
   memory: section({
     /** Of each rank's device; ranks of one process have as much each, whatever the host has. */

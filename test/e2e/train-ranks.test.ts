@@ -56,23 +56,28 @@ interface Layout {
 /** Output folders of runs, each of which is made once. */
 const runs = new Map<string, Promise<string>>();
 
-function train(kind: 'sft' | 'ppo', parallel: Layout): Promise<string> {
+function train(kind: 'sft' | 'ppo', parallel: Layout, generation?: Layout): Promise<string> {
   const name = `${kind}${Object.entries(parallel)
     .map(([key, value]) => `-${key}-${value}`)
     .join('')}`;
-  const output = runs.get(name) ?? run(kind, parallel, name);
+  if (generation) return run(kind, { parallel, generation }, `${name}-generation`);
+  const output = runs.get(name) ?? run(kind, { parallel }, name);
   runs.set(name, output);
   return output;
 }
 
-async function run(kind: 'sft' | 'ppo', parallel: Layout, name: string): Promise<string> {
+async function run(
+  kind: 'sft' | 'ppo',
+  layouts: { parallel: Layout; generation?: Layout },
+  name: string,
+): Promise<string> {
   const output = join(folder, name);
   const reward = { reward: { function: join(folder, 'reward.mjs') } };
   const own =
     kind === 'sft'
       ? { ...sft, data: { train: join(folder, 'text.jsonl') } }
       : { ...ppo, ...reward, data: { train: join(folder, 'prompts.jsonl') } };
-  const path = await configFile(folder, { ...own, parallel, output }, `${name}.json`);
+  const path = await configFile(folder, { ...own, ...layouts, output }, `${name}.json`);
   const { code, stderr } = await lockstep(['train', path]);
   expect([name, code, stderr]).toEqual([name, 0, expect.any(String)]);
   return output;
@@ -102,4 +107,15 @@ describe.each(['sft', 'ppo'] as const)('%s', (kind) => {
       else expect(Math.abs(row.loss! / one[i]!.loss! - 1)).toBeLessThan(1e-4);
     }
   });
+});
+
+it('ppo that generates in another layout than it trains in: the same bytes, and what the transition moved', async () => {
+  const expected = await checkpointsOf(await train('ppo', {}));
+  const output = await train('ppo', { tensor: 2, pipeline: 2 }, { pipeline: 1, tensor: 1 });
+  expect(await checkpointsOf(output)).toEqual(expected);
+  for (const row of await metricsOf(output)) {
+    expect(row).toMatchObject({ 'mismatch.max': 0, 'bytes.transition': expect.any(Number) });
+    expect(row['bytes.transition']).toBeGreaterThan(0);
+    expect(row['seconds.transition']).toBeGreaterThan(0);
+  }
 });
