@@ -1,7 +1,7 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
 import { LockstepError } from '../errors.js';
-import { loadNative, type NativeDevice, requestedInstructionSet } from './native.js';
+import { loadNative, type NativeDevice, requestedInstructionSet, type Timed, type WorkTimes } from './native.js';
 
 export interface DeviceOptions {
   /** Threads that compute, the rank's own included; default: the cores there are. */
@@ -12,6 +12,15 @@ export interface DeviceOptions {
   implementation?: 'cpu' | 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
   poison?: boolean;
+  /** Told of every work that its thread has done, in that order. */
+  onWork?: (work: Work) => void;
+}
+
+/** What a rank's thread did for a model. */
+export interface Work extends WorkTimes {
+  operation: 'join' | 'load' | 'forward' | 'backward' | 'step' | 'generate' | 'read' | 'write' | 'clear' | 'publish';
+  /** Of a forward or backward: which of the replica's micro-batches, when several ranks accumulate. */
+  microBatch?: number;
 }
 
 /** Scratch of one thread inside an operation: packed operands and tiles. Touched as far as an operation needs it. */
@@ -22,12 +31,14 @@ export class Device implements AsyncDisposable {
   readonly memoryBytes: number;
   readonly native: NativeDevice;
   private readonly held = new Map<object, number>();
+  private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
   /** @throws LockstepError NATIVE_NOT_BUILT, ISA_UNSUPPORTED, ISA_INVALID, THREADS_INVALID. */
   constructor(options: DeviceOptions = {}) {
     this.threads = options.threads ?? availableParallelism();
     this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
+    this.onWork = options.onWork;
     if (!Number.isInteger(this.threads) || this.threads < 1 || this.threads > 256) {
       throw new LockstepError('THREADS_INVALID', `threads: expected an integer in 1..256, received ${this.threads}.`);
     }
@@ -86,6 +97,13 @@ export class Device implements AsyncDisposable {
     );
   }
 
+  /** Runs a native call of a model, and tells of it. */
+  async run<T>(operation: Work['operation'], call: () => Promise<Timed<T>>, microBatch?: number): Promise<T> {
+    const { value, ...times } = await rethrowAsync(call);
+    this.onWork?.({ operation, ...(microBatch === undefined ? {} : { microBatch }), ...times });
+    return value;
+  }
+
   memory(): ReturnType<NativeDevice['memory']> {
     return this.native.memory();
   }
@@ -121,7 +139,7 @@ export function rethrow<T>(run: () => T): T {
 }
 
 /** `run` may throw at once (a closed model) or reject. */
-export async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
+async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
   try {
     return await run();
   } catch (error) {

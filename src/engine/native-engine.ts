@@ -21,7 +21,7 @@ import { type ShardTensor, shardTable } from '../layout/shards.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { pieceBoundaries } from '../layout/zero.js';
 import { accumulateInTurn } from './accumulate.js';
-import { type Device, rethrow, rethrowAsync } from './device.js';
+import { type Device, rethrow } from './device.js';
 import type {
   Dtype,
   Engine,
@@ -196,12 +196,14 @@ export class NativeEngine implements Engine {
   /** Forms the groups of a rank with others; all of them at the same time. */
   async join(): Promise<void> {
     const { keyValueRanks } = this.share;
-    await rethrowAsync(() => this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }));
+    await this.device.run('join', () =>
+      this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }),
+    );
   }
 
   /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
   async load(items: NativeLoad[]): Promise<void> {
-    await rethrowAsync(() => this.native.load(items));
+    await this.device.run('load', () => this.native.load(items));
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
@@ -235,8 +237,8 @@ export class NativeEngine implements Engine {
     };
   }
 
-  runForward(call: NativeForward): Promise<ForwardResult> {
-    return rethrowAsync(() => this.native.forward(call));
+  runForward(call: NativeForward, microBatch?: number): Promise<ForwardResult> {
+    return this.device.run('forward', () => this.native.forward(call), microBatch);
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -244,8 +246,8 @@ export class NativeEngine implements Engine {
   }
 
   /** Of the forward kept in a slot. */
-  runBackward(slot: number, more: boolean, gradients: TokenGradients): Promise<void> {
-    return rethrowAsync(() => this.native.backward({ ...gradients, slot, more }));
+  runBackward(slot: number, more: boolean, gradients: TokenGradients, microBatch?: number): Promise<void> {
+    return this.device.run('backward', () => this.native.backward({ ...gradients, slot, more }), microBatch);
   }
 
   async accumulate(
@@ -262,14 +264,13 @@ export class NativeEngine implements Engine {
   }
 
   async clearGradients(): Promise<void> {
-    await rethrowAsync(() => this.native.clearGradients());
+    await this.device.run('clear', () => this.native.clearGradients());
   }
 
   async step(options: StepOptions): Promise<StepResult> {
     const { betas, ...rest } = options;
-    return {
-      gradientNorm: await rethrowAsync(() => this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
-    };
+    const call = { ...rest, beta1: betas[0], beta2: betas[1] };
+    return { gradientNorm: await this.device.run('step', () => this.native.step(call)) };
   }
 
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
@@ -300,7 +301,7 @@ export class NativeEngine implements Engine {
     const abort = (): void => handle.abort();
     options.signal?.addEventListener('abort', abort, { once: true });
     try {
-      const { results, ...statistics } = await rethrowAsync(() => handle.promise);
+      const { results, ...statistics } = await this.device.run('generate', () => handle.promise);
       if (thrown) throw thrown.error;
       options.signal?.throwIfAborted();
       this.lastGeneration = statistics;
@@ -313,7 +314,7 @@ export class NativeEngine implements Engine {
   /** Another rank: it does as that one says. */
   async followGeneration(call: NativeGenerate): Promise<Generated[]> {
     const { promise } = rethrow(() => this.native.generate(call));
-    return (await rethrowAsync(() => promise)).results;
+    return (await this.device.run('generate', () => promise)).results;
   }
 
   /** @throws LockstepError PROMPT_TOO_LONG */
@@ -388,11 +389,11 @@ export class NativeEngine implements Engine {
 
   /** Rows as `pieces` says, of one tensor of the table. */
   readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
-    return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+    return this.device.run('read', () => this.native.readRows({ space, columns, pieces }));
   }
 
   writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
-    return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+    return this.device.run('write', () => this.native.writeRows({ space, columns, pieces, data }));
   }
 
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
@@ -408,7 +409,7 @@ export class NativeEngine implements Engine {
   }
 
   async publish(): Promise<void> {
-    await rethrowAsync(() => this.native.publish());
+    await this.device.run('publish', () => this.native.publish());
   }
 
   memory(): EngineMemory {

@@ -17,13 +17,30 @@ import type {
   TokenGradients,
 } from './engine.js';
 
+/** When the rank's thread ran a call, in seconds; begin and end are of the clock of process.hrtime(). */
+export interface WorkTimes {
+  /** When its input was there: what a stage of a pipeline waits for the one before, or after, lies before. */
+  begin: number;
+  /** Before its output is handed on to another stage. */
+  end: number;
+  /** In calls of communicators, waits included. */
+  communicating: number;
+  /** In those, for ranks that had not come yet. */
+  waiting: number;
+}
+
+/** How every call of a rank resolves. */
+export interface Timed<T> extends WorkTimes {
+  value: T;
+}
+
 export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
   readonly kernels: string;
   memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
   close(): void;
   /** Times one operation beside its ceiling, verified first (bench/). */
-  bench(call: NativeBench): Promise<NativeBenchResult>;
+  bench(call: NativeBench): Promise<Timed<NativeBenchResult>>;
 }
 
 export type NativeBench = { runs: number } & (
@@ -141,19 +158,24 @@ export interface NativeWorld {
 
 export interface NativeModel {
   /** Resolves when all ranks of the world have called it. */
-  join(degrees: NativeDegrees): Promise<void>;
-  load(items: NativeLoad[]): Promise<void>;
-  forward(call: NativeForward): Promise<ForwardResult>;
-  backward(call: NativeBackward): Promise<void>;
-  step(options: NativeStep): Promise<number>;
+  join(degrees: NativeDegrees): Promise<Timed<void>>;
+  load(items: NativeLoad[]): Promise<Timed<void>>;
+  forward(call: NativeForward): Promise<Timed<ForwardResult>>;
+  backward(call: NativeBackward): Promise<Timed<void>>;
+  step(options: NativeStep): Promise<Timed<number>>;
   generate(
     call: NativeGenerate,
     onProgress?: (progress: GenerateProgress) => number[] | undefined,
-  ): { promise: Promise<NativeGenerated>; abort(): void };
-  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
-  writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
-  clearGradients(): Promise<void>;
-  publish(): Promise<void>;
+  ): { promise: Promise<Timed<NativeGenerated>>; abort(): void };
+  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Timed<Float32Array>>;
+  writeRows(call: {
+    space: ParameterSpace;
+    columns: number;
+    pieces: NativePieces;
+    data: Float32Array;
+  }): Promise<Timed<void>>;
+  clearGradients(): Promise<Timed<void>>;
+  publish(): Promise<Timed<void>>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;
 }

@@ -344,13 +344,17 @@ async function runReplica(
   );
   const running: Promise<unknown>[] = [];
   const forward = (stage: number, index: number): Promise<ForwardResult> => {
-    const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!));
+    const { microBatch } = operations[stage]![index]!;
+    const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!, microBatch));
     running.push(...calls);
     return calls[0]!;
   };
   const backward = (stage: number, index: number, gradients: TokenGradients): void => {
-    const slot = slotOf(stage, operations[stage]![index]!);
-    running.push(...stages[stage]!.map((rank) => rank.runBackward(slot, !isLast(stage, index), gradients)));
+    const operation = operations[stage]![index]!;
+    const { microBatch } = operation;
+    const slot = slotOf(stage, operation);
+    const more = !isLast(stage, index);
+    running.push(...stages[stage]!.map((rank) => rank.runBackward(slot, more, gradients, microBatch)));
   };
   const last = stages.length - 1;
   for (let stage = 0; stage < last; stage++) {

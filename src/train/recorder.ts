@@ -1,9 +1,13 @@
 /**
  * Where the time goes: phases of a step, summed for its metrics row (`seconds.<phase>`) and kept as a Chrome trace
  * (trace.json, for about:tracing and Perfetto). Algorithms and workers are wrapped from outside and know nothing of it.
+ *
+ * Each rank has a row of its own: its works, and between them `idle`. What a work spent in communicators is drawn at its
+ * begin, first the waits for other ranks (`idle`), then the rest (`communication`): the sums are exact, the places are not.
  */
 import { type FileHandle, open, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import type { Work } from '../engine/device.js';
 
 interface TraceEvent {
   name: string;
@@ -16,12 +20,27 @@ interface TraceEvent {
   args?: { step: number };
 }
 
+/** The name of a row. */
+interface RowName {
+  name: 'thread_name';
+  ph: 'M';
+  pid: 1;
+  tid: number;
+  args: { name: string };
+}
+
+/** Works that move tensors instead of computing. */
+const transfers: ReadonlySet<Work['operation']> = new Set(['load', 'read', 'write'] as const);
+const firstRankRow = 3;
+/** Shorter parts of a work are not drawn. */
+const drawnSeconds = 1e-6;
+
 export class Recorder {
   /** Milliseconds of the process clock that are microsecond `#base` of the trace. */
   #origin = performance.now();
   #base = 0;
   #seconds = new Map<string, number>();
-  #events: TraceEvent[] = [];
+  #events: (TraceEvent | RowName)[] = [];
   #file: FileHandle | undefined;
   #empty = true;
   step = 0;
@@ -47,17 +66,36 @@ export class Recorder {
       const end = performance.now();
       const key = category === 'native' ? 'native' : name;
       this.#seconds.set(key, (this.#seconds.get(key) ?? 0) + (end - start) / 1000);
-      this.#events.push({
-        name,
-        cat: category,
-        ph: 'X',
-        pid: 1,
-        tid: category === 'native' ? 2 : 1,
-        ts: this.#base + Math.round((start - this.#origin) * 1000),
-        dur: Math.round((end - start) * 1000),
-        args: { step: this.step },
-      });
+      this.#draw(name, category, category === 'native' ? 2 : 1, start, end);
     }
+  }
+
+  /** `start` and `end` in milliseconds of performance.now(). The trace begins when its file is open. */
+  #draw(name: string, cat: string, tid: number, start: number, end: number): void {
+    if (!this.#file) return;
+    const at = (milliseconds: number): number => Math.round((milliseconds - this.#origin) * 1000);
+    const ts = this.#base + at(start);
+    this.#events.push({ name, cat, ph: 'X', pid: 1, tid, ts, dur: at(end) - at(start), args: { step: this.step } });
+  }
+
+  /** What a rank's device tells of its works. */
+  rankRow(rank: number): (work: Work) => void {
+    const tid = firstRankRow + rank;
+    this.#events.push({ name: 'thread_name', ph: 'M', pid: 1, tid, args: { name: `rank ${rank}` } });
+    // Works carry the clock of process.hrtime(), phases that of performance.now(): the same one from another origin.
+    const offset = Number(process.hrtime.bigint()) / 1e9 - performance.now() / 1e3;
+    let idleSince: number | undefined;
+    const draw = (name: string, cat: string, begin: number, end: number): void => {
+      if (end - begin >= drawnSeconds) this.#draw(name, cat, tid, (begin - offset) * 1e3, (end - offset) * 1e3);
+    };
+    return ({ operation, microBatch, begin, end, communicating, waiting }) => {
+      draw('idle', 'idle', idleSince ?? begin, begin);
+      idleSince = end;
+      const name = microBatch === undefined ? operation : `${operation} ${microBatch}`;
+      draw(name, transfers.has(operation) ? 'transfer' : 'compute', begin, end);
+      draw('waiting', 'idle', begin, begin + waiting);
+      draw('communication', 'communication', begin + waiting, begin + communicating);
+    };
   }
 
   /** `seconds.<phase>` since the last call. */
