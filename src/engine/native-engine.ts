@@ -210,6 +210,10 @@ export class NativeEngine implements Engine {
     return this.runForward(this.planForward(batch, options));
   }
 
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return Promise.all(batches.map((batch) => this.forward(batch, options)));
+  }
+
   /**
    * @param pass where activations are kept; default with `keep`: they are the only ones
    * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET

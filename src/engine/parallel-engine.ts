@@ -134,6 +134,10 @@ export class ParallelEngine implements Engine {
     return joinResults(results.filter((_, i) => leaders.has(calls[i]!.rank)));
   }
 
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return together(batches.map((batch) => this.forward(batch, options)));
+  }
+
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
   private checkBatch({ tokens, lengths }: TokenBatch): void {
     const { maxPositions } = this.shape;

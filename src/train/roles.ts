@@ -119,7 +119,13 @@ export async function openEngine(role: Role, context: EngineContext): Promise<En
     await engine.writeTensor('score.weight', initialScoreHead(role.shape.width, config.seed));
     await engine.publish();
   }
-  const calls = { forward: 'forward', backward: 'backward', step: 'optimizer', generate: 'generate' } as const;
+  const calls = {
+    forward: 'forward',
+    forwardEach: 'forward',
+    backward: 'backward',
+    step: 'optimizer',
+    generate: 'generate',
+  } as const;
   return recorder.wrap(engine, calls, 'native');
 }
 
