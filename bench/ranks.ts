@@ -15,7 +15,13 @@ import type { Dtype, Engine, MicroBatches } from '../src/engine/engine.js';
 import { ParallelEngine } from '../src/engine/parallel-engine.js';
 import type { ModelShape } from '../src/layout/model-shape.js';
 import { type Degrees, worldSize } from '../src/layout/parallel.js';
-import { pipelineSchedules, type ScheduleName, simulateSchedule } from '../src/layout/pipeline-schedule.js';
+import {
+  type PipelineOperation,
+  type PipelineSchedule,
+  pipelineSchedules,
+  type ScheduleName,
+  simulateSchedule,
+} from '../src/layout/pipeline-schedule.js';
 import { createDevice, randomEngine, randomTokens, round, shapeOf, spread } from './support.js';
 
 const sequences = 8;
@@ -49,7 +55,7 @@ class Ranks implements AsyncDisposable {
     dtype: Dtype;
     threads: number;
     schedule?: ScheduleName;
-    onWork?: (work: Work, rank: number) => void;
+    onWork?: (work: Work, rank: number) => unknown;
   }): Promise<ParallelEngine> {
     const { shape, degrees, dtype, threads, onWork, ...rest } = options;
     const devices: Device[] = Array.from({ length: worldSize(degrees) }, (_, rank) =>
@@ -111,6 +117,16 @@ async function verify(name: string, engine: ParallelEngine, reference: ParallelE
   }
 }
 
+interface Timing {
+  engine: ParallelEngine;
+  batches: MicroBatches;
+  works: Work[];
+  seconds: number[];
+  /** Of a step, a rank's share in communicators without waits, and its share without work. */
+  communication: number[];
+  idle: number[];
+}
+
 async function* trainingSteps(
   dtype: Dtype,
   { threads, runs, signal, note }: BenchOptions,
@@ -118,32 +134,41 @@ async function* trainingSteps(
   const shape = shapeOf('llama-25m');
   const tokens = randomTokens(sequences * length, shape.vocabulary);
   await using open = new Ranks();
-  const engines = new Map<LayoutName, { engine: ParallelEngine; batches: MicroBatches; seconds: number[] }>();
+  const engines = new Map<LayoutName, Timing>();
   for (const name of Object.keys(layouts) as LayoutName[]) {
     note(`training over ranks, ${dtype}: ${name}, verified`);
     const degrees = layouts[name];
     const each = threads / worldSize(degrees);
-    const engine = await open.engine({ shape, degrees, dtype, threads: Math.max(1, Math.floor(each)) });
+    const works: Work[] = [];
+    const onWork = (work: Work): unknown => works.push(work);
+    const engine = await open.engine({ shape, degrees, dtype, threads: Math.max(1, Math.floor(each)), onWork });
     const rows = degrees.pipeline > 1 ? 1 : sequences / degrees.data;
     const all = microBatchesOf(tokens, rows);
     const batches = degrees.data > 1 ? all.map((batch) => [batch]) : [all];
     await accumulate(engine, batches);
-    engines.set(name, { engine, batches, seconds: [] });
+    engines.set(name, { engine, batches, works, seconds: [], communication: [], idle: [] });
     await verify(name, engine, engines.get('one rank')!.engine);
   }
   for (const { engine } of engines.values()) await step(engine, 1);
   for (let i = 0; i <= Math.max(runs, 5); i++) {
     note(`training over ranks, ${dtype}: round ${i}`);
-    for (const { engine, batches, seconds } of engines.values()) {
+    for (const { engine, batches, works, seconds, communication, idle } of engines.values()) {
       signal.throwIfAborted();
+      works.length = 0;
       const start = performance.now();
       await accumulate(engine, batches);
       await step(engine, i + 2);
-      if (i > 0) seconds.push((performance.now() - start) / 1000);
+      if (i === 0) continue;
+      const all = (performance.now() - start) / 1000;
+      const share = (of: (work: Work) => number) =>
+        works.reduce((sum, work) => sum + of(work), 0) / engine.ranks.length / all;
+      seconds.push(all);
+      communication.push(share((work) => work.communicating - work.waiting));
+      idle.push(1 - share((work) => work.end - work.begin - work.waiting));
     }
   }
   const base = engines.get('one rank')!.seconds;
-  for (const [name, { seconds, engine }] of engines) {
+  for (const [name, { seconds, engine, communication, idle }] of engines) {
     const rate = spread(seconds.map((each) => tokens.length / each));
     const ratio = spread(seconds.map((each, i) => base[i]! / each));
     yield {
@@ -153,86 +178,116 @@ async function* trainingSteps(
       min: round(ratio.min),
       max: round(ratio.max),
       tokensPerSecond: round(rate.median),
+      communication: round(spread(communication).median),
+      idle: round(spread(idle).median),
       ranks: engine.ranks.length,
     };
   }
 }
 
-/** Two stages of four equal layers; embedding, final norm and head are next to nothing. */
+const equalLayers = 4;
+
+/** Two stages of equal layers; embedding, final norm and head are next to nothing. */
 function equalStages(): ModelShape {
-  const base = shapeOf('llama-25m');
-  const layers = 8;
-  return {
-    ...base,
-    width: 256,
-    heads: 8,
-    keyValueHeads: 8,
-    headWidth: 32,
-    feedForward: 768,
-    vocabulary: 64,
-    layers,
-    tied: false,
-    windows: Array.from({ length: layers }, () => 0),
-  };
+  const widths = { width: 256, heads: 8, keyValueHeads: 8, headWidth: 32, feedForward: 768, vocabulary: 64 };
+  const windows = Array.from({ length: equalLayers }, () => 0);
+  return { ...shapeOf('llama-25m'), ...widths, layers: equalLayers, windows, tied: false };
 }
 
-/** Idle time over busy time, and the seconds of the pass. */
-function bubbleOf(works: readonly (readonly Work[])[]): number {
+interface Pass {
+  /** Idle time over busy time. */
+  bubble: number;
+  /** The same of these works when each begins as soon as its input is there. */
+  ofItsWorks: number;
+}
+
+/** Of what each stage did in one `accumulate`. */
+function passOf(works: readonly (readonly Work[])[], schedule: PipelineSchedule): Pass {
   const all = works.flat();
   const makespan = Math.max(...all.map(({ end }) => end)) - Math.min(...all.map(({ begin }) => begin));
-  const busy = all.reduce((sum, { begin, end, waiting }) => sum + end - begin - waiting, 0);
-  return (works.length * makespan - busy) / busy;
+  const busy = all.reduce((sum, { begin, end }) => sum + end - begin, 0);
+  const timeOf = (stage: number, { kind, microBatch }: PipelineOperation): number => {
+    const work = works[stage]!.find((each) => each.operation === kind && each.microBatch === microBatch)!;
+    return work.end - work.begin;
+  };
+  const { bubbleOverIdeal } = simulateSchedule(schedule, timeOf);
+  return { bubble: (works.length * makespan - busy) / busy, ofItsWorks: bubbleOverIdeal };
 }
 
 async function* bubbles({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
   const shape = equalStages();
   const works: Work[][] = [[], []];
+  const each = { shape, degrees: layouts.pipeline, dtype: 'float32', threads: Math.ceil(threads / ranks) } as const;
+  const onWork = (work: Work, rank: number): unknown => works[rank]!.push(work);
   await using open = new Ranks();
-  const cases: { schedule: ScheduleName; engine: ParallelEngine; batches: TokenBatch[]; found: number[] }[] = [];
-  for (const schedule of Object.keys(pipelineSchedules) as ScheduleName[]) {
-    const engine = await open.engine({
-      ...{
-        shape,
-        degrees: layouts.pipeline,
-        dtype: 'float32' as const,
-        threads: Math.max(1, Math.floor(threads / ranks)),
-        schedule,
-      },
-      onWork: (work, rank) => works[rank]!.push(work),
-    });
+  const cases: { name: ScheduleName; engine: ParallelEngine; batches: TokenBatch[]; passes: Pass[] }[] = [];
+  for (const name of ['gpipe', '1f1b'] as const) {
+    const engine = await open.engine({ ...each, schedule: name, onWork });
     for (const microBatches of [2, 4, 8]) {
       const batches = microBatchesOf(randomTokens(microBatches * length, shape.vocabulary), 1);
-      cases.push({ schedule, engine, batches, found: [] });
+      cases.push({ name, engine, batches, passes: [] });
     }
   }
-  for (let i = 0; i <= Math.max(runs, 15); i++) {
-    note(`bubble of a pipeline: round ${i}`);
-    for (const { engine, batches, found } of cases) {
+  for (let i = 0; i <= Math.max(runs, 50); i++) {
+    if (i % 10 === 0) note(`bubble of a pipeline: round ${i}`);
+    for (const { name, engine, batches, passes } of cases) {
       signal.throwIfAborted();
       for (const list of works) list.length = 0;
       await accumulate(engine, [batches]);
-      if (i > 0) found.push(bubbleOf(works));
+      if (i > 0) passes.push(passOf(works, pipelineSchedules[name](ranks, batches.length)));
     }
   }
-  for (const { schedule, batches, found } of cases) {
-    const { bubbleOverIdeal } = simulateSchedule(pipelineSchedules[schedule](ranks, batches.length), {
-      forward: 1,
-      backward: 2,
-    });
-    const bubble = spread(found);
+  for (const { name, batches, passes } of cases) {
+    const formula = (ranks - 1) / batches.length;
+    const bubble = spread(passes.map((pass) => pass.bubble));
+    const ofItsWorks = spread(passes.map((pass) => pass.bubble / pass.ofItsWorks));
     yield {
-      name: `bubble, ${schedule}, 2 stages, ${batches.length} micro-batches`,
-      value: round(bubble.median),
-      unit: 'idle over busy',
-      min: round(bubble.min),
-      max: round(bubble.max),
-      formula: bubbleOverIdeal,
-      againstFormula: round(bubble.median / bubbleOverIdeal),
+      name: `bubble, ${name}, 2 stages, ${batches.length} micro-batches`,
+      value: round(bubble.median / formula),
+      unit: 'x (p - 1) / m',
+      min: round(bubble.min / formula),
+      max: round(bubble.max / formula),
+      bubble: round(bubble.median),
+      formula,
+      ofItsWorks: round(ofItsWorks.median),
     };
   }
+}
+
+/** Forward passes over a pipeline: one after the other, and under way together. */
+async function* scoring({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
+  const shape = equalStages();
+  const each = { shape, degrees: layouts.pipeline, dtype: 'float32', threads: Math.ceil(threads / ranks) } as const;
+  await using open = new Ranks();
+  const engine = await open.engine(each);
+  const batches = microBatchesOf(randomTokens(sequences * length, shape.vocabulary), 1);
+  const outputs = ['logprobs'] as const;
+  note('scoring over a pipeline');
+  const ratios: number[] = [];
+  for (let i = 0; i <= Math.max(runs, 15); i++) {
+    signal.throwIfAborted();
+    const start = performance.now();
+    const inTurn = [];
+    for (const batch of batches) inTurn.push(await engine.forward(batch, { outputs }));
+    const middle = performance.now();
+    const together = await engine.forwardEach(batches, { outputs });
+    if (i > 0) ratios.push((middle - start) / (performance.now() - middle));
+    for (const [k, { logprobs }] of together.entries()) {
+      if (distance(logprobs!, inTurn[k]!.logprobs!) !== 0) throw new Error('scoring: forwardEach gives other bits');
+    }
+  }
+  const ratio = spread(ratios);
+  yield {
+    name: `scoring ${sequences} micro-batches together, 2 stages`,
+    value: round(ratio.median),
+    unit: 'x one after the other',
+    min: round(ratio.min),
+    max: round(ratio.max),
+  };
 }
 
 export async function* measure(options: BenchOptions): AsyncGenerator<Measurement> {
   for (const dtype of ['float32', 'bfloat16'] as const) yield* trainingSteps(dtype, options);
   yield* bubbles(options);
+  yield* scoring(options);
 }

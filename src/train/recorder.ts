@@ -32,6 +32,8 @@ interface RowName {
 /** Works that move tensors instead of computing. */
 const transfers: ReadonlySet<Work['operation']> = new Set(['load', 'read', 'write'] as const);
 const firstRankRow = 3;
+/** Milliseconds of process.hrtime(), which works carry, when performance.now() is 0: one clock, two origins. */
+const clockOffset = Number(process.hrtime.bigint()) / 1e6 - performance.now();
 /** Shorter parts of a work are not drawn. */
 const drawnSeconds = 1e-6;
 
@@ -41,6 +43,8 @@ export class Recorder {
   #base = 0;
   #seconds = new Map<string, number>();
   #events: (TraceEvent | RowName)[] = [];
+  /** Seconds at which each rank's last work ended. */
+  #idleSince = new Map<number, number>();
   #file: FileHandle | undefined;
   #empty = true;
   step = 0;
@@ -78,24 +82,23 @@ export class Recorder {
     this.#events.push({ name, cat, ph: 'X', pid: 1, tid, ts, dur: at(end) - at(start), args: { step: this.step } });
   }
 
-  /** What a rank's device tells of its works. */
-  rankRow(rank: number): (work: Work) => void {
+  /** A work of a rank, each rank's in their order. */
+  work({ operation, microBatch, begin, end, communicating, waiting }: Work, rank: number): void {
+    if (!this.#file) return;
     const tid = firstRankRow + rank;
-    this.#events.push({ name: 'thread_name', ph: 'M', pid: 1, tid, args: { name: `rank ${rank}` } });
-    // Works carry the clock of process.hrtime(), phases that of performance.now(): the same one from another origin.
-    const offset = Number(process.hrtime.bigint()) / 1e9 - performance.now() / 1e3;
-    let idleSince: number | undefined;
-    const draw = (name: string, cat: string, begin: number, end: number): void => {
-      if (end - begin >= drawnSeconds) this.#draw(name, cat, tid, (begin - offset) * 1e3, (end - offset) * 1e3);
+    if (!this.#idleSince.has(rank)) {
+      this.#events.push({ name: 'thread_name', ph: 'M', pid: 1, tid, args: { name: `rank ${rank}` } });
+    }
+    const draw = (name: string, cat: string, from: number, to: number): void => {
+      if (to - from < drawnSeconds) return;
+      this.#draw(name, cat, tid, from * 1000 - clockOffset, to * 1000 - clockOffset);
     };
-    return ({ operation, microBatch, begin, end, communicating, waiting }) => {
-      draw('idle', 'idle', idleSince ?? begin, begin);
-      idleSince = end;
-      const name = microBatch === undefined ? operation : `${operation} ${microBatch}`;
-      draw(name, transfers.has(operation) ? 'transfer' : 'compute', begin, end);
-      draw('waiting', 'idle', begin, begin + waiting);
-      draw('communication', 'communication', begin + waiting, begin + communicating);
-    };
+    draw('idle', 'idle', this.#idleSince.get(rank) ?? begin, begin);
+    this.#idleSince.set(rank, end);
+    const name = microBatch === undefined ? operation : `${operation} ${microBatch}`;
+    draw(name, transfers.has(operation) ? 'transfer' : 'compute', begin, end);
+    draw('waiting', 'idle', begin, begin + waiting);
+    draw('communication', 'communication', begin + waiting, begin + communicating);
   }
 
   /** `seconds.<phase>` since the last call. */

@@ -49,6 +49,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       threads: config.threads,
       memoryBytes: parseBytes(config.memory.device),
       layout: config.parallel,
+      onWork: (work, rank) => recorder.work(work, rank),
     });
     closing.own(device);
     const own: Workshop['own'] = (resource) => closing.own(resource);

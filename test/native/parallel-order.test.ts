@@ -69,6 +69,7 @@ describe.each(cases)('$schedule p$pipeline t$tensor d$data, $microBatches micro-
         expect(end, what).toBeGreaterThan(begin);
         expect(waiting, what).toBeLessThanOrEqual(communicating);
         expect(communicating, what).toBeLessThan(end - begin);
+        expect(communicating > 0, `${what} adds up over the stage`).toBe(tensor > 1);
         if (i > 0) expect(begin, `${what} after the one before`).toBeGreaterThanOrEqual(list[i - 1]!.end);
         const on = (other: number, kind: Work['operation']): Work =>
           works[other]!.find((w) => w.operation === kind && w.microBatch === microBatch)!;

@@ -161,23 +161,19 @@ describe('the recorder', () => {
 
   it('draws a row for each rank: works, what of them was communication, and the idle time between', async () => {
     const recorder = new Recorder();
-    const listeners = [0, 1].map((rank) => recorder.rankRow(rank));
     const now = Number(process.hrtime.bigint()) / 1e9;
-    listeners[0]!({ operation: 'load', begin: now, end: now + 1, communicating: 0, waiting: 0 }); // before the trace
+    recorder.work({ operation: 'load', begin: now, end: now + 1, communicating: 0, waiting: 0 }, 0); // before the trace
     await recorder.open(root);
     const at = Number(process.hrtime.bigint()) / 1e9 + 5;
     const work = { communicating: 0, waiting: 0 };
-    listeners[1]!({ ...work, operation: 'forward', microBatch: 3, begin: at, end: at + 2 });
-    listeners[1]!({ operation: 'backward', begin: at + 3, end: at + 7, communicating: 1.5, waiting: 1 });
-    listeners[1]!({ ...work, operation: 'read', begin: at + 7, end: at + 8 });
+    recorder.work({ ...work, operation: 'forward', microBatch: 3, begin: at, end: at + 2 }, 1);
+    recorder.work({ operation: 'backward', begin: at + 3, end: at + 7, communicating: 1.5, waiting: 1 }, 1);
+    recorder.work({ ...work, operation: 'read', begin: at + 7, end: at + 8 }, 1);
     await recorder.close();
     type Event = { name: string; cat?: string; tid: number; ts: number; dur: number; args: { name?: string } };
     const events = JSON.parse(await readFile(join(root, 'trace.json'), 'utf8')) as Event[];
     const names = events.filter(({ name }) => name === 'thread_name').map(({ tid, args }) => [args.name, tid]);
-    expect(names).toEqual([
-      ['rank 0', 3],
-      ['rank 1', 4],
-    ]);
+    expect(names).toEqual([['rank 1', 4]]);
     const row = events.filter(({ name }) => name !== 'thread_name');
     expect(new Set(row.map(({ tid }) => tid))).toEqual(new Set([4]));
     const seconds = (microseconds: number): number => Math.round(microseconds / 1e4) / 100;
