@@ -1,12 +1,15 @@
 /**
- * Training over two ranks: against one rank with as many threads; and the bubble of a pipeline against its formula.
+ * Training over two ranks: against one rank with as many threads, and the bubble of a pipeline against its formula.
  *
  * A step is one of llama-25m on 8 x 256 tokens, in turn on one rank and on two of half its threads. The pipeline takes eight
  * micro-batches of one sequence, the others one micro-batch a replica.
  *
- * The bubble is the idle time of the stages over their busy time: (p - 1) / m for m micro-batches on p equal stages. Measured
- * on two stages of four equal layers each, with a vocabulary that costs next to nothing: idle is what lies between a rank's
- * works, within the time from the first begin to the last end of all ranks; busy is the rest. Medians of many passes, in turn.
+ * The bubble of m micro-batches on p stages is the time that a stage idles over the time that it works, (p - 1) / m when stages
+ * are equal: here two of two equal layers, with a vocabulary that costs next to nothing. A pass takes T(m) from the first begin
+ * of a work to the last end. What one more micro-batch takes, t, is the slope of T(m) fitted over m = 1, 2, 4, 8, so that the
+ * bubble is T(m) / (m t) - 1. T(m) is the shortest of many passes in turn: what else the machine does only adds to it, and
+ * makes equal stages unequal. Beside it, over all passes: the median of idle over busy time; and of that over what it is when
+ * the same works each begin as soon as their input is there, which is what the engine itself adds.
  */
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import type { TokenBatch } from '../src/data/batch.js';
@@ -37,11 +40,11 @@ const layouts = {
 } satisfies Record<string, Degrees>;
 type LayoutName = keyof typeof layouts;
 
-/** Batches of equal sequences, cut into micro-batches of `rows`. */
-function microBatchesOf(tokens: Int32Array, rows: number): TokenBatch[] {
-  return Array.from({ length: tokens.length / length / rows }, (_, i) => ({
-    tokens: tokens.subarray(i * rows * length, (i + 1) * rows * length),
-    lengths: new Int32Array(rows).fill(length),
+/** Sequences of `size` tokens, cut into micro-batches of `rows`. */
+function microBatchesOf(tokens: Int32Array, rows: number, size = length): TokenBatch[] {
+  return Array.from({ length: tokens.length / size / rows }, (_, i) => ({
+    tokens: tokens.subarray(i * rows * size, (i + 1) * rows * size),
+    lengths: new Int32Array(rows).fill(size),
   }));
 }
 
@@ -185,16 +188,15 @@ async function* trainingSteps(
   }
 }
 
-const equalLayers = 4;
-
 /** Two stages of equal layers; embedding, final norm and head are next to nothing. */
 function equalStages(): ModelShape {
   const widths = { width: 256, heads: 8, keyValueHeads: 8, headWidth: 32, feedForward: 768, vocabulary: 64 };
-  const windows = Array.from({ length: equalLayers }, () => 0);
-  return { ...shapeOf('llama-25m'), ...widths, layers: equalLayers, windows, tied: false };
+  return { ...shapeOf('llama-25m'), ...widths, layers: 2 * ranks, windows: [0, 0, 0, 0], tied: false };
 }
 
 interface Pass {
+  /** Seconds from the first begin to the last end. */
+  makespan: number;
   /** Idle time over busy time. */
   bubble: number;
   /** The same of these works when each begins as soon as its input is there. */
@@ -211,45 +213,55 @@ function passOf(works: readonly (readonly Work[])[], schedule: PipelineSchedule)
     return work.end - work.begin;
   };
   const { bubbleOverIdeal } = simulateSchedule(schedule, timeOf);
-  return { bubble: (works.length * makespan - busy) / busy, ofItsWorks: bubbleOverIdeal };
+  return { makespan, bubble: (works.length * makespan - busy) / busy, ofItsWorks: bubbleOverIdeal };
 }
 
-async function* bubbles({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
+/** Of the line through points with the least sum of squares. */
+function slope(points: readonly { x: number; y: number }[]): number {
+  const mean = (of: (point: { x: number; y: number }) => number) =>
+    points.reduce((sum, point) => sum + of(point), 0) / points.length;
+  const middle = { x: mean(({ x }) => x), y: mean(({ y }) => y) };
+  return mean(({ x, y }) => (x - middle.x) * (y - middle.y)) / mean(({ x }) => (x - middle.x) ** 2);
+}
+
+async function* bubbles(options: BenchOptions): AsyncGenerator<Measurement> {
   const shape = equalStages();
   const works: Work[][] = [[], []];
-  const each = { shape, degrees: layouts.pipeline, dtype: 'float32', threads: Math.ceil(threads / ranks) } as const;
+  const threads = Math.ceil(options.threads / ranks);
   const onWork = (work: Work, rank: number): unknown => works[rank]!.push(work);
   await using open = new Ranks();
-  const cases: { name: ScheduleName; engine: ParallelEngine; batches: TokenBatch[]; passes: Pass[] }[] = [];
-  for (const name of ['gpipe', '1f1b'] as const) {
-    const engine = await open.engine({ ...each, schedule: name, onWork });
-    for (const microBatches of [2, 4, 8]) {
-      const batches = microBatchesOf(randomTokens(microBatches * length, shape.vocabulary), 1);
-      cases.push({ name, engine, batches, passes: [] });
+  const cases: { schedule: ScheduleName; engine: ParallelEngine; batches: TokenBatch[]; passes: Pass[] }[] = [];
+  for (const schedule of ['gpipe', '1f1b'] as const) {
+    const each = { shape, degrees: layouts.pipeline, dtype: 'float32', threads, schedule, onWork } as const;
+    const engine = await open.engine(each);
+    for (const microBatches of [1, 2, 4, 8]) {
+      const batches = microBatchesOf(randomTokens((microBatches * length) / 2, shape.vocabulary), 1, length / 2);
+      cases.push({ schedule, engine, batches, passes: [] });
     }
   }
-  for (let i = 0; i <= Math.max(runs, 50); i++) {
-    if (i % 10 === 0) note(`bubble of a pipeline: round ${i}`);
-    for (const { name, engine, batches, passes } of cases) {
-      signal.throwIfAborted();
+  for (let i = 0; i <= Math.max(options.runs, 60); i++) {
+    if (i % 10 === 0) options.note(`bubble of a pipeline: round ${i}`);
+    for (const { schedule, engine, batches, passes } of cases) {
+      options.signal.throwIfAborted();
       for (const list of works) list.length = 0;
       await accumulate(engine, [batches]);
-      if (i > 0) passes.push(passOf(works, pipelineSchedules[name](ranks, batches.length)));
+      if (i > 0) passes.push(passOf(works, pipelineSchedules[schedule](ranks, batches.length)));
     }
   }
-  for (const { name, batches, passes } of cases) {
+  const shortest = (passes: readonly Pass[]): number => Math.min(...passes.map(({ makespan }) => makespan));
+  for (const { schedule, batches, passes } of cases.filter((each) => each.batches.length > 1)) {
+    const own = cases.filter((each) => each.schedule === schedule);
+    const each = slope(own.map((other) => ({ x: other.batches.length, y: shortest(other.passes) })));
     const formula = (ranks - 1) / batches.length;
-    const bubble = spread(passes.map((pass) => pass.bubble));
-    const ofItsWorks = spread(passes.map((pass) => pass.bubble / pass.ofItsWorks));
+    const bubble = shortest(passes) / (batches.length * each) - 1;
     yield {
-      name: `bubble, ${name}, 2 stages, ${batches.length} micro-batches`,
-      value: round(bubble.median / formula),
+      name: `bubble, ${schedule}, 2 stages, ${batches.length} micro-batches`,
+      value: round(bubble / formula),
       unit: 'x (p - 1) / m',
-      min: round(bubble.min / formula),
-      max: round(bubble.max / formula),
-      bubble: round(bubble.median),
+      bubble: round(bubble),
       formula,
-      ofItsWorks: round(ofItsWorks.median),
+      ofAllPasses: round(spread(passes.map((pass) => pass.bubble)).median / formula),
+      ofTheirWorks: round(spread(passes.map((pass) => pass.bubble / pass.ofItsWorks)).median),
     };
   }
 }
