@@ -125,6 +125,8 @@ interface Timing {
   batches: MicroBatches;
   works: Work[];
   seconds: number[];
+  /** Of all threads of the process. */
+  processorSeconds: number[];
   /** Of a step, a rank's share in communicators without waits, and its share without work. */
   communication: number[];
   idle: number[];
@@ -149,16 +151,17 @@ async function* trainingSteps(
     const all = microBatchesOf(tokens, rows);
     const batches = degrees.data > 1 ? all.map((batch) => [batch]) : [all];
     await accumulate(engine, batches);
-    engines.set(name, { engine, batches, works, seconds: [], communication: [], idle: [] });
+    engines.set(name, { engine, batches, works, seconds: [], processorSeconds: [], communication: [], idle: [] });
     await verify(name, engine, engines.get('one rank')!.engine);
   }
   for (const { engine } of engines.values()) await step(engine, 1);
   for (let i = 0; i <= Math.max(runs, 5); i++) {
     note(`training over ranks, ${dtype}: round ${i}`);
-    for (const { engine, batches, works, seconds, communication, idle } of engines.values()) {
+    for (const { engine, batches, works, seconds, processorSeconds, communication, idle } of engines.values()) {
       signal.throwIfAborted();
       works.length = 0;
       const start = performance.now();
+      const before = process.cpuUsage();
       await accumulate(engine, batches);
       await step(engine, i + 2);
       if (i === 0) continue;
@@ -166,14 +169,17 @@ async function* trainingSteps(
       const share = (of: (work: Work) => number) =>
         works.reduce((sum, work) => sum + of(work), 0) / engine.ranks.length / all;
       seconds.push(all);
+      const { user, system } = process.cpuUsage(before);
+      processorSeconds.push((user + system) / 1e6);
       communication.push(share((work) => work.communicating - work.waiting));
       idle.push(1 - share((work) => work.end - work.begin - work.waiting));
     }
   }
-  const base = engines.get('one rank')!.seconds;
-  for (const [name, { seconds, engine, communication, idle }] of engines) {
+  const base = engines.get('one rank')!;
+  for (const [name, { engine, seconds, processorSeconds, communication, idle }] of engines) {
     const rate = spread(seconds.map((each) => tokens.length / each));
-    const ratio = spread(seconds.map((each, i) => base[i]! / each));
+    const ratio = spread(seconds.map((each, i) => base.seconds[i]! / each));
+    const processor = spread(processorSeconds.map((each, i) => each / base.processorSeconds[i]!));
     yield {
       name: `training step 8 x 256, ${name}, ${dtype}`,
       value: round(ratio.median),
@@ -181,6 +187,7 @@ async function* trainingSteps(
       min: round(ratio.min),
       max: round(ratio.max),
       tokensPerSecond: round(rate.median),
+      processorTime: round(processor.median),
       communication: round(spread(communication).median),
       idle: round(spread(idle).median),
       ranks: engine.ranks.length,
