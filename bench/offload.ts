@@ -23,7 +23,7 @@ const newTokens = 128;
 /** One rank whose device can be asked what it held. */
 function watched(): { backend: Backend; devices: Device[] } {
   const devices: Device[] = [];
-  const openDevice: Backend['openDevice'] = async (settings) => {
+  const openDevice: Backend['openDevice'] = async ({ onWork: _, layout: __, ...settings }) => {
     const device = createDevice(settings);
     devices.push(device);
     return {

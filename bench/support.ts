@@ -6,7 +6,7 @@ import { createDevice } from '../src/checkpoints/load-model.js';
 import type { Measurement } from '../src/cli/bench.js';
 import type { Device } from '../src/engine/device.js';
 import type { Engine } from '../src/engine/engine.js';
-import type { NativeBench, NativeBenchResult } from '../src/engine/native.js';
+import type { NativeBench } from '../src/engine/native.js';
 import { NativeEngine } from '../src/engine/native-engine.js';
 import { parseModelConfig, withHead } from '../src/layout/config.js';
 import type { Head, ModelShape } from '../src/layout/model-shape.js';
@@ -40,7 +40,7 @@ export async function secondsOf(runs: number, run: () => Promise<unknown>): Prom
 
 /** One operation as a share of its ceiling, run by run in turn. */
 export async function shareOfCeiling(device: Device, name: string, call: NativeBench): Promise<Measurement> {
-  const result: NativeBenchResult = await device.native.bench(call);
+  const { value: result } = await device.native.bench(call);
   if (!result.verified) throw new Error(`${name}: the result differs from the reference; nothing was measured`);
   const share = spread(
     result.seconds.map(

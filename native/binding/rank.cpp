@@ -1,6 +1,7 @@
 #include "binding/rank.h"
 
 #include "core/error.h"
+#include "core/work_clock.h"
 
 namespace lockstep::binding {
 
@@ -10,7 +11,26 @@ struct Rank::Call {
   std::function<Napi::Value(Napi::Env)> finish;
   Napi::Promise::Deferred deferred;
   std::string code, message;
+  WorkTimes times;
 };
+
+namespace {
+
+// {value, begin, end, communicating, waiting} in seconds, begin and end of the clock of process.hrtime().
+Napi::Object timed(Napi::Env env, Napi::Value value, const WorkTimes& times) {
+  auto result = Napi::Object::New(env);
+  result.Set("value", value);
+  const auto give = [&](const char* name, int64_t nanoseconds) {
+    result.Set(name, static_cast<double>(nanoseconds) * 1e-9);
+  };
+  give("begin", times.begin);
+  give("end", times.end);
+  give("communicating", times.communicating);
+  give("waiting", times.waiting);
+  return result;
+}
+
+}  // namespace
 
 Napi::Error toJavaScript(Napi::Env env, const std::string& code, const std::string& message) {
   Napi::Error error = Napi::Error::New(env, message);
@@ -98,10 +118,11 @@ Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void
     return refused.Promise();
   }
   auto* call =
-      new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
+      new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}, {}};
   const Napi::Promise promise = call->deferred.Promise();
   if (pending_++ == 0) door_.Ref(env);
   thread.post([call] {
+    WorkClock::begin();
     try {
       call->work();
     } catch (const Error& error) {
@@ -114,6 +135,8 @@ Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void
       call->code = "INTERNAL";
       call->message = error.what();
     }
+    WorkClock::end();
+    call->times = WorkClock::times();
     call->work = nullptr;
     // Refused only when the environment is going away: nobody waits then, and its values may not be touched.
     call->rank->door_.NonBlockingCall(call, [](Napi::Env env, Napi::Function, Call* done) { complete(env, done); });
@@ -131,7 +154,7 @@ void Rank::complete(Napi::Env env, Call* call) {
     return;
   }
   try {
-    call->deferred.Resolve(call->finish(env));
+    call->deferred.Resolve(timed(env, call->finish(env), call->times));
   } catch (const Napi::Error& error) {
     call->deferred.Reject(error.Value());
   }

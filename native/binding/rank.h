@@ -35,7 +35,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
   Rank(Napi::Env, const RankOptions&);
   ~Rank();
 
-  // Runs work on the rank's thread; the promise resolves to finish(env) or rejects with the error of either.
+  // Runs work on the rank's thread; the promise resolves to {value: finish(env), and when it ran: WorkTimes} or rejects
+  // with the error of either.
   Napi::Promise call(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
 
   // The same on a thread beside it, which files are written from.

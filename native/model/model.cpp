@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/work_clock.h"
 
 namespace lockstep::model {
 
@@ -66,6 +67,7 @@ void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, 
                     float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs& out) {
   together([&] {
     runForward(plan, tokens, lengths, count, inverseTemperature, keep, out);
+    WorkClock::end();
     if (!keep || !keep->more) transformer_.flush();
   });
 }
@@ -125,6 +127,7 @@ void Model::runForward(const std::vector<BufferSpec>& plan, const int32_t* token
 void Model::backward(int64_t slot, bool more, const float* dLogprobs, const float* dEntropies, const float* dValues) {
   together([&] {
     runBackward(slot, dLogprobs, dEntropies, dValues);
+    WorkClock::end();
     if (!more) transformer_.flush();
   });
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/work_clock.h"
 
 namespace lockstep::model {
 
@@ -144,14 +145,16 @@ Operand Transformer::forward(const Workspace& w, const Batch& batch, Keep what, 
   const View<float> x = w.f32("x", 0, batch.rows(), s.width);
   if (parallel_.firstStage()) {
     flush();
-    embed(batch, x);
   } else {
     link_.receive(x, -1, "activations");
   }
+  if (what != Keep::kCache) WorkClock::begin();  // a generation is one work of many passes
+  if (parallel_.firstStage()) embed(batch, x);
   for (int64_t l = 0; l < s.layers; ++l) blockForward(batch, l, w, layer(w, l, batch.rows(), pageCount, what));
   const View<float> last = w.f32("x", s.layers, batch.rows(), s.width);
   if (!parallel_.lastStage()) {
     link_.send(last, +1);
+    if (what == Keep::kNothing) WorkClock::end();
     if (what != Keep::kActivations) flush();
     return {};
   }
@@ -235,6 +238,7 @@ void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidde
   const View<float> dx = w.f32("dx", kAbsent, rows, s.width);
   if (parallel_.lastStage()) {
     flush();
+    WorkClock::begin();
     const View<float> dHidden = w.f32("wide", kAbsent, rows, s.width);
     headBackward(w, batch, hidden, inverseTemperature, forward, d, dHidden);
     std::fill_n(dx.data, rows * s.width, 0.0f);
@@ -242,6 +246,7 @@ void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidde
                  w.f32("hiddenStat", kAbsent, rows, s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx);
   } else {
     link_.receive(dx, +1, "gradients");
+    WorkClock::begin();
   }
   for (int64_t l = s.layers - 1; l >= 0; --l) {
     LayerBuffers b = layer(w, l, rows, batch.pageCount, Keep::kActivations);

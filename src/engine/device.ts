@@ -1,7 +1,7 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
 import { LockstepError } from '../errors.js';
-import { loadNative, type NativeDevice, requestedInstructionSet } from './native.js';
+import { loadNative, type NativeDevice, requestedInstructionSet, type Timed, type WorkTimes } from './native.js';
 
 export interface DeviceOptions {
   /** Threads that compute, the rank's own included; default: the cores there are. */
@@ -16,6 +16,28 @@ export interface DeviceOptions {
   implementation?: 'cpu' | 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
   poison?: boolean;
+  /** Told of every work that its thread has done, in that order. */
+  onWork?: (work: Work) => void;
+}
+
+/** What a rank's thread did for a model. */
+export interface Work extends WorkTimes {
+  operation:
+    | 'join'
+    | 'load'
+    | 'save'
+    | 'snapshot'
+    | 'transition'
+    | 'forward'
+    | 'backward'
+    | 'step'
+    | 'generate'
+    | 'read'
+    | 'write'
+    | 'clear'
+    | 'publish';
+  /** Of a forward or backward: which of the replica's micro-batches, when several ranks accumulate. */
+  microBatch?: number;
 }
 
 /** Scratch of one thread inside an operation: packed operands and tiles. Touched as far as an operation needs it. */
@@ -31,6 +53,7 @@ export class Device implements AsyncDisposable {
   private leavingBytes = 0;
   /** The largest workspace that a call has asked for: the native one is never smaller than what it holds. */
   private workspaceSeen = 0;
+  private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
   /** @throws LockstepError NATIVE_NOT_BUILT, ISA_UNSUPPORTED, ISA_INVALID, THREADS_INVALID. */
@@ -38,6 +61,7 @@ export class Device implements AsyncDisposable {
     this.threads = options.threads ?? availableParallelism();
     this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
     this.offloadFolder = options.offloadFolder ?? '.';
+    this.onWork = options.onWork;
     if (!Number.isInteger(this.threads) || this.threads < 1 || this.threads > 256) {
       throw new LockstepError('THREADS_INVALID', `threads: expected an integer in 1..256, received ${this.threads}.`);
     }
@@ -146,7 +170,14 @@ export class Device implements AsyncDisposable {
   /** After a hold: the workspace gives back what it has beyond what is left for it. */
   async shrinkWorkspace(): Promise<void> {
     this.workspaceSeen = Math.min(this.workspaceSeen, this.workspaceBytes);
-    await rethrowAsync(() => this.native.limitWorkspace(this.workspaceBytes));
+    await untimed(() => this.native.limitWorkspace(this.workspaceBytes));
+  }
+
+  /** Runs a native call of a model, and tells of it. */
+  async run<T>(operation: Work['operation'], call: () => Promise<Timed<T>>, microBatch?: number): Promise<T> {
+    const { value, ...times } = await rethrowAsync(call);
+    this.onWork?.({ operation, ...(microBatch === undefined ? {} : { microBatch }), ...times });
+    return value;
   }
 
   memory(): ReturnType<NativeDevice['memory']> {
@@ -196,10 +227,15 @@ export function awaitedLater<T>(promise: Promise<T>): Promise<T> {
 }
 
 /** `run` may throw at once (a closed model) or reject. */
-export async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
+async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
   try {
     return await run();
   } catch (error) {
     throw toLockstepError(error);
   }
+}
+
+/** Of a native call of which nobody is told when it ran. */
+export async function untimed<T>(call: () => Promise<Timed<T>>): Promise<T> {
+  return (await rethrowAsync(call)).value;
 }

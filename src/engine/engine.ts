@@ -144,6 +144,8 @@ export interface Engine extends AsyncDisposable {
   readonly states?: readonly ModelState[];
 
   forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult>;
+  /** The same of each batch, without keeping: all are under way together, so that no stage of a pipeline waits for one's end. */
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]>;
   /** Adds the gradients of the last `forward` with `keep` to the accumulators, and releases its activations. */
   backward(gradients: TokenGradients): Promise<void>;
   /**

@@ -5,7 +5,7 @@
  */
 import { LockstepError } from '../errors.js';
 import { offloadChunkBytes, type StateGroup, stateGroups } from '../layout/rotation.js';
-import { type Booking, type Device, rethrow, rethrowAsync } from './device.js';
+import { type Booking, type Device, rethrow, untimed } from './device.js';
 import type { NativeModel, NativeMove, NativeStateGroup } from './native.js';
 
 export type { StateGroup } from '../layout/rotation.js';
@@ -112,7 +112,7 @@ async function exchange(device: Device, moves: readonly StateMove[]): Promise<vo
   }
   const { workspaceBytes } = booked;
   try {
-    await rethrowAsync(() =>
+    await untimed(() =>
       device.native.move({
         moves: changes.sort((a, b) => turn(a) - turn(b)).map(({ model, group, place }) => ({ model, group, place })),
         chunkBytes: offloadChunkBytes,

@@ -23,7 +23,7 @@ import type { Range } from '../layout/stages.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { pieceBoundaries } from '../layout/zero.js';
 import { accumulateInTurn } from './accumulate.js';
-import { awaitedLater, type Device, rethrow, rethrowAsync } from './device.js';
+import { awaitedLater, type Device, rethrow, untimed } from './device.js';
 import type {
   Dtype,
   Engine,
@@ -224,21 +224,23 @@ export class NativeEngine implements Engine {
   /** Forms the groups of a rank with others; all of them at the same time. */
   async join(): Promise<void> {
     const { keyValueRanks } = this.share;
-    await rethrowAsync(() => this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }));
+    await this.device.run('join', () =>
+      this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }),
+    );
   }
 
   async load(tensors: readonly FileTensor[]): Promise<void> {
-    await rethrowAsync(() => this.native.load(slicesToLoad(this.table, tensors)));
+    await this.device.run('load', () => this.native.load(slicesToLoad(this.table, tensors)));
   }
 
   async save(tensors: readonly FileTensor[], { copy = false }: { copy?: boolean } = {}): Promise<Saving> {
     const slices = slicesToSave(this.table, this.rank, tensors);
     if (!copy) {
-      await rethrowAsync(() => this.native.save(slices));
+      await this.device.run('save', () => this.native.save(slices));
       return { copiedBytes: 0, written: Promise.resolve() };
     }
-    const snapshot = await rethrowAsync(() => this.native.snapshot(slices));
-    const written = awaitedLater(rethrowAsync(() => this.native.save(slices, snapshot.copy)));
+    const snapshot = await this.device.run('snapshot', () => this.native.snapshot(slices));
+    const written = awaitedLater(untimed(() => this.native.save(slices, snapshot.copy)));
     return { copiedBytes: snapshot.bytes, written };
   }
 
@@ -256,6 +258,10 @@ export class NativeEngine implements Engine {
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
     return this.runForward(this.planForward(batch, options));
+  }
+
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return Promise.all(batches.map((batch) => this.forward(batch, options)));
   }
 
   /**
@@ -286,8 +292,8 @@ export class NativeEngine implements Engine {
     };
   }
 
-  runForward(call: NativeForward): Promise<ForwardResult> {
-    return rethrowAsync(() => this.native.forward(call));
+  runForward(call: NativeForward, microBatch?: number): Promise<ForwardResult> {
+    return this.device.run('forward', () => this.native.forward(call), microBatch);
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -295,9 +301,9 @@ export class NativeEngine implements Engine {
   }
 
   /** Of the forward kept in a slot. */
-  runBackward(slot: number, more: boolean, gradients: TokenGradients): Promise<void> {
+  runBackward(slot: number, more: boolean, gradients: TokenGradients, microBatch?: number): Promise<void> {
     this.state.require(['parameters', 'gradients'], 'A backward pass');
-    return rethrowAsync(() => this.native.backward({ ...gradients, slot, more }));
+    return this.device.run('backward', () => this.native.backward({ ...gradients, slot, more }), microBatch);
   }
 
   async accumulate(
@@ -314,15 +320,14 @@ export class NativeEngine implements Engine {
   }
 
   async clearGradients(): Promise<void> {
-    await rethrowAsync(() => this.native.clearGradients());
+    await this.device.run('clear', () => this.native.clearGradients());
   }
 
   async step(options: StepOptions): Promise<StepResult> {
     this.state.require(['parameters', 'gradients', 'optimizer'], 'An optimizer step');
     const { betas, ...rest } = options;
-    return {
-      gradientNorm: await rethrowAsync(() => this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
-    };
+    const call = { ...rest, beta1: betas[0], beta2: betas[1] };
+    return { gradientNorm: await this.device.run('step', () => this.native.step(call)) };
   }
 
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
@@ -353,7 +358,7 @@ export class NativeEngine implements Engine {
     const abort = (): void => handle.abort();
     options.signal?.addEventListener('abort', abort, { once: true });
     try {
-      const { results, ...statistics } = await rethrowAsync(() => handle.promise);
+      const { results, ...statistics } = await this.device.run('generate', () => handle.promise);
       if (thrown) throw thrown.error;
       options.signal?.throwIfAborted();
       this.lastGeneration = statistics;
@@ -366,7 +371,7 @@ export class NativeEngine implements Engine {
   /** Another rank: it does as that one says. */
   async followGeneration(call: NativeGenerate): Promise<Generated[]> {
     const { promise } = rethrow(() => this.native.generate(call));
-    return (await rethrowAsync(() => promise)).results;
+    return (await this.device.run('generate', () => promise)).results;
   }
 
   /** @throws LockstepError PROMPT_TOO_LONG */
@@ -443,12 +448,12 @@ export class NativeEngine implements Engine {
   /** Rows as `pieces` says, of one tensor of the table. */
   async readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
     this.state.require(this.groupsOf(space), 'Reading a tensor');
-    return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+    return this.device.run('read', () => this.native.readRows({ space, columns, pieces }));
   }
 
   async writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
     this.state.require(this.groupsOf(space), 'Writing a tensor');
-    return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+    return this.device.run('write', () => this.native.writeRows({ space, columns, pieces, data }));
   }
 
   /** In bfloat16 the weights that tensors are read from are the masters, which lie with the optimizer's state. */
@@ -472,7 +477,7 @@ export class NativeEngine implements Engine {
 
   async publish(): Promise<void> {
     this.state.require(['parameters', 'optimizer'], 'Publishing the weights');
-    await rethrowAsync(() => this.native.publish());
+    await this.device.run('publish', () => this.native.publish());
   }
 
   memory(): EngineMemory {

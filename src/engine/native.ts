@@ -19,6 +19,23 @@ import type {
   TokenGradients,
 } from './engine.js';
 
+/** When the rank's thread ran a call, in seconds; begin and end are of the clock of process.hrtime(). */
+export interface WorkTimes {
+  /** When its input was there: what a stage of a pipeline waits for the one before, or after, lies before. */
+  begin: number;
+  /** Before its output is handed on to another stage. */
+  end: number;
+  /** In calls of communicators, waits included. */
+  communicating: number;
+  /** In those, for ranks that had not come yet. */
+  waiting: number;
+}
+
+/** How every call of a rank resolves. */
+export interface Timed<T> extends WorkTimes {
+  value: T;
+}
+
 export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
   readonly kernels: string;
@@ -26,12 +43,17 @@ export interface NativeDevice {
   /** Bytes of all models and the workspace, and of what they keep in host memory. */
   spaces(): Record<'device' | 'host', { used: number; highWater: number }>;
   /** One exchange on the transfer thread, after the calls made so far and before later ones; first the workspace gives back what it has beyond `workspaceBytes`. */
-  move(call: { moves: NativeMove[]; chunkBytes: number; folder: string; workspaceBytes?: number }): Promise<void>;
+  move(call: {
+    moves: NativeMove[];
+    chunkBytes: number;
+    folder: string;
+    workspaceBytes?: number;
+  }): Promise<Timed<void>>;
   /** What the workspace has beyond so many bytes goes back to the system. */
-  limitWorkspace(bytes: number): Promise<void>;
+  limitWorkspace(bytes: number): Promise<Timed<void>>;
   close(): void;
   /** Times one operation beside its ceiling, verified first (bench/). */
-  bench(call: NativeBench): Promise<NativeBenchResult>;
+  bench(call: NativeBench): Promise<Timed<NativeBenchResult>>;
 }
 
 export type NativeBench = { runs: number } & (
@@ -173,7 +195,7 @@ export interface NativeMemory {
   /** Bytes reserved, largest end used, and bytes of whole pages that the system keeps in memory now. */
   marks(): { planned: number; highWater: number; resident: number };
   /** Pairs of offset and bytes, given back to the system on the device's thread: they read as zeros afterwards. */
-  discard(device: NativeDevice, ranges: number[]): Promise<void>;
+  discard(device: NativeDevice, ranges: number[]): Promise<Timed<void>>;
   /** Tests and benches. */
   read(offset: number, bytes: number): Uint8Array;
   write(offset: number, data: Uint8Array): void;
@@ -204,29 +226,34 @@ export interface NativeTransfer {
   /** It runs as one all-gather. */
   readonly gathers: boolean;
   /** All ranks of the group together; `check` sums what is sent and what arrives. */
-  run(check: boolean): Promise<NativeTransferResult>;
+  run(check: boolean): Promise<Timed<NativeTransferResult>>;
   /** Rejects when what the last checked run sent has changed since. */
-  verify(): Promise<void>;
+  verify(): Promise<Timed<void>>;
   close(): void;
 }
 
 export interface NativeModel {
   /** Resolves when all ranks of the world have called it. */
-  join(degrees: NativeDegrees): Promise<void>;
-  load(slices: NativeSlice[]): Promise<void>;
-  snapshot(slices: NativeSlice[]): Promise<NativeSnapshot>;
-  save(slices: NativeSlice[], copy?: object): Promise<void>;
-  forward(call: NativeForward): Promise<ForwardResult>;
-  backward(call: NativeBackward): Promise<void>;
-  step(options: NativeStep): Promise<number>;
+  join(degrees: NativeDegrees): Promise<Timed<void>>;
+  load(slices: NativeSlice[]): Promise<Timed<void>>;
+  snapshot(slices: NativeSlice[]): Promise<Timed<NativeSnapshot>>;
+  save(slices: NativeSlice[], copy?: object): Promise<Timed<void>>;
+  forward(call: NativeForward): Promise<Timed<ForwardResult>>;
+  backward(call: NativeBackward): Promise<Timed<void>>;
+  step(options: NativeStep): Promise<Timed<number>>;
   generate(
     call: NativeGenerate,
     onProgress?: (progress: GenerateProgress) => number[] | undefined,
-  ): { promise: Promise<NativeGenerated>; abort(): void };
-  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
-  writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
-  clearGradients(): Promise<void>;
-  publish(): Promise<void>;
+  ): { promise: Promise<Timed<NativeGenerated>>; abort(): void };
+  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Timed<Float32Array>>;
+  writeRows(call: {
+    space: ParameterSpace;
+    columns: number;
+    pieces: NativePieces;
+    data: Float32Array;
+  }): Promise<Timed<void>>;
+  clearGradients(): Promise<Timed<void>>;
+  publish(): Promise<Timed<void>>;
   state(): Record<StateGroup, NativeStateGroup>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;

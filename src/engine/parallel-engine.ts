@@ -166,6 +166,10 @@ export class ParallelEngine implements Engine {
     return joinResults(results.filter((_, i) => leaders.has(calls[i]!.rank)));
   }
 
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return together(batches.map((batch) => this.forward(batch, options)));
+  }
+
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
   private checkBatch({ tokens, lengths }: TokenBatch): void {
     const { maxPositions } = this.shape;
@@ -317,13 +321,17 @@ async function runReplica(
   );
   const running: Promise<unknown>[] = [];
   const forward = (stage: number, index: number): Promise<ForwardResult> => {
-    const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!));
+    const { microBatch } = operations[stage]![index]!;
+    const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!, microBatch));
     running.push(...calls);
     return calls[0]!;
   };
   const backward = (stage: number, index: number, gradients: TokenGradients): void => {
-    const slot = slotOf(stage, operations[stage]![index]!);
-    running.push(...stages[stage]!.map((rank) => rank.runBackward(slot, !isLast(stage, index), gradients)));
+    const operation = operations[stage]![index]!;
+    const { microBatch } = operation;
+    const slot = slotOf(stage, operation);
+    const more = !isLast(stage, index);
+    running.push(...stages[stage]!.map((rank) => rank.runBackward(slot, more, gradients, microBatch)));
   };
   const last = stages.length - 1;
   for (let stage = 0; stage < last; stage++) {

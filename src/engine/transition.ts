@@ -10,13 +10,14 @@ import { placeShard } from '../layout/placed.js';
 import type { Slice } from '../layout/reshard-plan.js';
 import { shardTable } from '../layout/shards.js';
 import { type TransitionOptions, type TransitionPlan, transitionPlan } from '../layout/transition-plan.js';
-import { type Device, rethrow, rethrowAsync } from './device.js';
+import { type Device, rethrow } from './device.js';
 import {
   loadNative,
   type NativeMemory,
   type NativeTransfer,
   type NativeTransferOptions,
   type NativeWorld,
+  type Timed,
 } from './native.js';
 import type { WeightsIn } from './native-engine.js';
 import { together } from './together.js';
@@ -225,8 +226,15 @@ export class Transition {
     this.inGeneration = true;
     try {
       await together(this.ranks.map(({ device }) => device.shrinkWorkspace()));
-      const results = await this.each(({ transfer }) => transfer?.run(this.checksums) ?? Promise.resolve(idle));
-      await this.each(({ staging }) => staging?.run(false) ?? Promise.resolve(idle));
+      const all = await this.run(
+        ({ transfer }) => transfer,
+        (transfer) => transfer.run(this.checksums),
+      );
+      await this.run(
+        ({ staging }) => staging,
+        (staging) => staging.run(false),
+      );
+      const results = all.map((result) => result ?? idle);
       return {
         seconds: (performance.now() - start) / 1000,
         moveSeconds: Math.max(...results.map(({ moveSeconds }) => moveSeconds)),
@@ -247,7 +255,11 @@ export class Transition {
   async leave(): Promise<void> {
     if (!this.inGeneration) return;
     try {
-      if (this.checksums) await this.each(({ transfer }) => transfer?.verify() ?? Promise.resolve());
+      if (this.checksums)
+        await this.run(
+          ({ transfer }) => transfer,
+          (transfer) => transfer.verify(),
+        );
     } finally {
       await this.giveBack();
     }
@@ -275,8 +287,16 @@ export class Transition {
     for (const { device, gathered } of this.ranks) device.release(gathered);
   }
 
-  private each<T>(call: (rank: RankMemory) => Promise<T>): Promise<T[]> {
-    return together(this.ranks.map((rank) => rethrowAsync(() => call(rank))));
+  /** On every rank that has such a list of slices; undefined of the others. */
+  private run<T>(
+    listOf: (rank: RankMemory) => NativeTransfer | undefined,
+    call: (list: NativeTransfer) => Promise<Timed<T>>,
+  ): Promise<(T | undefined)[]> {
+    const one = async (rank: RankMemory): Promise<T | undefined> => {
+      const list = listOf(rank);
+      return list && rank.device.run('transition', () => call(list));
+    };
+    return together(this.ranks.map(one));
   }
 
   /** Of every rank: its buffer, and its training memory where that is one of its own. */

@@ -1,5 +1,6 @@
 /** What runs models: a device and engines on it, loaded from checkpoints. Tests put a table in its place. */
 import type { Checkpoint } from '../checkpoints/hugging-face.js';
+import type { DeviceOptions, Work } from '../engine/device.js';
 import type { Dtype, Engine } from '../engine/engine.js';
 import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { Head } from '../layout/model-shape.js';
@@ -14,6 +15,8 @@ export interface DeviceSettings {
   offloadFolder?: string;
   /** Over which ranks models run. Default: one. */
   layout?: LayoutSettings;
+  /** Told of every work of a rank, each rank's in their order. */
+  onWork?: (work: Work, rank: number) => void;
 }
 
 /** Ranks of a model: replicas x stages of the pipeline x ranks that share a stage. Degrees are 1 by default. */
@@ -61,7 +64,7 @@ export const nativeBackend: Backend = {
   async openDevice({ layout = {}, ...settings }) {
     const { createDevice, createEngine } = await import('../checkpoints/load-model.js');
     if (ranksOf(layout) > 1) return openRanks(layout, settings);
-    const device = createDevice(settings);
+    const device = createDevice(deviceOf(settings, 0));
     return {
       createEngine: (checkpoint, options) => createEngine({ ...options, model: checkpoint, device }),
       close: () => device.close(),
@@ -86,13 +89,20 @@ export async function openEach<T extends { close(): Promise<void> }>(
 
 const ranksOf = ({ pipeline = 1, tensor = 1, data = 1 }: LayoutSettings): number => pipeline * tensor * data;
 
+const deviceOf = ({ threads, memoryBytes, onWork }: DeviceSettings, rank: number): DeviceOptions => ({
+  ...{ threads, memoryBytes },
+  ...(onWork ? { onWork: (work) => onWork(work, rank) } : {}),
+});
+
 /** A device for each rank, with its share of the threads, at least one, and a budget of its own. */
-async function openRanks(layout: LayoutSettings, { threads, ...memory }: DeviceSettings): Promise<BackendDevice> {
+async function openRanks(layout: LayoutSettings, { threads, ...settings }: DeviceSettings): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
   const { pipeline = 1, tensor = 1, data = 1, ...how } = layout;
   const ranks = ranksOf(layout);
   const devices = await openEach(ranks, (rank) =>
-    createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), ...memory }),
+    createDevice(
+      deviceOf({ ...settings, threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)) }, rank),
+    ),
   );
   return {
     createEngine: (checkpoint, { generation, ...settings }) => {

@@ -124,7 +124,13 @@ export async function openEngine(role: Role, context: EngineContext): Promise<En
     await engine.publish();
   }
   countTransitions(engine, recorder);
-  const calls = { forward: 'forward', backward: 'backward', step: 'optimizer', generate: 'generate' } as const;
+  const calls = {
+    forward: 'forward',
+    forwardEach: 'forward',
+    backward: 'backward',
+    step: 'optimizer',
+    generate: 'generate',
+  } as const;
   return recorder.wrap(engine, calls, 'native');
 }
 

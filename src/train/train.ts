@@ -54,6 +54,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       hostBytes: parseBytes(config.memory.host),
       offloadFolder: folder.path,
       layout: config.parallel,
+      onWork: (work, rank) => recorder.work(work, rank),
     });
     closing.own(device);
     const { offload } = config.memory;

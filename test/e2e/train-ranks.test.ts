@@ -107,6 +107,23 @@ describe.each(['sft', 'ppo'] as const)('%s', (kind) => {
       else expect(Math.abs(row.loss! / one[i]!.loss! - 1)).toBeLessThan(1e-4);
     }
   });
+
+  it('draws the works of every rank in trace.json', async () => {
+    const output = await train(kind, { tensor: 2, pipeline: 2, data: 2 });
+    type Event = { name: string; cat?: string; ph: string; tid: number; args: { name?: string; step?: number } };
+    const events = JSON.parse(await readFile(join(output, 'trace.json'), 'utf8')) as Event[];
+    const rows = events.filter(({ ph }) => ph === 'M').sort((a, b) => a.tid - b.tid);
+    expect(rows.map(({ args }) => args.name)).toEqual(Array.from({ length: 8 }, (_, rank) => `rank ${rank}`));
+    for (const { tid } of rows) {
+      const own = events.filter((event) => event.tid === tid);
+      const categories = own.map(({ cat }) => cat);
+      expect(categories).toEqual(expect.arrayContaining(['compute', 'communication', 'idle']));
+      for (const step of [1, 2, 3]) {
+        const names = own.filter(({ args }) => args.step === step).map(({ name }) => name);
+        expect(names).toEqual(expect.arrayContaining(['forward 0', 'backward 0', 'step']));
+      }
+    }
+  });
 });
 
 it('ppo that generates in another layout than it trains in: the same bytes, and what the transition moved', async () => {

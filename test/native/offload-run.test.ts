@@ -53,7 +53,7 @@ const configs = {
 function watched(offloadFolder?: string): { backend: Backend; devices: Device[] } {
   const devices: Device[] = [];
   const backend: Backend = {
-    openDevice: async (settings) => {
+    openDevice: async ({ onWork: _, layout: __, ...settings }) => {
       const device = createDevice({ ...settings, ...(offloadFolder === undefined ? {} : { offloadFolder }) });
       devices.push(device);
       return {

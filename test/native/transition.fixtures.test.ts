@@ -123,7 +123,8 @@ describe('the general plan, by the same executor', () => {
       transfers.push(new Transfer(devicesFor(4)[rank]!.native, options));
       return target;
     });
-    const results = await Promise.all(transfers.map((transfer) => transfer.run(true)));
+    const runs = await Promise.all(transfers.map((transfer) => transfer.run(true)));
+    const results = runs.map(({ value }) => value);
     for (const [rank, memory] of memories.entries()) {
       const expected = filledArena(destination[rank]!);
       expect(firstDifference(memory.read(0, expected.length), expected), `rank ${rank}`).toBe(-1);
