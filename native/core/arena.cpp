@@ -10,6 +10,7 @@ namespace lockstep {
 
 namespace {
 
+constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 
 char* map(size_t bytes) {
@@ -50,11 +51,11 @@ void Arena::reserve(size_t bytes) {
 }
 
 void* Arena::at(size_t offset, size_t bytes, const char* what) {
-  if (offset + bytes > bytes_ || offset % 64 != 0) {
+  if (offset + bytes > bytes_ || offset % kAlignment != 0) {
     throw Error("MEMORY_PLAN", "arena '" + name_ + "': " + what + " needs bytes " + std::to_string(offset) + ".." +
                                    std::to_string(offset + bytes) + ", the plan has " + std::to_string(bytes_));
   }
-  highWater_ = std::max(highWater_, offset + bytes);
+  highWater_ = std::max(highWater_, std::min((offset + bytes + kAlignment - 1) / kAlignment * kAlignment, bytes_));
   return memory_ + offset;
 }
 

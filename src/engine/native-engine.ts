@@ -19,10 +19,12 @@ import { type RankShare, rankShare } from '../layout/rank-share.js';
 import { ropeTables } from '../layout/rope.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
 import type { TensorSource } from '../layout/tensor-table.js';
+import { type ParameterUnit, parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import { pieceBoundaries } from '../layout/zero.js';
 import { accumulateInTurn } from './accumulate.js';
 import { type Device, rethrow, rethrowAsync } from './device.js';
 import type {
+  AccumulateOptions,
   Dtype,
   Engine,
   EngineMemory,
@@ -41,12 +43,14 @@ import type {
   TokenGradients,
 } from './engine.js';
 import {
+  type KeptGradients,
   loadNative,
   type NativeForward,
   type NativeGenerate,
   type NativeLoad,
   type NativeModel,
   type NativePieces,
+  type NativeTraffic,
   type NativeWorld,
 } from './native.js';
 
@@ -62,12 +66,17 @@ export interface EngineOptions {
   recompute?: boolean;
   /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
   rank?: RankOfWorld;
-  /** ZeRO stage (layout/zero.ts). Default 0. */
+  /** Of ranks with replicas: ZeRO stage (layout/zero.ts), default 0. */
   zero?: number;
+  /** Bytes of gradients that are reduced together. Default: `defaultBucketBytes`. */
+  bucketBytes?: number;
+  /** What replicas exchange goes on behind the computation. Default true. */
+  overlap?: boolean;
 }
 
-/** A forward whose activations stay, among others that are under way. */
-export interface Pass {
+/** Forwards whose activations stay, among others that are under way. */
+export interface Kept {
+  /** Of the first. */
   slot: number;
   slots: Slots;
   first: boolean;
@@ -128,6 +137,8 @@ export class NativeEngine implements Engine {
   private readonly degrees: Degrees;
   private readonly rank: number;
   private readonly zero: number;
+  private readonly overlap: boolean;
+  private readonly units: readonly ParameterUnit[];
   private readonly native: NativeModel;
   private readonly homes = new Map<string, TensorHome[]>();
 
@@ -142,8 +153,10 @@ export class NativeEngine implements Engine {
     this.degrees = rank?.degrees ?? alone;
     this.rank = rank?.rank ?? 0;
     this.zero = options.zero ?? 0;
+    this.overlap = options.overlap ?? true;
     this.share = rankShare(this.shape, this.parts, this.degrees, this.rank);
     this.table = shardTable(this.shape, this.parts, this.degrees, this.rank);
+    this.units = parameterUnits(this.table, this.share.shape.layers, options.bucketBytes);
     const { dataRank, dataRanks } = this.share;
     const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
@@ -171,6 +184,8 @@ export class NativeEngine implements Engine {
       train: this.train,
       recompute: this.recompute,
       zero: this.zero,
+      overlap: this.overlap,
+      units: this.units,
       dataRank: share.dataRank,
       dataRanks: share.dataRanks,
       firstLayer: share.firstLayer,
@@ -205,60 +220,81 @@ export class NativeEngine implements Engine {
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
-    return this.runForward(this.planForward(batch, options));
+    const [result] = await this.runForward(this.planForward([batch], options));
+    return result!;
   }
 
   /**
-   * @param pass where activations are kept; default with `keep`: they are the only ones
+   * @param batches micro-batches that go through the model together; several with `keep` only, none where the rank takes part
+   *   in what its replicas do
+   * @param kept where activations are kept; default with `keep`: these are the only ones
    * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET
    */
-  planForward(batch: TokenBatch, options: ForwardOptions, pass?: Pass): NativeForward {
+  planForward(batches: readonly TokenBatch[], options: ForwardOptions, kept?: Kept): NativeForward {
     if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
-    const size = wholeSequences(batch.lengths);
-    const only: Pass = { slot: 0, slots: { count: 1, sizes: [size] }, first: true, more: false };
-    const { slot, slots, first, more } = pass ?? only;
-    const { share, recompute } = this;
-    const plan = options.keep
-      ? planTraining(share.shape, this.dtype, size, { recompute, place: share, slots, slot })
-      : planScoring(share.shape, this.dtype, size, share);
-    this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
+    const sizes = batches.map(({ lengths }) => wholeSequences(lengths));
+    const only: Kept = { slot: 0, slots: { count: batches.length, sizes }, first: true, more: false };
+    const { slot, slots, first, more } = kept ?? only;
+    const { share, recompute, dtype } = this;
+    const units = this.planUnits(options.keep ? 'training' : 'scoring');
+    const begin = units.total;
+    const training = { recompute, breadthFirst: this.zero >= 2, place: share, begin, slots };
+    const plans = sizes.map((size, i) =>
+      options.keep
+        ? planTraining(share.shape, dtype, size, { ...training, slot: slot + i })
+        : planScoring(share.shape, dtype, size, share, begin),
+    );
+    const workspaceBytes = Math.max(begin, ...plans.map(({ total }) => total));
+    const tokens = batches.reduce((sum, batch) => sum + batch.tokens.length, 0);
+    this.device.requireWorkspace(workspaceBytes, `A forward pass over ${tokens} tokens`);
     return {
-      tokens: batch.tokens,
-      lengths: batch.lengths,
+      passes: batches.map((batch, i) => ({
+        tokens: batch.tokens,
+        lengths: batch.lengths,
+        plan: plans[i]!,
+        slot: slot + i,
+      })),
+      units,
+      workspaceBytes,
       // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
       inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
-      ...(options.keep ? { keep: { slot, first, more, workspaceBytes: plan.total } } : {}),
-      plan,
+      ...(options.keep ? { keep: { first, more } } : {}),
       outputs: this.share.lastStage ? Object.fromEntries(options.outputs.map((name) => [name, true])) : {},
     };
   }
 
-  runForward(call: NativeForward): Promise<ForwardResult> {
+  private planUnits(use: UnitUse): CallPlan {
+    return planUnits(this.table, this.units, this.dtype, this.zero, use);
+  }
+
+  /** Of each micro-batch. */
+  runForward(call: NativeForward): Promise<ForwardResult[]> {
     return rethrowAsync(() => this.native.forward(call));
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
-    await this.runBackward(0, false, gradients);
+    await this.runBackward([{ slot: 0, ...gradients }], { more: false, last: false });
   }
 
-  /** Of the forward kept in a slot. */
-  runBackward(slot: number, more: boolean, gradients: TokenGradients): Promise<void> {
-    return rethrowAsync(() => this.native.backward({ ...gradients, slot, more }));
+  /** `last`: no other backward follows before the step, so that replicas reduce the gradients. */
+  runBackward(passes: readonly KeptGradients[], options: { more: boolean; last: boolean }): Promise<void> {
+    return rethrowAsync(() => this.native.backward({ passes, ...options }));
   }
 
-  async accumulate(
-    [own = []]: MicroBatches,
-    options: Omit<ForwardOptions, 'keep'>,
-    gradientsOf: GradientsOf,
-  ): Promise<void> {
+  async accumulate([own = []]: MicroBatches, options: AccumulateOptions, gradientsOf: GradientsOf): Promise<void> {
     try {
       await accumulateInTurn(this, own, options, (outputs, index) => gradientsOf(outputs, 0, index));
     } catch (error) {
       await this.clearGradients();
       throw error;
     }
+  }
+
+  /** All ranks together: gradients become those of all replicas, or the rank's pieces of them. */
+  async reduceGradients(): Promise<void> {
+    await rethrowAsync(() => this.native.reduceGradients());
   }
 
   async clearGradients(): Promise<void> {
@@ -346,18 +382,21 @@ export class NativeEngine implements Engine {
   pagesFor({ rows, sequences, pages: needed }: GenerationNeeds): number {
     const { dtype, share } = this;
     const { shape } = share;
-    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }, share).total;
-    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }, share).total - without;
+    const begin = this.planUnits('generation').total;
+    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }, share, begin).total;
+    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }, share, begin).total - without;
     return Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
   }
 
   /** @throws LockstepError MEMORY_BUDGET */
   planGeneration({ requests, options, sequences, rows }: GenerationNeeds, pages: number): NativeGenerate {
     const { dtype, share } = this;
-    const plan: CallPlan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share);
+    const units = this.planUnits('generation');
+    const plan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share, units.total);
     this.device.requireWorkspace(plan.total, `Generation of ${sequences} sequences together`);
     return {
       plan,
+      units,
       temperature: options.temperature,
       topP: options.topP,
       topK: options.topK,
@@ -409,6 +448,11 @@ export class NativeEngine implements Engine {
 
   async publish(): Promise<void> {
     await rethrowAsync(() => this.native.publish());
+  }
+
+  /** Of what its replicas exchange behind the computation. */
+  traffic(): NativeTraffic {
+    return rethrow(() => this.native.traffic());
   }
 
   memory(): EngineMemory {

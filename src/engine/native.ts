@@ -55,26 +55,39 @@ export interface NativeBenchResult {
   verified: boolean;
 }
 
+/** ForwardCall of native/model/model.h. */
 export interface NativeForward {
-  tokens: Int32Array;
-  lengths: Int32Array;
+  passes: NativePass[];
+  units: CallPlan;
+  workspaceBytes: number;
   inverseTemperature: number;
-  keep?: NativeKeep;
-  plan: CallPlan;
+  keep?: { first: boolean; more: boolean };
   outputs: Partial<Record<ForwardOutput, true>>;
 }
 
-/** Which of several micro-batches that are under way a forward belongs to (KeptPass of native/model/model.h). */
-export interface NativeKeep {
+/** One micro-batch, and where its activations stay. */
+export interface NativePass {
+  tokens: Int32Array;
+  lengths: Int32Array;
+  plan: CallPlan;
   slot: number;
-  first: boolean;
-  more: boolean;
-  workspaceBytes: number;
 }
 
-export interface NativeBackward extends TokenGradients {
-  slot: number;
+export interface NativeBackward {
+  passes: readonly KeptGradients[];
   more: boolean;
+  last: boolean;
+}
+
+/** Of the forward kept in a slot. */
+export interface KeptGradients extends TokenGradients {
+  slot: number;
+}
+
+/** Bytes from and to other ranks. */
+export interface NativeTraffic {
+  receivedBytes: number;
+  sentBytes: number;
 }
 
 /** Of a model over ranks (Degrees of native/model/parallel.h). */
@@ -88,6 +101,7 @@ export interface NativeDegrees {
 
 export interface NativeGenerate {
   plan: CallPlan;
+  units: CallPlan;
   temperature: number;
   topP: number;
   topK: number;
@@ -143,7 +157,8 @@ export interface NativeModel {
   /** Resolves when all ranks of the world have called it. */
   join(degrees: NativeDegrees): Promise<void>;
   load(items: NativeLoad[]): Promise<void>;
-  forward(call: NativeForward): Promise<ForwardResult>;
+  /** Of each pass. */
+  forward(call: NativeForward): Promise<ForwardResult[]>;
   backward(call: NativeBackward): Promise<void>;
   step(options: NativeStep): Promise<number>;
   generate(
@@ -152,8 +167,10 @@ export interface NativeModel {
   ): { promise: Promise<NativeGenerated>; abort(): void };
   readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
   writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
+  reduceGradients(): Promise<void>;
   clearGradients(): Promise<void>;
   publish(): Promise<void>;
+  traffic(): NativeTraffic;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;
 }
