@@ -3,7 +3,7 @@ import { Device, type DeviceOptions } from '../engine/device.js';
 import type { Dtype } from '../engine/engine.js';
 import type { NativeLoad } from '../engine/native.js';
 import { NativeEngine } from '../engine/native-engine.js';
-import { ParallelEngine } from '../engine/parallel-engine.js';
+import { ParallelEngine, type ParallelOptions, together } from '../engine/parallel-engine.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
 import { type Checkpoint, type LoadSlice, loadPlan, openCheckpoint } from './hugging-face.js';
@@ -52,11 +52,7 @@ export async function createEngine(options: LoadModelOptions): Promise<NativeEng
   }
 }
 
-export interface LoadParallelOptions extends Pick<LoadModelOptions, 'model' | 'dtype' | 'head' | 'parts'> {
-  /** One per rank. */
-  devices: readonly Device[];
-  degrees: { pipeline: number; tensor: number };
-}
+export type LoadParallelOptions = Pick<LoadModelOptions, 'model' | 'head'> & Omit<ParallelOptions, 'shape'>;
 
 /**
  * The same over several ranks, each of which reads its part of the files.
@@ -64,14 +60,10 @@ export interface LoadParallelOptions extends Pick<LoadModelOptions, 'model' | 'd
  */
 export async function createParallelEngine(options: LoadParallelOptions): Promise<ParallelEngine> {
   const checkpoint = typeof options.model === 'string' ? await openCheckpoint(options.model) : options.model;
-  const { head, devices, degrees, dtype, parts } = options;
-  const shape = shapeUnder(checkpoint, head);
-  const engine = await ParallelEngine.create({
-    ...{ shape, devices, degrees, dtype },
-    ...(parts === undefined ? {} : { parts }),
-  });
+  const { head, model: _, ...parallel } = options;
+  const engine = await ParallelEngine.create({ ...parallel, shape: shapeUnder(checkpoint, head) });
   try {
-    for (const rank of engine.ranks) await loadRank(rank, checkpoint);
+    await together(engine.ranks.map((rank) => loadRank(rank, checkpoint)));
     return engine;
   } catch (error) {
     await engine.close();

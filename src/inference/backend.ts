@@ -1,16 +1,26 @@
 /** What runs models: a device and engines on it, loaded from checkpoints. Tests put a table in its place. */
 import type { Checkpoint } from '../checkpoints/hugging-face.js';
 import type { Dtype, Engine } from '../engine/engine.js';
-import { LockstepError } from '../errors.js';
 import type { Head } from '../layout/model-shape.js';
+import type { ScheduleName } from '../layout/pipeline-schedule.js';
 
 export interface DeviceSettings {
   threads: number;
   /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
   memoryBytes: number;
-  /** Stages of the pipeline, and ranks that share each: a model runs on their product. Default 1. */
+  /** Over which ranks models run. Default: one. */
+  layout?: LayoutSettings;
+}
+
+/** Ranks of a model: replicas x stages of the pipeline x ranks that share a stage. Degrees are 1 by default. */
+export interface LayoutSettings {
   pipeline?: number;
   tensor?: number;
+  data?: number;
+  /** ZeRO stage. Default 0. */
+  zero?: number;
+  /** Default 1f1b. */
+  schedule?: ScheduleName;
 }
 
 export interface EngineSettings {
@@ -35,9 +45,9 @@ export interface Backend {
 
 /** The native engine; the addon is loaded when a device is opened. */
 export const nativeBackend: Backend = {
-  async openDevice({ pipeline = 1, tensor = 1, ...settings }) {
+  async openDevice({ layout = {}, ...settings }) {
     const { createDevice, createEngine } = await import('../checkpoints/load-model.js');
-    if (pipeline * tensor > 1) return openRanks({ pipeline, tensor }, settings);
+    if (ranksOf(layout) > 1) return openRanks(layout, settings);
     const device = createDevice(settings);
     return {
       createEngine: (checkpoint, options) => createEngine({ ...options, model: checkpoint, device }),
@@ -61,25 +71,19 @@ export async function openEach<T extends { close(): Promise<void> }>(
   }
 }
 
+const ranksOf = ({ pipeline = 1, tensor = 1, data = 1 }: LayoutSettings): number => pipeline * tensor * data;
+
 /** A device for each rank, with its share of the threads, at least one, and a budget of its own. */
-async function openRanks(
-  degrees: { pipeline: number; tensor: number },
-  { threads, memoryBytes }: DeviceSettings,
-): Promise<BackendDevice> {
+async function openRanks(layout: LayoutSettings, { threads, memoryBytes }: DeviceSettings): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
-  const ranks = degrees.pipeline * degrees.tensor;
+  const { pipeline = 1, tensor = 1, data = 1, ...how } = layout;
+  const ranks = ranksOf(layout);
   const devices = await openEach(ranks, (rank) =>
     createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), memoryBytes }),
   );
   return {
-    createEngine: (checkpoint, { head, dtype, parts, train }) => {
-      if (train) {
-        const message = `A model is trained on one rank in this version; pipeline ${degrees.pipeline} x tensor ${degrees.tensor} only scores and generates.`;
-        throw new LockstepError('RANKS_UNSUPPORTED', message, { ...degrees });
-      }
-      const given = { ...(head === undefined ? {} : { head }), ...(parts === undefined ? {} : { parts }) };
-      return createParallelEngine({ model: checkpoint, devices, degrees, dtype, ...given });
-    },
+    createEngine: (checkpoint, settings) =>
+      createParallelEngine({ model: checkpoint, devices, degrees: { pipeline, tensor, data }, ...how, ...settings }),
     close: async () => {
       for (const device of devices) await device.close();
     },

@@ -47,7 +47,7 @@ export async function openModel({
 }: OpenModelOptions): Promise<OpenModel> {
   const checkpoint = await openCheckpoint(model);
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
-  const device = await backend.openDevice({ threads, memoryBytes, pipeline, tensor });
+  const device = await backend.openDevice({ threads, memoryBytes, layout: { pipeline, tensor } });
   try {
     const engine = await device.createEngine(checkpoint, { dtype, train: false, parts });
     const close = async () => {

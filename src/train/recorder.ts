@@ -82,15 +82,15 @@ export class Recorder {
     this.#file = undefined;
   }
 
-  /** An object whose listed methods are phases; a phase is named by its table entry. */
+  /** An object whose listed methods are phases, also when it calls them itself; a phase is named by its table entry. */
   wrap<T extends object>(target: T, phases: Partial<Record<keyof T, string>>, category?: 'phase' | 'native'): T {
     const recorder = this;
     return new Proxy(target, {
-      get(object, key) {
+      get(object, key, proxy) {
         const value = Reflect.get(object, key, object) as unknown;
         if (typeof value !== 'function') return value;
         const name = phases[key as keyof T];
-        if (name === undefined) return value.bind(object);
+        if (name === undefined) return value.bind(proxy);
         return (...args: unknown[]) =>
           recorder.phase(name, () => value.apply(object, args) as Promise<unknown>, category);
       },

@@ -5,20 +5,37 @@ import type { Config, PpoConfig } from './schema.js';
 /** A rule: undefined when it holds, else what is wrong and what to do. */
 type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
 
-const oneRank: Rule<Config>[] = (['pipeline', 'tensor', 'data'] as const).map((key) => ({ parallel }) => {
-  if (parallel[key] === 1) return undefined;
-  return unsupported(`parallel.${key}`, parallel[key], 'this version runs one rank; set it to 1');
-});
+const mostRanks = 64;
 
 const commonRules: Rule<Config>[] = [
-  ...oneRank,
+  ({ parallel: { pipeline, tensor, data } }) =>
+    pipeline * tensor * data > mostRanks
+      ? contradiction(
+          'parallel',
+          `pipeline ${pipeline} x tensor ${tensor} x data ${data} are ${pipeline * tensor * data} ranks; a process has at most ${mostRanks}`,
+        )
+      : undefined,
   ({ parallel }) =>
-    parallel.zero > 0
-      ? unsupported('parallel.zero', parallel.zero, 'ZeRO shards state over data-parallel ranks; set it to 0')
+    parallel.zero > 0 && parallel.data === 1
+      ? contradiction(
+          'parallel.zero',
+          `${parallel.zero} divides state among data-parallel ranks, and parallel.data is 1; set zero to 0 or raise data`,
+        )
+      : undefined,
+  ({ parallel }) =>
+    parallel.zero > 1
+      ? unsupported('parallel.zero', parallel.zero, 'it divides the optimizer state only; set it to 1')
+      : undefined,
+  ({ parallel, batch }) =>
+    batch.sequences < parallel.data
+      ? contradiction(
+          'batch.sequences',
+          `${batch.sequences} rows leave some of the ${parallel.data} data-parallel ranks without any; raise it or lower parallel.data`,
+        )
       : undefined,
   ({ generation }) =>
     generation.pipeline > 1 || generation.tensor > 1
-      ? unsupported('generation', generation, 'this version generates on one rank; set pipeline and tensor to 1')
+      ? unsupported('generation', generation, 'it generates in the layout that trains; set pipeline and tensor to 1')
       : undefined,
   ({ placement }) =>
     placement !== 'colocated'

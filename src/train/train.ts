@@ -45,7 +45,11 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const roles = await rolesOf(config);
     const memory = preflight(roles, config);
     if (latest) await checkResumable(latest.directory, config, roles, await folder.config());
-    const device = await backend.openDevice({ threads: config.threads, memoryBytes: parseBytes(config.memory.device) });
+    const device = await backend.openDevice({
+      threads: config.threads,
+      memoryBytes: parseBytes(config.memory.device),
+      layout: config.parallel,
+    });
     closing.own(device);
     const own: Workshop['own'] = (resource) => closing.own(resource);
     const task = await openTask(config, { roles, device, recorder, own, from: latest?.directory });

@@ -58,7 +58,7 @@ describe('defaults', () => {
         klCoefficient: 0.05,
         kl: { in: 'reward', estimator: 'k1', controller: 'fixed' },
       },
-      parallel: { pipeline: 1, tensor: 1, data: 1, zero: 0 },
+      parallel: { pipeline: 1, tensor: 1, data: 1, zero: 0, schedule: '1f1b' },
       generation: { pipeline: 1, tensor: 1 },
       placement: 'colocated',
       memory: { device: '8GiB', host: '16GiB' },
@@ -166,6 +166,9 @@ describe('contradictions', () => {
     [{ ...ppo, rollout: { temperature: 0 } }, 'a greedy rollout explores nothing'],
     [{ ...sft, steps: 3, optimizer: { warmupSteps: 4 } }, '4 is more than steps (3)'],
     [{ ...sft, numerics: { parts: 3 } }, '3 is not a power of two'],
+    [{ ...sft, parallel: { zero: 1 } }, 'parallel.data is 1; set zero to 0 or raise data'],
+    [{ ...sft, parallel: { data: 4 }, batch: { sequences: 3 } }, '3 rows leave some of the 4 data-parallel ranks'],
+    [{ ...sft, parallel: { pipeline: 3, tensor: 8, data: 3 } }, 'are 72 ranks; a process has at most 64'],
   ])('are refused: %j', (input, message) => {
     const error = failure(input);
     expect(error.code).toBe('CONFIG_CONTRADICTION');
@@ -173,9 +176,8 @@ describe('contradictions', () => {
   });
 
   it.each([
-    [{ ...sft, parallel: { tensor: 2 } }, 'parallel.tensor: 2 is not in this version'],
-    [{ ...sft, parallel: { zero: 1 } }, 'parallel.zero: 1 is not in this version'],
-    [{ ...sft, generation: { tensor: 2 } }, 'this version generates on one rank'],
+    [{ ...sft, parallel: { data: 2, zero: 2 } }, 'parallel.zero: 2 is not in this version'],
+    [{ ...sft, generation: { tensor: 2 } }, 'it generates in the layout that trains'],
     [{ ...sft, placement: 'split' }, 'use colocated'],
     [{ ...sft, algorithm: 'grpo' }, "'grpo' is not in this version; this version has sft, reward, ppo"],
   ])('what this version lacks is refused with what there is: %j', (input, message) => {

@@ -1,0 +1,105 @@
+/** Training over several ranks through the command line: one rank's bytes over (p, t), and runs of 4 and 8 ranks. */
+import { readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { beforeAll, describe, expect, it } from 'vitest';
+import {
+  configFile,
+  digests,
+  lockstep,
+  metricsOf,
+  smallModel,
+  temporary,
+  tokenRows,
+  writeRows,
+} from './train-process.js';
+
+let folder: string;
+
+beforeAll(async () => {
+  folder = await temporary();
+  const vocabulary = JSON.parse(await readFile(join(smallModel, 'config.json'), 'utf8')).vocab_size;
+  await writeRows(join(folder, 'text.jsonl'), tokenRows(40, vocabulary));
+  const prompts = tokenRows(20, vocabulary, 2).map(({ tokens }) => ({ tokens: tokens.slice(0, 6) }));
+  await writeRows(join(folder, 'prompts.jsonl'), prompts);
+  await writeFile(
+    join(folder, 'reward.mjs'),
+    'export default (samples) => samples.map(({ tokens }) => tokens.filter((id) => id % 2 === 0).length);\n',
+  );
+});
+
+const sft = {
+  algorithm: 'sft',
+  model: smallModel,
+  dtype: 'bfloat16',
+  batch: { sequences: 8, microTokens: 64 },
+  optimizer: { learningRate: 1e-3 },
+  numerics: { parts: 2 },
+  steps: 3,
+};
+
+const ppo = {
+  ...sft,
+  algorithm: 'ppo',
+  rollout: { samples: 2, maxNewTokens: 12 },
+  ppo: { epochs: 2, miniBatches: 2 },
+  checks: { mismatch: 'all' },
+};
+
+interface Layout {
+  pipeline?: number;
+  tensor?: number;
+  data?: number;
+  zero?: number;
+  schedule?: string;
+}
+
+/** Output folders of runs, each of which is made once. */
+const runs = new Map<string, Promise<string>>();
+
+function train(kind: 'sft' | 'ppo', parallel: Layout): Promise<string> {
+  const name = `${kind}${Object.entries(parallel)
+    .map(([key, value]) => `-${key}-${value}`)
+    .join('')}`;
+  const output = runs.get(name) ?? run(kind, parallel, name);
+  runs.set(name, output);
+  return output;
+}
+
+async function run(kind: 'sft' | 'ppo', parallel: Layout, name: string): Promise<string> {
+  const output = join(folder, name);
+  const reward = { reward: { function: join(folder, 'reward.mjs') } };
+  const own =
+    kind === 'sft'
+      ? { ...sft, data: { train: join(folder, 'text.jsonl') } }
+      : { ...ppo, ...reward, data: { train: join(folder, 'prompts.jsonl') } };
+  const path = await configFile(folder, { ...own, parallel, output }, `${name}.json`);
+  const { code, stderr } = await lockstep(['train', path]);
+  expect([name, code, stderr]).toEqual([name, 0, expect.any(String)]);
+  return output;
+}
+
+const checkpointsOf = (output: string) => digests(join(output, 'checkpoints'));
+
+describe.each(['sft', 'ppo'] as const)('%s', (kind) => {
+  it('writes the checkpoints of one rank over pipeline and tensor ranks', async () => {
+    const expected = await checkpointsOf(await train(kind, {}));
+    for (const layout of [
+      { tensor: 2, pipeline: 2 },
+      { pipeline: 2, schedule: 'gpipe' },
+    ]) {
+      expect(await checkpointsOf(await train(kind, layout)), JSON.stringify(layout)).toEqual(expected);
+    }
+  });
+
+  it('eight ranks: the same bytes again, whatever the ZeRO stage, and close to one rank', async () => {
+    const layout = { tensor: 2, pipeline: 2, data: 2 };
+    const output = await train(kind, layout);
+    const expected = await checkpointsOf(output);
+    expect(await checkpointsOf(await train(kind, { ...layout, zero: 1 }))).toEqual(expected);
+    const one = await metricsOf(await train(kind, {}));
+    for (const [i, row] of (await metricsOf(output)).entries()) {
+      if (kind === 'ppo') expect(row).toMatchObject({ 'mismatch.max': 0, 'mismatch.tokens': expect.any(Number) });
+      else expect(Math.abs(row.loss! / one[i]!.loss! - 1)).toBeLessThan(1e-4);
+    }
+  });
+});
