@@ -238,7 +238,7 @@ void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count
       space == Space::kGradients && t.gradient2 != kAbsent ? floats(gradients_, t, t.gradient2, from.end) : nullptr;
   const auto read = [&](int64_t i) {
     if (i < from.begin || i >= from.end) return 0.0f;
-    return second == nullptr ? from.data[i - from.begin] : from.data[i] + second[i];
+    return second == nullptr ? from.data[i - from.begin] : from.data[i - from.begin] + second[i];
   };
   for (int64_t r = 0; r < count; ++r) {
     if (t.matrix) {

@@ -211,9 +211,8 @@ describe('memory of a rank', () => {
         const before = received();
         const all = microBatchesOf(engine.shape, 1);
         await engine.accumulate([all.slice(0, 4), all.slice(4), []], { outputs: ['logprobs'] }, gradientsOf);
-        const bytes = received() - before;
         await engine.step(options);
-        expect(received() - before).toBe(bytes);
+        const bytes = received() - before;
         const { table } = ranks[0]!;
         const weights = (names: RegExp) =>
           table
