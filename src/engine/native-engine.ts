@@ -3,7 +3,6 @@ import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 import {
   type CallPlan,
-  type ModelPlan,
   pagePositions,
   planGeneration,
   planModel,
@@ -13,14 +12,12 @@ import {
   wholeSequences,
 } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import { coordinatesOf, type Degrees } from '../layout/parallel.js';
-import { resolveParts, vocabularyParts } from '../layout/parts.js';
+import type { Degrees } from '../layout/parallel.js';
+import { resolveParts } from '../layout/parts.js';
 import { type RankShare, rankShare } from '../layout/rank-share.js';
-import { ropeTables } from '../layout/rope.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { type ParameterUnit, parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
-import { pieceBoundaries } from '../layout/zero.js';
 import { accumulateInTurn } from './accumulate.js';
 import { type Device, rethrow, rethrowAsync } from './device.js';
 import type {
@@ -53,6 +50,7 @@ import {
   type NativeTraffic,
   type NativeWorld,
 } from './native.js';
+import { nativeSpec } from './native-spec.js';
 
 export interface EngineOptions {
   shape: ModelShape;
@@ -137,7 +135,6 @@ export class NativeEngine implements Engine {
   private readonly degrees: Degrees;
   private readonly rank: number;
   private readonly zero: number;
-  private readonly overlap: boolean;
   private readonly units: readonly ParameterUnit[];
   private readonly native: NativeModel;
   private readonly homes = new Map<string, TensorHome[]>();
@@ -153,14 +150,20 @@ export class NativeEngine implements Engine {
     this.degrees = rank?.degrees ?? alone;
     this.rank = rank?.rank ?? 0;
     this.zero = options.zero ?? 0;
-    this.overlap = options.overlap ?? true;
     this.share = rankShare(this.shape, this.parts, this.degrees, this.rank);
     this.table = shardTable(this.shape, this.parts, this.degrees, this.rank);
     this.units = parameterUnits(this.table, this.share.shape.layers, options.bucketBytes);
     const { dataRank, dataRanks } = this.share;
     const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
     this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
-    this.native = rethrow(() => new (loadNative().Model)(this.device.native, this.nativeSpec(plan), rank));
+    const { overlap = true } = options;
+    const { shape, dtype, parts, share, table, units, degrees, train, recompute } = this;
+    const spec = nativeSpec({
+      ...{ shape, dtype, parts, share, table, units, plan, degrees, train, recompute, overlap },
+      rank: this.rank,
+      zero: this.zero,
+    });
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, spec, rank));
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -168,44 +171,6 @@ export class NativeEngine implements Engine {
         this.homes.set(source.name, homes);
       }
     }
-  }
-
-  private nativeSpec(plan: ModelPlan): object {
-    const { shape, share } = this;
-    const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
-    return {
-      shape: {
-        ...share.shape,
-        vocabulary: shape.vocabulary,
-        learnedPositions: shape.positions.type === 'learned',
-        parts: share.parts,
-      },
-      dtype: this.dtype,
-      train: this.train,
-      recompute: this.recompute,
-      zero: this.zero,
-      overlap: this.overlap,
-      units: this.units,
-      dataRank: share.dataRank,
-      dataRanks: share.dataRanks,
-      firstLayer: share.firstLayer,
-      vocabularyBegin: share.vocabularyBegin,
-      vocabularyParts: vocabularyParts(shape.vocabulary, this.parts),
-      tensors: this.table.map((tensor, i) => {
-        const { name, kind, out, in: columns, split, sizes, elements, decay } = tensor;
-        return {
-          ...{ name, kind, out, in: columns, split, sizes, elements, decay },
-          ...plan.places[i],
-          ...sharing(tensor, this.degrees, this.rank),
-          pieces: pieceBoundaries(tensor, share.dataRanks),
-        };
-      }),
-      weightsBytes: plan.weightsBytes,
-      gradientBytes: plan.gradientBytes,
-      optimizerBytes: plan.optimizerBytes,
-      cosine: rope?.cosine,
-      sine: rope?.sine,
-    };
   }
 
   /** Forms the groups of a rank with others; all of them at the same time. */
@@ -467,20 +432,6 @@ export class NativeEngine implements Engine {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
-}
-
-/** How a tensor's gradient and its norm come together over ranks (TensorSpec of native/model/spec.h). */
-function sharing({ copies, split }: ShardTensor, degrees: Degrees, rank: number): object {
-  const partial = copies.find(({ gradient }) => gradient === 'partial');
-  const sameStage = partial?.ranks.every(
-    (other) => coordinatesOf(other, degrees).pipeline === coordinatesOf(rank, degrees).pipeline,
-  );
-  const over = !sameStage ? 'ends' : split === 'none' ? 'tensor' : 'keyValue';
-  return {
-    cut: split !== 'none',
-    owner: partial === undefined || partial.ranks[0] === rank,
-    ...(partial ? { summed: over, summedBegin: partial.begin, summedEnd: partial.end } : {}),
-  };
 }
 
 /** [rows, columns] to [columns, rows]. */
