@@ -165,6 +165,22 @@ model::Shape readShape(Napi::Object o) {
 
 }  // namespace
 
+model::Space readSpace(Napi::Object o) {
+  const std::string space = stringAt(o, "space");
+  if (space == "weights") return model::Space::kWeights;
+  if (space == "moment1") return model::Space::kMoment1;
+  if (space == "moment2") return model::Space::kMoment2;
+  if (space == "gradients") return model::Space::kGradients;
+  invalid(o.Env(), "space", "weights, moment1, moment2 or gradients");
+}
+
+std::vector<Piece> readPieces(Napi::Object o) {
+  const std::vector<int64_t> flat = integersAt(o, "pieces");
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i + 3 < flat.size(); i += 4) pieces.push_back({flat[i], flat[i + 1], flat[i + 2], flat[i + 3]});
+  return pieces;
+}
+
 model::Spec readSpec(Napi::Object o) {
   model::Spec spec;
   spec.shape = readShape(objectAt(o, "shape"));

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model/model.h"
+#include "model/parameters.h"
 #include "model/spec.h"
 
 namespace lockstep::binding {
@@ -25,6 +26,13 @@ std::vector<int32_t> int32At(Napi::Object, const char* key);  // Int32Array
 std::vector<float> float32At(Napi::Object, const char* key);  // Float32Array; empty when absent
 bool has(Napi::Object, const char* key);
 
+// Rows of one checkpoint tensor and where they are in the engine: source row, engine tensor, row there, count.
+struct Piece {
+  int64_t sourceRow, tensor, row, rows;
+};
+
+std::vector<Piece> readPieces(Napi::Object);  // of key `pieces`, flat
+model::Space readSpace(Napi::Object);         // of key `space`
 model::Spec readSpec(Napi::Object);
 std::vector<model::BufferSpec> readPlan(Napi::Object);
 Napi::Float32Array toFloat32Array(Napi::Env, const std::vector<float>&);

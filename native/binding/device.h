@@ -46,6 +46,8 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
  private:
   Napi::Value join(const Napi::CallbackInfo&);
   Napi::Value load(const Napi::CallbackInfo&);
+  Napi::Value snapshot(const Napi::CallbackInfo&);
+  Napi::Value save(const Napi::CallbackInfo&);
   Napi::Value forward(const Napi::CallbackInfo&);
   Napi::Value backward(const Napi::CallbackInfo&);
   Napi::Value step(const Napi::CallbackInfo&);

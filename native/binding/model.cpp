@@ -4,20 +4,10 @@
 #include "binding/convert.h"
 #include "binding/device.h"
 #include "core/error.h"
-#include "transfer/file_slices.h"
 
 namespace lockstep::binding {
 
 namespace {
-
-model::Space readSpace(Napi::Object o) {
-  const std::string space = stringAt(o, "space");
-  if (space == "weights") return model::Space::kWeights;
-  if (space == "moment1") return model::Space::kMoment1;
-  if (space == "moment2") return model::Space::kMoment2;
-  if (space == "gradients") return model::Space::kGradients;
-  invalid(o.Env(), "space", "weights, moment1, moment2 or gradients");
-}
 
 // {world, rank}: the handle of the model's rank; the device's end ends its waits.
 model::Parallel readParallel(Napi::Object o, Rank& rank) {
@@ -29,60 +19,13 @@ model::Parallel readParallel(Napi::Object o, Rank& rank) {
   return parallel;
 }
 
-// Rows of one checkpoint tensor and where they go: source row, engine tensor, row there, count.
-struct Piece {
-  int64_t sourceRow, tensor, row, rows;
-};
-
-std::vector<Piece> readPieces(Napi::Object o) {
-  const std::vector<int64_t> flat = integersAt(o, "pieces");
-  std::vector<Piece> pieces;
-  for (size_t i = 0; i + 3 < flat.size(); i += 4) pieces.push_back({flat[i], flat[i + 1], flat[i + 2], flat[i + 3]});
-  return pieces;
-}
-
-struct LoadItem {
-  std::string path;
-  transfer::FileTensor tensor;
-  int64_t columnBegin, columnCount;  // of the rows in the file, those that the engine's tensor has
-  std::vector<Piece> pieces;
-};
-
-LoadItem readLoadItem(Napi::Object o) {
-  const std::string type = stringAt(o, "dtype");
-  const auto stored = type == "F32"    ? transfer::StoredType::kFloat32
-                      : type == "BF16" ? transfer::StoredType::kBFloat16
-                                       : transfer::StoredType::kFloat16;
-  return {stringAt(o, "file"),
-          {stringAt(o, "name"), integerAt(o, "offset"), stored, integerAt(o, "rows"), integerAt(o, "columns"),
-           booleanAt(o, "transposed")},
-          integerAt(o, "columnBegin"),
-          integerAt(o, "columnCount"),
-          readPieces(o)};
-}
-
-void loadItem(model::Parameters& parameters, const transfer::MappedFile& file, const LoadItem& item) {
-  constexpr int64_t kRows = 64;
-  std::vector<float> rows(static_cast<size_t>(kRows * item.tensor.columns));
-  for (const Piece& piece : item.pieces) {
-    for (int64_t r = 0; r < piece.rows; r += kRows) {
-      const int64_t count = std::min(kRows, piece.rows - r);
-      transfer::readRows(file, item.path, item.tensor, piece.sourceRow + r, count, rows.data());
-      const int64_t columns = item.columnCount;
-      for (int64_t i = 0; i < count && columns < item.tensor.columns; ++i) {
-        std::copy_n(rows.data() + i * item.tensor.columns + item.columnBegin, columns, rows.data() + i * columns);
-      }
-      parameters.writeRows(piece.tensor, model::Space::kWeights, piece.row + r, count, rows.data());
-    }
-  }
-}
-
 }  // namespace
 
 Napi::Function ModelWrap::define(Napi::Env env) {
   return DefineClass(
       env, "Model",
       {InstanceMethod<&ModelWrap::join>("join"), InstanceMethod<&ModelWrap::load>("load"),
+       InstanceMethod<&ModelWrap::snapshot>("snapshot"), InstanceMethod<&ModelWrap::save>("save"),
        InstanceMethod<&ModelWrap::forward>("forward"), InstanceMethod<&ModelWrap::backward>("backward"),
        InstanceMethod<&ModelWrap::step>("step"), InstanceMethod<&ModelWrap::generate>("generate"),
        InstanceMethod<&ModelWrap::readRows>("readRows"), InstanceMethod<&ModelWrap::writeRows>("writeRows"),
@@ -117,27 +60,6 @@ Napi::Value ModelWrap::join(const Napi::CallbackInfo& info) {
   return rank_->call(
       info.Env(), [model = open(info.Env()), degrees] { model->join(degrees); },
       [](Napi::Env env) { return env.Undefined(); });
-}
-
-// load([{file, name, dtype, offset, rows, columns, columnBegin, columnCount, transposed, pieces: [sourceRow, tensor,
-// row, rows, ...]}])
-Napi::Value ModelWrap::load(const Napi::CallbackInfo& info) {
-  const auto list = info[0].As<Napi::Array>();
-  auto items = std::make_shared<std::vector<LoadItem>>();
-  for (uint32_t i = 0; i < list.Length(); ++i) items->push_back(readLoadItem(list.Get(i).As<Napi::Object>()));
-  auto work = [model = open(info.Env()), items] {
-    model->together([&] {
-      std::unique_ptr<transfer::MappedFile> file;
-      const std::string* path = nullptr;
-      for (const LoadItem& item : *items) {
-        if (path == nullptr || *path != item.path) file = std::make_unique<transfer::MappedFile>(item.path);
-        path = &item.path;
-        loadItem(model->parameters(), *file, item);
-      }
-    });
-    model->publish();
-  };
-  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
 }
 
 namespace {

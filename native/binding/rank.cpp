@@ -47,12 +47,27 @@ void Rank::close() {
   if (closed_.exchange(true)) return;
   for (const auto& hook : hooks_) hook();
   thread_.close();
+  if (saver_) saver_->close();
   queue_->close();
   workspace_.release();
   door_.Release();
 }
 
 Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  return callOn(thread_, env, std::move(work), std::move(finish));
+}
+
+Napi::Promise Rank::callSaver(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  return callOn(saver(), env, std::move(work), std::move(finish));
+}
+
+RankThread& Rank::saver() {
+  if (!saver_) saver_ = std::make_unique<RankThread>();
+  return *saver_;
+}
+
+Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void()> work,
+                           std::function<Napi::Value(Napi::Env)> finish) {
   if (closed_) {  // the door is gone: nothing may touch it
     const auto refused = Napi::Promise::Deferred::New(env);
     refused.Reject(toJavaScript(env, "CLOSED", "the device is closed").Value());
@@ -62,7 +77,7 @@ Napi::Promise Rank::call(Napi::Env env, std::function<void()> work, std::functio
       new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
   const Napi::Promise promise = call->deferred.Promise();
   if (pending_++ == 0) door_.Ref(env);
-  thread_.post([call] {
+  thread.post([call] {
     try {
       call->work();
     } catch (const Error& error) {

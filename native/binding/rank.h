@@ -35,6 +35,11 @@ class Rank : public std::enable_shared_from_this<Rank> {
   // Runs work on the rank's thread; the promise resolves to finish(env) or rejects with the error of either.
   Napi::Promise call(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
 
+  // The same on a thread beside it, which files are written from.
+  Napi::Promise callSaver(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
+  // Started when it is first asked for; from the JavaScript thread.
+  RankThread& saver();
+
   // From the rank's thread: runs `visit` on the JavaScript thread, without waiting for it.
   void notify(std::function<void(Napi::Env)> visit);
 
@@ -53,6 +58,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
 
  private:
   struct Call;
+  Napi::Promise callOn(RankThread&, Napi::Env, std::function<void()> work,
+                       std::function<Napi::Value(Napi::Env)> finish);
   static void complete(Napi::Env, Call*);
   static void atExit(void* rank);
 
@@ -68,6 +75,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   std::atomic<bool> closed_{false};
   bool hooked_ = true;
   RankThread thread_;
+  std::unique_ptr<RankThread> saver_;
 };
 
 Napi::Error toJavaScript(Napi::Env, const std::string& code, const std::string& message);

@@ -173,48 +173,74 @@ void Parameters::joinAccumulators(Queue& queue, int64_t tensor) {
   if (two) kernels_.accumulate(queue, t.layout.elements, gradient(t.name, 1).data, gradient(t.name).data);
 }
 
-Parameters::Copy Parameters::copy(const TensorSpec& t, Space space) const {
-  const int64_t index = find(t.name);
+Stored Parameters::stored(int64_t index, Space space) const {
+  const TensorSpec& t = spec(index);
   const Held& h = held_[static_cast<size_t>(index)];
+  const int64_t kept = h.end - h.begin;
   if (space == Space::kWeights) {
-    if (t.master == kAbsent && spec_.zero < 3) return {static_cast<float*>(compute(t)), 0, t.layout.elements};
-    if (t.master == kAbsent) return {reinterpret_cast<float*>(heldWeights(index).data), h.begin, h.end};
-    return {floats(optimizer_, t, t.master, h.end - h.begin), h.begin, h.end};
+    if (t.master != kAbsent) return {floats(optimizer_, t, t.master, kept), DType::kFloat32, h.begin, h.end};
+    const DType dtype = t.matrix ? spec_.dtype : DType::kFloat32;
+    if (spec_.zero < 3) return {compute(t), dtype, 0, t.layout.elements};
+    return {heldWeights(index).data, dtype, h.begin, h.end};
   }
   const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
   if (offset == kAbsent)
     throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
   if (space == Space::kGradients && spec_.zero < 2)
-    return {floats(gradients_, t, offset, t.layout.elements) + h.begin, h.begin, h.end};
-  return {floats(space == Space::kGradients ? gradients_ : optimizer_, t, offset, h.end - h.begin), h.begin, h.end};
+    return {floats(gradients_, t, offset, t.layout.elements) + h.begin, DType::kFloat32, h.begin, h.end};
+  Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
+  return {floats(arena, t, offset, kept), DType::kFloat32, h.begin, h.end};
 }
 
-Parameters::Rounded Parameters::rounded(int64_t tensor) const {
-  const TensorSpec& t = spec(tensor);
-  const Held& h = held_[static_cast<size_t>(tensor)];
-  if (spec_.zero < 3) return {static_cast<BFloat16*>(compute(t)), 0, t.layout.elements};
-  return {reinterpret_cast<BFloat16*>(heldWeights(tensor).data), h.begin, h.end};
+bool Parameters::saves(int64_t tensor, Space space) const {
+  const bool whole =
+      space == Space::kGradients || (space == Space::kWeights && spec(tensor).master == kAbsent && spec_.zero < 3);
+  const bool pieces = spec_.zero > 0 && !whole;
+  return pieces || spec_.dataRank == 0;
+}
+
+std::vector<Block> Parameters::blocks(const TensorSpec& t, const Stored& stored, int64_t row, int64_t count) {
+  const int64_t in = t.layout.in;
+  if (stored.end - stored.begin == t.layout.elements) return {{row, count, 0, in}};
+  std::vector<Block> blocks;
+  const auto add = [&](int64_t first, int64_t rows, int64_t column, int64_t columns) {
+    if (rows > 0 && columns > 0) blocks.push_back({first, rows, column, columns});
+  };
+  if (!t.matrix) {
+    for (int64_t r = row; r < row + count; ++r) {
+      const int64_t begin = std::clamp(stored.begin - r * in, int64_t{0}, in);
+      add(r, 1, begin, std::clamp(stored.end - r * in, int64_t{0}, in) - begin);
+    }
+    return blocks;
+  }
+  for (const Part& part : t.layout.parts) {
+    for (int64_t panel = 0; panel < part.panels(); ++panel) {
+      const int64_t width = part.panelWidth(panel), base = part.panelOffset(panel);
+      const int64_t begin = std::clamp((stored.begin - base) / width, int64_t{0}, part.in);
+      const int64_t end = std::clamp((stored.end - base) / width, int64_t{0}, part.in);
+      const int64_t first = part.outBegin + panel * kPanel, last = std::min(first + kPanel, part.outBegin + part.out);
+      const int64_t from = std::max(row, first);
+      add(from, std::min(row + count, last) - from, part.inBegin + begin, end - begin);
+    }
+  }
+  return blocks;
 }
 
 void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t count, const float* data) {
   const TensorSpec& t = spec(index);
   const int64_t in = t.layout.in;
-  if (space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16) {
-    const Rounded to = rounded(index);
-    for (int64_t r = 0; r < count; ++r) {
-      eachElement(t.layout, row + r, DType::kBFloat16, [&](int64_t i, int64_t k) {
-        if (i >= to.begin && i < to.end) to.data[i - to.begin] = toBFloat16(data[r * in + k]);
-      });
-    }
-    return;
-  }
-  const Copy to = copy(t, space);
+  const Stored to = stored(index, space);
   const auto write = [&](int64_t i, float value) {
-    if (i >= to.begin && i < to.end) to.data[i - to.begin] = value;
+    if (i < to.begin || i >= to.end) return;
+    if (to.dtype == DType::kFloat32) {
+      static_cast<float*>(to.data)[i - to.begin] = value;
+    } else {
+      static_cast<BFloat16*>(to.data)[i - to.begin] = toBFloat16(value);
+    }
   };
   for (int64_t r = 0; r < count; ++r) {
     if (t.matrix) {
-      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { write(i, data[r * in + k]); });
+      eachElement(t.layout, row + r, to.dtype, [&](int64_t i, int64_t k) { write(i, data[r * in + k]); });
     } else {
       for (int64_t k = 0; k < in; ++k) write((row + r) * in + k, data[r * in + k]);
     }
@@ -223,26 +249,25 @@ void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t coun
 
 void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count, float* data) const {
   const TensorSpec& t = spec(index);
-  const int64_t in = t.layout.in;
-  if (space == Space::kWeights && t.matrix && t.master == kAbsent && spec_.dtype == DType::kBFloat16) {
-    const Rounded from = rounded(index);
-    for (int64_t r = 0; r < count; ++r) {
-      eachElement(t.layout, row + r, DType::kBFloat16, [&](int64_t i, int64_t k) {
-        data[r * in + k] = i >= from.begin && i < from.end ? toFloat(from.data[i - from.begin]) : 0;
-      });
-    }
-    return;
+  unpack(t, stored(index, space), row, count, data);
+  if (space != Space::kGradients || t.gradient2 == kAbsent) return;
+  const float* second = floats(gradients_, t, t.gradient2, t.layout.elements);
+  for (int64_t r = 0; r < count; ++r) {
+    eachElement(t.layout, row + r, DType::kFloat32,
+                [&](int64_t i, int64_t k) { data[r * t.layout.in + k] += second[i]; });
   }
-  const Copy from = copy(t, space);
-  const float* second =
-      space == Space::kGradients && t.gradient2 != kAbsent ? floats(gradients_, t, t.gradient2, from.end) : nullptr;
+}
+
+void Parameters::unpack(const TensorSpec& t, const Stored& stored, int64_t row, int64_t count, float* data) {
+  const int64_t in = t.layout.in;
   const auto read = [&](int64_t i) {
-    if (i < from.begin || i >= from.end) return 0.0f;
-    return second == nullptr ? from.data[i - from.begin] : from.data[i - from.begin] + second[i];
+    if (i < stored.begin || i >= stored.end) return 0.0f;
+    if (stored.dtype == DType::kFloat32) return static_cast<const float*>(stored.data)[i - stored.begin];
+    return toFloat(static_cast<const BFloat16*>(stored.data)[i - stored.begin]);
   };
   for (int64_t r = 0; r < count; ++r) {
     if (t.matrix) {
-      eachElement(t.layout, row + r, DType::kFloat32, [&](int64_t i, int64_t k) { data[r * in + k] = read(i); });
+      eachElement(t.layout, row + r, stored.dtype, [&](int64_t i, int64_t k) { data[r * in + k] = read(i); });
     } else {
       for (int64_t k = 0; k < in; ++k) data[r * in + k] = read((row + r) * in + k);
     }
@@ -253,8 +278,9 @@ void Parameters::publish(Queue& queue) {
   for (size_t i = 0; i < spec_.tensors.size(); ++i) {
     const TensorSpec& t = spec_.tensors[i];
     if (!t.matrix || t.master == kAbsent) continue;
-    const Copy master = copy(t, Space::kWeights);
-    kernels_.publish(queue, held_[i].layout, master.data, heldWeights(static_cast<int64_t>(i)).data);
+    const Stored master = stored(static_cast<int64_t>(i), Space::kWeights);
+    kernels_.publish(queue, held_[i].layout, static_cast<const float*>(master.data),
+                     heldWeights(static_cast<int64_t>(i)).data);
   }
   gatherWeights();
 }
@@ -279,8 +305,9 @@ void Parameters::sumShared(const TensorSpec& t) {
                                                               : nullptr;
   if (group == nullptr) return;
   if (t.summedBegin == 0 && t.summedEnd == t.layout.out) {
-    const Copy all = copy(t, Space::kGradients);
-    return group->allReduce(all.data, all.data, all.end - all.begin, t.name);
+    const Stored own = stored(find(t.name), Space::kGradients);
+    auto* const data = static_cast<float*>(own.data);
+    return group->allReduce(data, data, own.end - own.begin, t.name);
   }
   const int64_t index = find(t.name), rows = t.summedEnd - t.summedBegin;
   std::vector<float> some(static_cast<size_t>(rows * t.layout.in));
@@ -291,7 +318,8 @@ void Parameters::sumShared(const TensorSpec& t) {
 
 // Appends the sums of squares of the parts that the rank has, of each data-parallel rank's piece its own.
 void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector<double>& sums) const {
-  const Copy own = copy(t, Space::kGradients);
+  const Stored own = stored(find(t.name), Space::kGradients);
+  const float* const data = static_cast<const float*>(own.data) - own.begin;
   int64_t begin = 0, end = t.layout.elements;
   if (spec_.dataRanks > 1) {
     begin = t.pieces[static_cast<size_t>(spec_.dataRank)];
@@ -300,7 +328,7 @@ void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector
   const auto add = [&](int64_t first, int64_t last) {
     first = std::max(first, begin);
     last = std::min(last, end);
-    sums.push_back(first < last ? kernels_.sumOfSquares(queue, own.data + first - own.begin, last - first) : 0);
+    sums.push_back(first < last ? kernels_.sumOfSquares(queue, data + first, last - first) : 0);
   };
   for (const Part& part : t.layout.parts) {
     const bool copies = t.summed == Summed::kKeyValue && !t.owner && &part == t.layout.parts.data();
@@ -383,11 +411,11 @@ void Parameters::step(Queue& queue, const StepOptions& o, double norm) {
         o.learningRate,           o.beta1, o.beta2, o.epsilon, t.decay ? o.weightDecay : 0.0, 1 - std::pow(o.beta1, n),
         1 - std::pow(o.beta2, n), scale};
     const bool published = t.matrix && t.master != kAbsent;
+    const auto state = [&](Space space) { return static_cast<float*>(stored(static_cast<int64_t>(i), space).data); };
     char* const weights = heldWeights(static_cast<int64_t>(i)).data;
-    float* parameter = published ? copy(t, Space::kWeights).data : reinterpret_cast<float*>(weights);
-    kernels_.adamw(queue, settings, h.end - h.begin, parameter, copy(t, Space::kMoment1).data,
-                   copy(t, Space::kMoment2).data, copy(t, Space::kGradients).data, published ? &h.layout : nullptr,
-                   published ? weights : nullptr);
+    float* parameter = published ? state(Space::kWeights) : reinterpret_cast<float*>(weights);
+    kernels_.adamw(queue, settings, h.end - h.begin, parameter, state(Space::kMoment1), state(Space::kMoment2),
+                   state(Space::kGradients), published ? &h.layout : nullptr, published ? weights : nullptr);
   }
   gatherWeights();
   if (spec_.zero == 1) clearGradients();  // others' pieces too

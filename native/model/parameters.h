@@ -20,6 +20,21 @@ namespace lockstep::model {
 
 enum class Space : uint8_t { kWeights, kMoment1, kMoment2, kGradients };
 
+// A tensor as it lies in memory, in the element order of its dtype, or the elements begin .. end - 1 of it: with ZeRO
+// the others are other ranks'.
+struct Stored {
+  void* data;  // of element `begin`
+  DType dtype;
+  int64_t begin, end;
+
+  size_t bytes() const { return static_cast<size_t>(end - begin) * bytesOf(dtype); }
+};
+
+// Rows row .. row + rows - 1 of a tensor, columns column .. column + columns - 1.
+struct Block {
+  int64_t row, rows, column, columns;
+};
+
 struct StepOptions {
   double learningRate, beta1, beta2, epsilon, weightDecay, clipNorm;
   int64_t step;  // 1 for the first update
@@ -49,19 +64,30 @@ class Parameters {
   };
   HeldWeights heldWeights(int64_t tensor) const;
   // The rank's piece of a gradient, from stage 2 on.
-  float* heldGradient(int64_t tensor) const { return copy(spec(tensor), Space::kGradients).data; }
+  float* heldGradient(int64_t tensor) const { return static_cast<float*>(stored(tensor, Space::kGradients).data); }
   // Where the whole of a tensor is for now: of its compute weights in stage 3, of a gradient accumulator from 2 on.
   void putWeights(int64_t tensor, void* whole) { wholeWeights_[static_cast<size_t>(tensor)] = whole; }
   void putGradient(int64_t tensor, int copy, float* whole) {
     wholeGradients_[static_cast<size_t>(tensor)][static_cast<size_t>(copy)] = whole;
   }
 
-  // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]. Weights means the masters where there are
-  // any, else the compute weights (rounded when written). Of what other ranks keep the rank reads zeros.
+  // Where a tensor lies: its masters where there are any, else its compute weights; a moment; its first gradient
+  // accumulator. Throws Error("MODEL_NOT_TRAINED").
+  Stored stored(int64_t tensor, Space) const;
+  // Whether this rank writes it into a checkpoint: of what all replicas hold whole only the first does.
+  bool saves(int64_t tensor, Space) const;
+
+  // Rows row .. row + count - 1 of a tensor as plain float32 [count, in]; bfloat16 weights are rounded when written. Of
+  // what other ranks keep the rank reads zeros, and writes nothing.
   void writeRows(int64_t tensor, Space, int64_t row, int64_t count, const float* data);
   void readRows(int64_t tensor, Space, int64_t row, int64_t count, float* data) const;
   const TensorSpec& spec(int64_t tensor) const { return spec_.tensors[static_cast<size_t>(tensor)]; }
   int64_t find(const std::string& name) const;
+
+  // Rows of a tensor that lies elsewhere in the same order, as plain float32 [count, in].
+  static void unpack(const TensorSpec&, const Stored&, int64_t row, int64_t count, float* data);
+  // Which of these rows' elements are stored.
+  static std::vector<Block> blocks(const TensorSpec&, const Stored&, int64_t row, int64_t count);
 
   // Renews the compute weights from the masters; all ranks together.
   void publish(Queue&);
@@ -86,18 +112,6 @@ class Parameters {
     kernels::WeightLayout layout;  // of a matrix: where these lie, from `begin` on
   };
   Held held(const TensorSpec&) const;
-  // A copy of the parameters of one tensor; elements outside begin .. end - 1 are other ranks'.
-  struct Copy {
-    float* data;  // of element `begin`
-    int64_t begin, end;
-  };
-  Copy copy(const TensorSpec&, Space) const;
-  // The compute weights of a matrix in bfloat16 that has no masters.
-  struct Rounded {
-    BFloat16* data;
-    int64_t begin, end;
-  };
-  Rounded rounded(int64_t tensor) const;
   float* floats(Arena&, const TensorSpec&, int64_t offset, int64_t count) const;
   void* compute(const TensorSpec&) const;
   void gatherWeights();

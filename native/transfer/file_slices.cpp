@@ -9,6 +9,8 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/error.h"
@@ -34,6 +36,12 @@ float load(const char* at, StoredType type) {
   uint16_t bits;
   std::memcpy(&bits, at, 2);
   return type == StoredType::kBFloat16 ? toFloat(BFloat16{bits}) : halfToFloat(bits);
+}
+
+Error writeFailure(const std::string& path, const std::string& operation, int reason) {
+  return {"CHECKPOINT_WRITE_FAILED", "Cannot write " + path + ": " + operation + ": " + std::strerror(reason) +
+                                         ". Earlier checkpoints are intact: free space, or choose an output folder "
+                                         "that can be written."};
 }
 
 }  // namespace
@@ -78,6 +86,48 @@ void readRows(const MappedFile& file, const std::string& path, const FileTensor&
       }
       out[r * t.columns + c] = x;
     }
+  }
+}
+
+FileToFill::FileToFill(std::string path) : path_(std::move(path)), file_(open(path_.c_str(), O_WRONLY | O_CLOEXEC)) {
+  if (file_ < 0) throw writeFailure(path_, "open", errno);
+}
+
+FileToFill::~FileToFill() {
+  close(file_);
+}
+
+void FileToFill::write(int64_t offset, const void* data, size_t bytes) const {
+  const char* from = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t written = pwrite(file_, from, bytes, offset);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) throw writeFailure(path_, "pwrite at byte " + std::to_string(offset), errno);
+    from += written;
+    offset += written;
+    bytes -= static_cast<size_t>(written);
+  }
+}
+
+void writeRows(const FileToFill& file, const FileTensor& t, int64_t row, int64_t count, int64_t columnBegin,
+               int64_t columnCount, const float* data) {
+  constexpr int64_t kSize = sizeof(float);
+  if (!t.transposed && columnCount == t.columns) {
+    file.write(t.offset + row * t.columns * kSize, data, static_cast<size_t>(count * columnCount * kSize));
+    return;
+  }
+  if (!t.transposed) {
+    for (int64_t r = 0; r < count; ++r) {
+      file.write(t.offset + ((row + r) * t.columns + columnBegin) * kSize, data + r * columnCount,
+                 static_cast<size_t>(columnCount * kSize));
+    }
+    return;
+  }
+  std::vector<float> column(static_cast<size_t>(count));
+  for (int64_t c = 0; c < columnCount; ++c) {
+    for (int64_t r = 0; r < count; ++r) column[static_cast<size_t>(r)] = data[r * columnCount + c];
+    file.write(t.offset + ((columnBegin + c) * t.rows + row) * kSize, column.data(),
+               static_cast<size_t>(count * kSize));
   }
 }
 

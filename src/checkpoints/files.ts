@@ -41,9 +41,9 @@ async function failWith<T>(path: string, work: () => Promise<T>): Promise<T> {
   }
 }
 
-/** Flushes a folder's entries, so that a rename in it survives a crash. */
-export async function syncDirectory(directory: string): Promise<void> {
-  const handle = await open(directory, 'r');
+/** Flushes a file, or a folder's entries, so that a rename in it survives a crash. */
+export async function sync(path: string): Promise<void> {
+  const handle = await open(path, 'r');
   try {
     await handle.sync();
   } finally {
@@ -55,6 +55,49 @@ export async function makeDirectory(directory: string): Promise<void> {
   await failWith(directory, () => mkdir(directory, { recursive: true }));
 }
 
+const partialOf = (path: string): string => `${path}.partial`;
+
+/** Runs `work`; when it fails nothing of `path` stays. @throws CHECKPOINT_WRITE_FAILED */
+async function orNothing<T>(path: string, work: () => Promise<T>): Promise<T> {
+  try {
+    return await work();
+  } catch (error) {
+    await removePartial(path);
+    throw writeFailure(path, error);
+  }
+}
+
+/**
+ * Makes a file beside `path` that begins with `head` and has `bytes` bytes: others fill it, then `finishPartial` puts it in place.
+ * Returns its path.
+ * @throws CHECKPOINT_WRITE_FAILED with path and cause
+ */
+export async function createPartial(path: string, head: Uint8Array, bytes: number): Promise<string> {
+  return orNothing(path, async () => {
+    const handle = await open(partialOf(path), 'w');
+    try {
+      await handle.writeFile(head);
+      await handle.truncate(bytes);
+    } finally {
+      await handle.close();
+    }
+    return partialOf(path);
+  });
+}
+
+/** @throws CHECKPOINT_WRITE_FAILED with path and cause */
+export async function finishPartial(path: string): Promise<void> {
+  await orNothing(path, async () => {
+    await sync(partialOf(path));
+    await rename(partialOf(path), path);
+    await sync(dirname(path));
+  });
+}
+
+export async function removePartial(path: string): Promise<void> {
+  await rm(partialOf(path), { force: true }).catch(() => undefined);
+}
+
 /**
  * Writes `path` from chunks, all or nothing.
  * @throws CHECKPOINT_WRITE_FAILED with path and cause; errors of the chunks' producer pass unchanged.
@@ -63,24 +106,18 @@ export async function writeAtomically(
   path: string,
   chunks: AsyncIterable<Uint8Array> | Iterable<Uint8Array>,
 ): Promise<void> {
-  const partial = `${path}.partial`;
-  try {
-    const handle = await open(partial, 'w');
+  await orNothing(path, async () => {
+    const handle = await open(partialOf(path), 'w');
     try {
       for await (const chunk of chunks) {
         for (let at = 0; at < chunk.byteLength; at += largestWrite)
           await handle.writeFile(chunk.subarray(at, at + largestWrite));
       }
-      await handle.sync();
     } finally {
       await handle.close();
     }
-    await rename(partial, path);
-    await syncDirectory(dirname(path));
-  } catch (error) {
-    await rm(partial, { force: true }).catch(() => undefined);
-    throw writeFailure(path, error);
-  }
+  });
+  await finishPartial(path);
 }
 
 export async function writeJson(path: string, value: unknown): Promise<void> {
@@ -107,7 +144,7 @@ export async function copyExisting(from: string, to: string, names: readonly str
     await failWith(target, () => rename(partial, target));
     copied.push(name);
   }
-  if (copied.length > 0) await failWith(to, () => syncDirectory(to));
+  if (copied.length > 0) await failWith(to, () => sync(to));
   return copied;
 }
 

@@ -1,12 +1,13 @@
 /** Hugging Face checkpoint folders: opening, planning a load into the engine, saving what the engine holds. */
 import { join, resolve } from 'node:path';
-import type { Engine } from '../engine/engine.js';
+import { awaitedLater } from '../engine/device.js';
+import type { Engine, FileTensor, Saving } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import { canonicalName, checkpointNames } from '../layout/checkpoint-names.js';
 import { parseModelConfig } from '../layout/config.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import { type Piece, type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
-import { copyExisting, makeDirectory, readTextIfPresent, removeFile, syncDirectory, writeJson } from './files.js';
+import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
+import { copyExisting, makeDirectory, readTextIfPresent, removeFile, sync, writeJson } from './files.js';
 import { resolveModelDirectory } from './hub-cache.js';
 import {
   float32Size,
@@ -15,8 +16,8 @@ import {
   readBytes,
   readSafetensorsHeader,
   type StoredTensor,
-  writeSafetensors,
 } from './safetensors.js';
+import { type SaveTiming, saveTensors } from './saving.js';
 import { writtenConfig } from './written-config.js';
 
 const configFile = 'config.json';
@@ -143,30 +144,10 @@ async function sameBytes(a: StoredTensor, b: StoredTensor): Promise<boolean> {
   }
 }
 
-export type StoredDtype = 'F32' | 'BF16' | 'F16';
-
-/** One checkpoint tensor on its way into an engine tensor: plain data for the native loader. */
-export interface LoadSlice {
-  /** Name in the checkpoint. */
-  name: string;
-  /** Name in the tensor table. */
-  tensor: string;
-  file: string;
-  offset: number;
-  dtype: StoredDtype;
-  /** Logical shape [out rows, in columns]; a transposed one is stored [columns, rows]. */
-  rows: number;
-  columns: number;
-  /** Of those columns, the ones that the engine's tensor has. */
-  columnBegin: number;
-  columnCount: number;
-  transposed: boolean;
-  pieces: readonly Piece[];
-}
-
 export interface LoadPlan {
-  slices: LoadSlice[];
-  /** Tensors of the table that the checkpoint lacks and that start at zero: a new head. */
+  /** What to read from where. */
+  tensors: FileTensor[];
+  /** Tensors of the engine that the checkpoint lacks and that start at zero: a new head. */
   zeroed: string[];
 }
 
@@ -175,16 +156,18 @@ export interface LoadOptions {
   newHead?: boolean;
 }
 
+type Model = Pick<Engine, 'shape' | 'parts'>;
+
 /**
- * What to read from where, for a table of the checkpoint's shape or of that shape under another head, or a rank's part of it.
+ * Finds every tensor of a model of the checkpoint's shape, or of that shape under another head, and checks it.
  * @throws CHECKPOINT_TENSOR_MISSING, CHECKPOINT_TENSOR_SHAPE, CHECKPOINT_DTYPE, each naming file and tensor
  */
-export function loadPlan(checkpoint: Checkpoint, table: readonly TensorSpec[], options: LoadOptions = {}): LoadPlan {
-  const plan: LoadPlan = { slices: [], zeroed: [] };
-  for (const spec of table) {
+export function loadPlan(checkpoint: Checkpoint, model: Model, options: LoadOptions = {}): LoadPlan {
+  const plan: LoadPlan = { tensors: [], zeroed: [] };
+  for (const spec of tensorTable(model.shape, model.parts)) {
     for (const source of spec.sources) {
       const stored = findStored(checkpoint, source);
-      if (stored) plan.slices.push(sliceOf(spec, source, stored));
+      if (stored) plan.tensors.push(weightsIn(source, stored));
       else if (options.newHead && spec.name.startsWith('scalarHead')) plan.zeroed.push(spec.name);
       else throw missingTensor(checkpoint, spec, source);
     }
@@ -209,44 +192,23 @@ function missingTensor(checkpoint: Checkpoint, spec: TensorSpec, source: TensorS
   });
 }
 
-function sliceOf(spec: TensorSpec, source: TensorSource, stored: StoredTensor): LoadSlice {
-  const { file, dtype } = stored;
-  const details = { file, tensor: source.name };
-  if (stored.shape.length !== source.shape.length || stored.shape.some((extent, i) => extent !== source.shape[i])) {
+function weightsIn({ name, shape }: TensorSource, { file, dtype, shape: received, offset }: StoredTensor): FileTensor {
+  if (received.length !== shape.length || received.some((extent, i) => extent !== shape[i])) {
     const message =
-      `${file}: tensor "${source.name}" has shape [${stored.shape.join(', ')}]; config.json asks for ` +
-      `[${source.shape.join(', ')}]. Use the config.json that belongs to these weights.`;
-    throw new LockstepError('CHECKPOINT_TENSOR_SHAPE', message, {
-      ...details,
-      expected: source.shape,
-      received: stored.shape,
-    });
+      `${file}: tensor "${name}" has shape [${received.join(', ')}]; config.json asks for [${shape.join(', ')}]. ` +
+      'Use the config.json that belongs to these weights.';
+    throw new LockstepError('CHECKPOINT_TENSOR_SHAPE', message, { file, tensor: name, expected: shape, received });
   }
   if (dtype !== 'F32' && dtype !== 'BF16' && dtype !== 'F16') {
-    const message = `${file}: tensor "${source.name}" is ${dtype}; F32, BF16 and F16 are supported. Convert the checkpoint.`;
-    throw new LockstepError('CHECKPOINT_DTYPE', message, { ...details, received: dtype });
+    const message = `${file}: tensor "${name}" is ${dtype}; F32, BF16 and F16 are supported. Convert the checkpoint.`;
+    throw new LockstepError('CHECKPOINT_DTYPE', message, { file, tensor: name, received: dtype });
   }
-  const [first, second = 1] = source.shape as [number, number?];
-  const [rows, columns] = source.transposed ? [second, first] : [first, second];
-  const { transposed, pieces } = source;
-  return {
-    name: source.name,
-    tensor: spec.name,
-    file,
-    offset: stored.offset,
-    dtype,
-    rows,
-    columns,
-    columnBegin: source.columns?.begin ?? 0,
-    columnCount: source.columns?.count ?? columns,
-    transposed,
-    pieces,
-  };
+  return { name, space: 'weights', file, offset, dtype };
 }
 
 /** Checkpoint tensors of a model, in table order. */
-export function checkpointTensors(engine: Pick<Engine, 'shape' | 'parts'>): NewTensor[] {
-  return tensorTable(engine.shape, engine.parts).flatMap((spec) =>
+export function checkpointTensors(model: Model): NewTensor[] {
+  return tensorTable(model.shape, model.parts).flatMap((spec) =>
     spec.sources.map(({ name, shape }) => ({ name, shape })),
   );
 }
@@ -266,7 +228,7 @@ const tokenizerFiles = [
 const generationFile = 'generation_config.json';
 const defaultShardBytes = 5_000_000_000;
 
-export interface SaveOptions {
+export interface SaveOptions extends SaveTiming {
   /** config.json of the checkpoint that the model came from; architecture, labels, dtype and tying are adapted. */
   configJson: Readonly<Record<string, unknown>>;
   /** Folder whose tokenizer files, and generation settings for a language model, are copied. */
@@ -281,35 +243,44 @@ export interface SaveOptions {
  * @throws CHECKPOINT_WRITE_FAILED with path and cause
  */
 export async function saveModel(engine: Engine, directory: string, options: SaveOptions): Promise<void> {
-  const config = writtenConfig(options.configJson, engine.shape);
-  await makeDirectory(directory);
-  await writeWeights(engine, directory, options.maxShardBytes ?? defaultShardBytes);
-  const { tokenizerFrom } = options;
-  if (tokenizerFrom !== undefined && resolve(tokenizerFrom) !== resolve(directory)) {
-    const generation = engine.shape.head === 'language' ? [generationFile] : [];
-    await copyExisting(tokenizerFrom, directory, [...tokenizerFiles, ...generation]);
-  }
-  await writeJson(join(directory, configFile), config);
-  await syncDirectory(directory);
+  await (await beginSavingModel(engine, directory, options)).written;
 }
 
-async function writeWeights(engine: Engine, directory: string, maxShardBytes: number): Promise<void> {
-  const tensors = checkpointTensors(engine);
-  const read = (name: string) => engine.readTensor(name);
-  const shards = shardsOf(tensors, maxShardBytes);
-  if (shards.length === 1) {
-    await writeSafetensors(join(directory, singleFile), tensors, read);
-    await removeFile(join(directory, indexFile));
-    return;
-  }
-  const map: Record<string, string> = {};
+/** The same, of the engine's present state; with `copy` it goes on when this has resolved. */
+export async function beginSavingModel(engine: Engine, directory: string, options: SaveOptions): Promise<Saving> {
+  const config = writtenConfig(options.configJson, engine.shape);
+  await makeDirectory(directory);
+  const shards = shardsOf(checkpointTensors(engine), options.maxShardBytes ?? defaultShardBytes);
+  const names = shards.map((_, i) => shardName(i, shards.length));
+  const files = shards.map((tensors, i) => ({ path: join(directory, names[i] as string), tensors: weights(tensors) }));
+  const { copiedBytes, written } = await saveTensors(engine, files, options);
+  const finish = async () => {
+    await written;
+    await writeIndex(directory, shards, names);
+    const { tokenizerFrom } = options;
+    if (tokenizerFrom !== undefined && resolve(tokenizerFrom) !== resolve(directory)) {
+      const generation = engine.shape.head === 'language' ? [generationFile] : [];
+      await copyExisting(tokenizerFrom, directory, [...tokenizerFiles, ...generation]);
+    }
+    await writeJson(join(directory, configFile), config);
+    await sync(directory);
+  };
+  return { copiedBytes, written: awaitedLater(finish()) };
+}
+
+const weights = (tensors: readonly NewTensor[]) =>
+  tensors.map((tensor) => ({ ...tensor, parameter: tensor.name, space: 'weights' as const }));
+
+function shardName(index: number, count: number): string {
   const number = (i: number) => String(i).padStart(5, '0');
-  for (const [i, shard] of shards.entries()) {
-    const file = `model-${number(i + 1)}-of-${number(shards.length)}.safetensors`;
-    await writeSafetensors(join(directory, file), shard, read);
-    for (const { name } of shard) map[name] = file;
-  }
-  const totalSize = tensors.reduce((sum, { shape }) => sum + float32Size(shape), 0);
+  return count === 1 ? singleFile : `model-${number(index + 1)}-of-${number(count)}.safetensors`;
+}
+
+/** The index of several files; what an earlier save with another number of files left is removed. */
+async function writeIndex(directory: string, shards: readonly NewTensor[][], names: readonly string[]): Promise<void> {
+  if (shards.length === 1) return removeFile(join(directory, indexFile));
+  const map = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, names[i]])));
+  const totalSize = shards.flat().reduce((sum, { shape }) => sum + float32Size(shape), 0);
   await writeJson(join(directory, indexFile), { metadata: { total_size: totalSize }, weight_map: map });
   await removeFile(join(directory, singleFile));
 }

@@ -1,12 +1,11 @@
 /** From a checkpoint folder to a running engine. */
 import { Device, type DeviceOptions } from '../engine/device.js';
-import type { Dtype } from '../engine/engine.js';
-import type { NativeLoad } from '../engine/native.js';
+import type { Dtype, Engine } from '../engine/engine.js';
 import { NativeEngine } from '../engine/native-engine.js';
-import { ParallelEngine, type ParallelOptions, together } from '../engine/parallel-engine.js';
+import { ParallelEngine, type ParallelOptions } from '../engine/parallel-engine.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
-import { type Checkpoint, type LoadSlice, loadPlan, openCheckpoint } from './hugging-face.js';
+import { type Checkpoint, loadPlan, openCheckpoint } from './hugging-face.js';
 
 export interface LoadModelOptions {
   /** A Hugging Face folder, a hub name in the local cache, or an opened checkpoint. */
@@ -44,7 +43,7 @@ export async function createEngine(options: LoadModelOptions): Promise<NativeEng
     ...(recompute === undefined ? {} : { recompute }),
   });
   try {
-    await loadRank(engine, checkpoint);
+    await loadWeights(engine, checkpoint);
     return engine;
   } catch (error) {
     await engine.close();
@@ -63,7 +62,7 @@ export async function createParallelEngine(options: LoadParallelOptions): Promis
   const { head, model: _, ...parallel } = options;
   const engine = await ParallelEngine.create({ ...parallel, shape: shapeUnder(checkpoint, head) });
   try {
-    await together(engine.ranks.map((rank) => loadRank(rank, checkpoint)));
+    await loadWeights(engine, checkpoint);
     return engine;
   } catch (error) {
     await engine.close();
@@ -75,17 +74,8 @@ function shapeUnder(checkpoint: Checkpoint, head: Head | undefined): ModelShape 
   return head === undefined || head === checkpoint.shape.head ? checkpoint.shape : withHead(checkpoint.shape, head);
 }
 
-async function loadRank(engine: NativeEngine, checkpoint: Checkpoint): Promise<void> {
-  const { slices } = loadPlan(checkpoint, engine.table, { newHead: engine.shape !== checkpoint.shape });
-  await engine.load(nativeLoad(slices, new Map(engine.table.map((tensor, index) => [tensor.name, index]))));
-}
-
-/** File by file, in the order of their bytes: each is mapped once and read forwards. */
-function nativeLoad(slices: readonly LoadSlice[], index: ReadonlyMap<string, number>): NativeLoad[] {
-  return [...slices]
-    .sort((a, b) => (a.file === b.file ? a.offset - b.offset : a.file < b.file ? -1 : 1))
-    .map(({ tensor, pieces, ...slice }) => ({
-      ...slice,
-      pieces: pieces.flatMap((piece) => [piece.sourceRow, index.get(tensor)!, piece.row, piece.rows]),
-    }));
+/** What a head has that the checkpoint's lacks stays zero. */
+async function loadWeights(engine: Engine, checkpoint: Checkpoint): Promise<void> {
+  const { tensors } = loadPlan(checkpoint, engine, { newHead: engine.shape !== checkpoint.shape });
+  await engine.load(tensors);
 }

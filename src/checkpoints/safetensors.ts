@@ -212,20 +212,3 @@ export async function writeSafetensors(
   }
   await writeAtomically(file, chunks());
 }
-
-/** One float32 tensor of a file. @throws CHECKPOINT_DTYPE for another dtype. */
-export async function readFloat32(name: string, tensor: StoredTensor): Promise<Float32Array> {
-  if (tensor.dtype !== 'F32') {
-    const message = `${tensor.file}: tensor "${name}" is ${tensor.dtype}; expected F32.`;
-    throw new LockstepError('CHECKPOINT_DTYPE', message, { file: tensor.file, tensor: name, received: tensor.dtype });
-  }
-  const handle = await openForReading(tensor.file);
-  try {
-    const data = new Float32Array(tensor.bytes / float32Bytes);
-    const bytes = await readBytes(handle, tensor.file, tensor.offset, tensor.bytes);
-    new Uint8Array(data.buffer).set(bytes);
-    return data;
-  } finally {
-    await handle.close();
-  }
-}

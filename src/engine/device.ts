@@ -120,6 +120,12 @@ export function rethrow<T>(run: () => T): T {
   }
 }
 
+/** A promise that someone comes to later: until then its failure is not an unhandled one. */
+export function awaitedLater<T>(promise: Promise<T>): Promise<T> {
+  promise.catch(() => undefined);
+  return promise;
+}
+
 /** `run` may throw at once (a closed model) or reject. */
 export async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
   try {

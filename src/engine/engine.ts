@@ -114,6 +114,25 @@ export interface GenerateOptions extends SamplingOptions {
 /** Which copy of the parameters a state access means. */
 export type ParameterSpace = 'weights' | 'moment1' | 'moment2' | 'gradients';
 
+export type StoredDtype = 'F32' | 'BF16' | 'F16';
+
+/** A whole Hugging Face tensor in a file, row-major, from byte `offset`. */
+export interface FileTensor {
+  name: string;
+  space: Exclude<ParameterSpace, 'gradients'>;
+  file: string;
+  offset: number;
+  dtype: StoredDtype;
+}
+
+/** A save on its way. */
+export interface Saving {
+  /** Host memory that the copy takes until everything is written; 0 without one. */
+  copiedBytes: number;
+  /** Resolves when everything is written. A caller that comes to it later need not fear an unhandled rejection. */
+  written: Promise<void>;
+}
+
 export interface EngineMemory {
   /** Bytes planned and largest bytes used, per arena. */
   readonly [arena: string]: { planned: number; highWater: number };
@@ -144,6 +163,18 @@ export interface Engine extends AsyncDisposable {
   /** The inverse of `readTensor`. After the last one, `publish` renews the compute weights. */
   writeTensor(name: string, data: Float32Array, space?: ParameterSpace): Promise<void>;
   publish(): Promise<void>;
+
+  /**
+   * Reads tensors from files, on all ranks at the same time, and publishes the compute weights.
+   * @throws LockstepError CHECKPOINT_UNREADABLE, CHECKPOINT_CORRUPT, CHECKPOINT_NOT_FINITE, MODEL_NOT_TRAINED
+   */
+  load(tensors: readonly FileTensor[]): Promise<void>;
+  /**
+   * Writes tensors in float32 into files that have their full length, on all ranks at the same time. Resolves when the model may
+   * change: with `copy` once its state is copied into host memory, from which threads beside the ranks' write, else at the end.
+   * @throws LockstepError CHECKPOINT_WRITE_FAILED with path and cause (`written` too), OUT_OF_MEMORY, MODEL_NOT_TRAINED
+   */
+  save(tensors: readonly FileTensor[], options?: { copy?: boolean }): Promise<Saving>;
 
   memory(): EngineMemory;
   close(): Promise<void>;

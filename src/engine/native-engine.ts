@@ -19,12 +19,13 @@ import { type ShardTensor, shardTable } from '../layout/shards.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { type ParameterUnit, parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import { accumulateInTurn } from './accumulate.js';
-import { type Device, rethrow, rethrowAsync } from './device.js';
+import { awaitedLater, type Device, rethrow, rethrowAsync } from './device.js';
 import type {
   AccumulateOptions,
   Dtype,
   Engine,
   EngineMemory,
+  FileTensor,
   ForwardOptions,
   ForwardResult,
   Generated,
@@ -35,16 +36,17 @@ import type {
   MicroBatches,
   ParameterSpace,
   SamplingOptions,
+  Saving,
   StepOptions,
   StepResult,
   TokenGradients,
 } from './engine.js';
+import { slicesToLoad, slicesToSave } from './file-slices.js';
 import {
   type KeptGradients,
   loadNative,
   type NativeForward,
   type NativeGenerate,
-  type NativeLoad,
   type NativeModel,
   type NativePieces,
   type NativeTraffic,
@@ -129,6 +131,7 @@ export class NativeEngine implements Engine {
   readonly table: readonly ShardTensor[];
   readonly replicas = 1;
   lastGeneration: GenerationStatistics | undefined;
+  /** Among those of its world. */
   private readonly device: Device;
   private readonly recompute: boolean;
   private readonly train: boolean;
@@ -179,9 +182,19 @@ export class NativeEngine implements Engine {
     await rethrowAsync(() => this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }));
   }
 
-  /** Reads checkpoint tensors into the parameters and publishes the compute weights. */
-  async load(items: NativeLoad[]): Promise<void> {
-    await rethrowAsync(() => this.native.load(items));
+  async load(tensors: readonly FileTensor[]): Promise<void> {
+    await rethrowAsync(() => this.native.load(slicesToLoad(this.table, tensors)));
+  }
+
+  async save(tensors: readonly FileTensor[], { copy = false }: { copy?: boolean } = {}): Promise<Saving> {
+    const slices = slicesToSave(this.table, this.rank, tensors);
+    if (!copy) {
+      await rethrowAsync(() => this.native.save(slices));
+      return { copiedBytes: 0, written: Promise.resolve() };
+    }
+    const snapshot = await rethrowAsync(() => this.native.snapshot(slices));
+    const written = awaitedLater(rethrowAsync(() => this.native.save(slices, snapshot.copy)));
+    return { copiedBytes: snapshot.bytes, written };
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {

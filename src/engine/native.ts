@@ -9,6 +9,7 @@ import { fileURLToPath } from 'node:url';
 import { LockstepError } from '../errors.js';
 import type { CallPlan } from '../layout/memory-plan.js';
 import type {
+  FileTensor,
   ForwardOutput,
   ForwardResult,
   Generated,
@@ -125,17 +126,21 @@ export interface NativeGenerated {
 /** Flat quadruples: source row, tensor index, row in that tensor, count. */
 export type NativePieces = number[];
 
-export interface NativeLoad {
-  file: string;
-  name: string;
-  dtype: 'F32' | 'BF16' | 'F16';
-  offset: number;
+/** A rank's part of a tensor in a file: these rows, and of them these columns. */
+export interface NativeSlice extends FileTensor {
+  /** Logical shape [out rows, in columns]; a transposed one is stored [columns, rows]. */
   rows: number;
   columns: number;
   columnBegin: number;
   columnCount: number;
   transposed: boolean;
   pieces: NativePieces;
+}
+
+/** A model's state in host memory; `save` takes `copy` once. */
+export interface NativeSnapshot {
+  bytes: number;
+  copy: object;
 }
 
 export interface NativeStep {
@@ -156,7 +161,9 @@ export interface NativeWorld {
 export interface NativeModel {
   /** Resolves when all ranks of the world have called it. */
   join(degrees: NativeDegrees): Promise<void>;
-  load(items: NativeLoad[]): Promise<void>;
+  load(slices: NativeSlice[]): Promise<void>;
+  snapshot(slices: NativeSlice[]): Promise<NativeSnapshot>;
+  save(slices: NativeSlice[], copy?: object): Promise<void>;
   /** Of each pass. */
   forward(call: NativeForward): Promise<ForwardResult[]>;
   backward(call: NativeBackward): Promise<void>;

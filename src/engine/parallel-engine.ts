@@ -12,12 +12,13 @@ import { resolveParts } from '../layout/parts.js';
 import type { ScheduleName } from '../layout/pipeline-schedule.js';
 import { rankShare } from '../layout/rank-share.js';
 import type { Device } from './device.js';
-import { rethrow } from './device.js';
+import { awaitedLater, rethrow } from './device.js';
 import type {
   AccumulateOptions,
   Dtype,
   Engine,
   EngineMemory,
+  FileTensor,
   ForwardOptions,
   ForwardResult,
   Generated,
@@ -26,6 +27,7 @@ import type {
   GradientsOf,
   MicroBatches,
   ParameterSpace,
+  Saving,
   StepOptions,
   StepResult,
   TokenGradients,
@@ -308,6 +310,18 @@ export class ParallelEngine implements Engine {
 
   async publish(): Promise<void> {
     await together(this.ranks.map((rank) => rank.publish()));
+  }
+
+  async load(tensors: readonly FileTensor[]): Promise<void> {
+    await together(this.ranks.map((rank) => rank.load(tensors)));
+  }
+
+  async save(tensors: readonly FileTensor[], options: { copy?: boolean } = {}): Promise<Saving> {
+    const savings = await together(this.ranks.map((rank) => rank.save(tensors, options)));
+    return {
+      copiedBytes: savings.reduce((sum, { copiedBytes }) => sum + copiedBytes, 0),
+      written: awaitedLater(together(savings.map(({ written }) => written)).then(() => undefined)),
+    };
   }
 
   /** Arenas of every rank, as `rank 0 weights`. */

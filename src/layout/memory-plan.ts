@@ -128,6 +128,11 @@ export function planModel(
   return plan;
 }
 
+/** Host memory of a copy of what a checkpoint keeps of a model that learns: weights (masters) and both moments, in float32. */
+export function snapshotBytes(table: readonly TensorSpec[]): number {
+  return table.reduce((sum, { elements }) => sum + 3 * align(elements * 4), 0);
+}
+
 /** Rows and pages of whole sequences: each starts at an even row and has pages of its own. */
 export function wholeSequences(lengths: Iterable<number>): CallSize {
   let rows = 0;

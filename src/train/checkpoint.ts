@@ -5,8 +5,10 @@
 import { readFile, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
-import { openCheckpoint, saveModel } from '../checkpoints/hugging-face.js';
-import { loadOptimizerState, saveOptimizerState } from '../checkpoints/state.js';
+import { beginSavingModel, openCheckpoint } from '../checkpoints/hugging-face.js';
+import { beginSavingOptimizerState, loadOptimizerState } from '../checkpoints/state.js';
+import { awaitedLater } from '../engine/device.js';
+import type { Saving } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Config } from './config.js';
@@ -27,14 +29,40 @@ interface TrainerState {
 
 type Settings = Readonly<Record<string, unknown>>;
 
-/** Fills `directory` with the task's state after `step`. */
-export async function saveCheckpoint(task: Task, config: Config, step: number, directory: string): Promise<void> {
-  for (const { role, engine } of task.trained) {
-    const { directory: tokenizerFrom, config: configJson } = role.checkpoint;
-    await saveModel(engine, join(directory, role.folder), { configJson, tokenizerFrom });
-    await saveOptimizerState(engine, join(directory, 'trainer', role.name));
+/**
+ * Begins to fill `directory` with the task's state after `step`. With `checkpoint.async` the task may go on when this has
+ * resolved; `written` resolves when the directory is complete.
+ */
+export async function beginSaving(task: Task, config: Config, step: number, directory: string): Promise<Saving> {
+  const copy = config.checkpoint.async;
+  const savings: Saving[] = [];
+  const begin = async () => {
+    for (const { role, engine } of task.trained) {
+      const { directory: tokenizerFrom, config: configJson } = role.checkpoint;
+      savings.push(await beginSavingModel(engine, join(directory, role.folder), { configJson, tokenizerFrom, copy }));
+      savings.push(await beginSavingOptimizerState(engine, join(directory, 'trainer', role.name), { copy }));
+    }
+    await writeFile(
+      join(directory, 'trainer', 'state.json'),
+      `${JSON.stringify(stateOf(task, config, step), null, 2)}\n`,
+    );
+  };
+  // The first failure ends all, but not before what has begun has ended: nobody writes into the directory then.
+  const all = async () => {
+    const settled = await Promise.allSettled(savings.map(({ written }) => written));
+    for (const result of settled) if (result.status === 'rejected') throw result.reason;
+  };
+  try {
+    await begin();
+  } catch (error) {
+    await all().catch(() => undefined);
+    throw error;
   }
-  const state: TrainerState = {
+  return { copiedBytes: savings.reduce((sum, { copiedBytes }) => sum + copiedBytes, 0), written: awaitedLater(all()) };
+}
+
+function stateOf(task: Task, config: Config, step: number): TrainerState {
+  return {
     format: 1,
     step,
     position: step * task.rowsPerStep,
@@ -42,7 +70,6 @@ export async function saveCheckpoint(task: Task, config: Config, step: number, d
     parts: partsOf(task),
     settings: settingsOf(config),
   };
-  await writeFile(join(directory, 'trainer', 'state.json'), `${JSON.stringify(state, null, 2)}\n`);
 }
 
 /** Gives a task, whose models were loaded from `directory`, the rest of its state. */
@@ -138,6 +165,11 @@ function settingsOf(config: Config): Settings {
     ...(varies(optimizer.schedule) || varies(critic?.schedule) ? { steps } : {}),
     ...(config.algorithm === 'ppo' ? { rollout, ppo: config.ppo, critic: { optimizer: critic } } : {}),
   };
+}
+
+/** The layout of a run, as its folder's config.yaml names it: a checkpoint's own bytes are those of any layout. */
+export function layoutOf(earlier: string | undefined): Config['parallel'] | undefined {
+  return earlier === undefined ? undefined : (parseYaml(earlier) as Config).parallel;
 }
 
 /** Models, data and reward as the run folder's config.yaml names them; relative paths are relative to here. */

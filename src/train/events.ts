@@ -43,7 +43,18 @@ export type TrainEvent =
   | { type: 'step'; step: number; steps: number; metrics: MetricsRow }
   | { type: 'evaluation'; step: number; metrics: MetricsRow; samples: readonly Sample[] }
   | { type: 'sample'; step: number; sample: Sample }
-  | { type: 'checkpoint'; step: number; directory: string; seconds: number }
+  | {
+      /** A checkpoint is in its place; with `checkpoint.async` later steps may have been reported before. */
+      type: 'checkpoint';
+      step: number;
+      directory: string;
+      /** Until it was in place. */
+      seconds: number;
+      /** Of those, how long training stood still for it. */
+      waitedSeconds: number;
+      /** Copied into host memory, from which the files were written. */
+      copiedBytes: number;
+    }
   | { type: 'warning'; code: string; message: string; step: number }
   | { type: 'interrupted'; step: number /** Absent when no step was done. */; checkpoint?: string; output: string }
   | { type: 'done'; step: number; checkpoint: string; output: string; seconds: number };

@@ -1,9 +1,9 @@
 /** The loop: steps, and around them evaluations, rows, texts and checkpoints. It knows no algorithm. */
-import { saveCheckpoint } from './checkpoint.js';
 import type { Config } from './config.js';
 import type { MetricsRow, TrainEvent } from './events.js';
 import type { Recorder } from './recorder.js';
 import type { RunFolder } from './run-folder.js';
+import { Saver } from './saver.js';
 import { learningRateAt } from './schedule.js';
 import type { Outcome, Task } from './task.js';
 
@@ -25,26 +25,34 @@ export interface RunWarning {
 /** Runs the steps after `done`; the last one is always saved, also when the signal ends the run early. */
 export async function* loop(run: Run, done: number): AsyncGenerator<TrainEvent> {
   const { config, folder, signal } = run;
+  const saver = new Saver(run);
   let step = done;
-  let saved = (await folder.checkpoints()).at(-1);
-  if (step === 0 && step < config.steps && !signal?.aborted) yield* evaluateBefore(run);
-  while (step < config.steps && !signal?.aborted) {
-    yield* oneStep(run, ++step);
-    const due = config.checkpoint.every > 0 && step % config.checkpoint.every === 0;
-    if (due || step === config.steps || signal?.aborted) {
-      const event = await save(run, step);
-      saved = { step, directory: event.directory };
-      yield event;
+  try {
+    if (step === 0 && step < config.steps && !signal?.aborted) yield* evaluateBefore(run);
+    while (step < config.steps && !signal?.aborted) {
+      yield* oneStep(run, ++step);
+      yield* some(await saver.ended());
+      const due = config.checkpoint.every > 0 && step % config.checkpoint.every === 0;
+      if (!due && step < config.steps && !signal?.aborted) continue;
+      yield* some(await saver.wait());
+      await saver.begin(step);
+      if (!config.checkpoint.async) yield* some(await saver.wait());
     }
+    yield* some(await saver.wait());
+  } finally {
+    // A step that fails leaves the checkpoint before it complete; its own error is the run's.
+    await saver.wait().catch(() => undefined);
   }
   const output = folder.path;
-  const checkpoint = saved?.directory;
+  const checkpoint = (await folder.checkpoints()).at(-1)?.directory;
   if (step >= config.steps) {
     yield { type: 'done', step, checkpoint: checkpoint!, output, seconds: (performance.now() - run.started) / 1000 };
   } else {
     yield { type: 'interrupted', step, ...(checkpoint === undefined ? {} : { checkpoint }), output };
   }
 }
+
+const some = <T>(value: T | undefined): T[] => (value === undefined ? [] : [value]);
 
 async function* oneStep(run: Run, step: number): AsyncGenerator<TrainEvent> {
   const { config, folder, recorder, task } = run;
@@ -89,15 +97,4 @@ async function* evaluateBefore(run: Run): AsyncGenerator<TrainEvent> {
 
 async function evaluate({ recorder, task }: Run): Promise<Outcome | undefined> {
   return task.evaluate && recorder.phase('evaluation', () => task.evaluate!());
-}
-
-async function save({ config, folder, recorder, task }: Run, step: number) {
-  const start = performance.now();
-  const directory = await recorder.phase('checkpoint', () =>
-    folder.saveCheckpoint(step, config.checkpoint.keep, (target) => saveCheckpoint(task, config, step, target)),
-  );
-  // The row of this step is written before the checkpoint, so its time is in the event and the trace only.
-  recorder.take();
-  await recorder.flush();
-  return { type: 'checkpoint', step, directory, seconds: (performance.now() - start) / 1000 } as const;
 }

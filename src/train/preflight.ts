@@ -8,6 +8,7 @@ import {
   planModel,
   planScoring,
   planTraining,
+  snapshotBytes,
 } from '../layout/memory-plan.js';
 import { resolveParts } from '../layout/parts.js';
 import { tensorTable } from '../layout/tensor-table.js';
@@ -18,9 +19,10 @@ import type { Role } from './roles.js';
 /**
  * The models' weights, gradients and optimizer state, and the largest of the calls that use the workspace in turn.
  *
- * @throws LockstepError MEMORY_BUDGET when they exceed `memory.device`.
+ * @throws LockstepError MEMORY_BUDGET when they exceed `memory.device`, or copies of checkpoints `memory.host`.
  */
 export function preflight(roles: readonly Role[], config: Config): MemoryTable {
+  if (config.checkpoint.async) checkCopies(roles, config);
   const budgetBytes = parseBytes(config.memory.device);
   const workspace = roles.flatMap((role) => calls(role, config)).reduce((a, b) => (b.bytes > a.bytes ? b : a));
   const lines = [...roles.flatMap((role) => modelLines(role, config)), workspace];
@@ -36,8 +38,25 @@ export function preflight(roles: readonly Role[], config: Config): MemoryTable {
   );
 }
 
-function modelLines({ name, shape, trained }: Role, { dtype, numerics }: Config): MemoryLine[] {
-  const plan = planModel(tensorTable(shape, resolveParts(shape, numerics.parts)), dtype, trained);
+/** What `checkpoint.async` copies of all trained models. */
+function checkCopies(roles: readonly Role[], config: Config): void {
+  const trained = roles.filter((role) => role.trained);
+  const bytes = trained.reduce((sum, role) => sum + snapshotBytes(tableOf(role, config)), 0);
+  const budgetBytes = parseBytes(config.memory.host);
+  if (bytes <= budgetBytes) return;
+  throw new LockstepError(
+    'MEMORY_BUDGET',
+    `a checkpoint of ${trained.map(({ name }) => name).join(' and ')} is copied into ${mebibytes(bytes)} of host memory, more than ` +
+      `memory.host (${mebibytes(budgetBytes)}); raise it, or set checkpoint.async to false`,
+    { bytes, budgetBytes },
+  );
+}
+
+const tableOf = ({ shape }: Role, { numerics }: Config) => tensorTable(shape, resolveParts(shape, numerics.parts));
+
+function modelLines(role: Role, config: Config): MemoryLine[] {
+  const { name, trained } = role;
+  const plan = planModel(tableOf(role, config), config.dtype, trained);
   return [
     { what: `${name}: weights`, bytes: plan.weightsBytes },
     ...(trained

@@ -16,6 +16,9 @@ interface TraceEvent {
   args?: { step: number };
 }
 
+const rows = { phase: 1, native: 2, background: 3 } as const;
+type Category = keyof typeof rows;
+
 export class Recorder {
   /** Milliseconds of the process clock that are microsecond `#base` of the trace. */
   #origin = performance.now();
@@ -38,24 +41,25 @@ export class Recorder {
     await this.flush();
   }
 
-  /** Runs `work` as a phase; `category` native calls are drawn on a row of their own. */
-  async phase<T>(name: string, work: () => Promise<T> | T, category: 'phase' | 'native' = 'phase'): Promise<T> {
+  /** Runs `work` as a phase. Native calls and what goes on behind the steps are drawn on rows of their own; the latter is in no sum. */
+  async phase<T>(name: string, work: () => Promise<T> | T, category: Category = 'phase'): Promise<T> {
     const start = performance.now();
+    const step = this.step;
     try {
       return await work();
     } finally {
       const end = performance.now();
       const key = category === 'native' ? 'native' : name;
-      this.#seconds.set(key, (this.#seconds.get(key) ?? 0) + (end - start) / 1000);
+      if (category !== 'background') this.#seconds.set(key, (this.#seconds.get(key) ?? 0) + (end - start) / 1000);
       this.#events.push({
         name,
         cat: category,
         ph: 'X',
         pid: 1,
-        tid: category === 'native' ? 2 : 1,
+        tid: rows[category],
         ts: this.#base + Math.round((start - this.#origin) * 1000),
         dur: Math.round((end - start) * 1000),
-        args: { step: this.step },
+        args: { step },
       });
     }
   }

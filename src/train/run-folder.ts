@@ -4,6 +4,7 @@
  */
 import { type FileHandle, mkdir, open, readdir, readFile, rename, rm, rmdir, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
+import { awaitedLater } from '../engine/device.js';
 import { LockstepError } from '../errors.js';
 import type { MetricsRow, Sample } from './events.js';
 import { lockRun, type RunLock } from './lock.js';
@@ -94,33 +95,35 @@ export class RunFolder {
   }
 
   /**
-   * Fills a directory beside and renames it into place, so that checkpoints/ never holds an incomplete one; then removes
-   * all but the newest `keep`. Returns the checkpoint's directory.
+   * Begins a checkpoint: `fill` begins to write into a directory beside. When all is written and synced, the directory is renamed
+   * into place, so that checkpoints/ never holds an incomplete one, and all but the newest `keep` are removed; then `written`
+   * resolves. One at a time.
+   *
+   * @throws LockstepError CHECKPOINT_WRITE_FAILED, here or from `written`; nothing is left of the checkpoint then.
    */
-  async saveCheckpoint(step: number, keep: number, fill: (directory: string) => Promise<void>): Promise<string> {
+  async beginCheckpoint<Filling extends { written: Promise<void> }>(
+    step: number,
+    keep: number,
+    fill: (directory: string) => Promise<Filling>,
+  ): Promise<Filling & { directory: string }> {
     const name = `step-${digits(step)}`;
     const saving = join(this.path, `.saving-${name}`);
     const directory = join(this.path, 'checkpoints', name);
-    try {
+    const filling = await orNoCheckpoint(directory, saving, async () => {
       await rm(saving, { recursive: true, force: true });
       await mkdir(saving);
-      await fill(saving);
-      await syncTree(saving);
-      await rename(saving, directory);
-      await syncDirectory(join(this.path, 'checkpoints'));
-    } catch (error) {
-      await rm(saving, { recursive: true, force: true }).catch(() => undefined);
-      if (LockstepError.isInstance(error)) throw error;
-      throw new LockstepError(
-        'CHECKPOINT_WRITE_FAILED',
-        `cannot save ${directory}: ${(error as Error).message}; earlier checkpoints are intact: free space or make it writable, then resume`,
-        { directory },
-        { cause: error },
-      );
-    }
-    await this.#metrics?.sync();
-    await this.#retain(keep);
-    return directory;
+      return fill(saving);
+    });
+    const finish = () =>
+      orNoCheckpoint(directory, saving, async () => {
+        await filling.written;
+        await syncTree(saving);
+        await this.#metrics?.sync();
+        await rename(saving, directory);
+        await syncDirectory(join(this.path, 'checkpoints'));
+        await this.#retain(keep);
+      });
+    return { ...filling, directory, written: awaitedLater(finish()) };
   }
 
   async removeLeftovers(): Promise<void> {
@@ -192,6 +195,22 @@ async function guard<T>(path: string, write: () => Promise<T>): Promise<T> {
       'RUN_FOLDER',
       `cannot write the run folder ${path}: ${(error as Error).message}; choose a writable output with free space`,
       { output: path },
+      { cause: error },
+    );
+  }
+}
+
+/** Runs `work`, which fills `saving` or puts it in place as `directory`; when it fails nothing of it stays. */
+async function orNoCheckpoint<T>(directory: string, saving: string, work: () => Promise<T>): Promise<T> {
+  try {
+    return await work();
+  } catch (error) {
+    await rm(saving, { recursive: true, force: true }).catch(() => undefined);
+    if (LockstepError.isInstance(error)) throw error;
+    throw new LockstepError(
+      'CHECKPOINT_WRITE_FAILED',
+      `cannot save ${directory}: ${(error as Error).message}; earlier checkpoints are intact: free space or make it writable, then resume`,
+      { directory },
       { cause: error },
     );
   }

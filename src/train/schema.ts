@@ -100,7 +100,12 @@ const common = {
   }),
   steps: count.default(100),
   seed: z.int().nonnegative().default(0),
-  checkpoint: section({ every: countOrZero.default(20), keep: count.default(2) }),
+  checkpoint: section({
+    every: countOrZero.default(20),
+    keep: count.default(2),
+    /** Files are written behind the next step, from a copy of the state in host memory; it changes no byte of them. */
+    async: z.boolean().default(true),
+  }),
 };
 
 const sft = z.strictObject({ algorithm: z.literal('sft'), ...common, output: z.string().min(1).default('runs/sft') });

@@ -2,13 +2,14 @@
 import { loadTokenizerIfPresent } from '../data/tokenizer.js';
 import { type Backend, nativeBackend } from '../inference/backend.js';
 import { endTokensOf } from '../inference/open-model.js';
-import { checkResumable, restoreCheckpoint } from './checkpoint.js';
+import { checkResumable, layoutOf, restoreCheckpoint } from './checkpoint.js';
 import { Closing } from './closing.js';
 import { type Config, type ConfigInput, parseBytes, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
 import { loop, type Run, type RunWarning } from './loop.js';
 import { preflight } from './preflight.js';
 import { Recorder } from './recorder.js';
+import { layoutWarning } from './resumed-layout.js';
 import { ppoTask } from './rl.js';
 import { foreignTokenizers, type Role, rolesOf } from './roles.js';
 import { RunFolder } from './run-folder.js';
@@ -44,7 +45,8 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const latest = (await folder.checkpoints()).at(-1);
     const roles = await rolesOf(config);
     const memory = preflight(roles, config);
-    if (latest) await checkResumable(latest.directory, config, roles, await folder.config());
+    const earlier = await folder.config();
+    if (latest) await checkResumable(latest.directory, config, roles, earlier);
     const device = await backend.openDevice({
       threads: config.threads,
       memoryBytes: parseBytes(config.memory.device),
@@ -67,12 +69,17 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       ...(latest ? { resumedFrom: latest.directory } : {}),
       memory,
     };
-    for (const warning of await warnings(config, roles)) yield { type: 'warning', step, ...warning };
+    const layout = latest && layoutWarning(layoutOf(earlier), config.parallel, trainedShapes(roles));
+    for (const warning of [...(layout ? [layout] : []), ...(await warnings(config, roles))]) {
+      yield { type: 'warning', step, ...warning };
+    }
     yield* loop(run, step);
   } finally {
     await closing.close();
   }
 }
+
+const trainedShapes = (roles: readonly Role[]) => roles.filter(({ trained }) => trained).map(({ shape }) => shape);
 
 async function openTask(
   config: Config,

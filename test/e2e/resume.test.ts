@@ -102,28 +102,41 @@ async function killedInSave(config: string, output: string, resume: boolean): Pr
   return left;
 }
 
-describe('a killed run', () => {
+/** The folder of the run never stopped begins the others' names; the first is also that of the signals' runs below. */
+const layouts: { name: string; whole: string; changes: object }[] = [
+  { name: 'one rank', whole: 'whole', changes: {} },
+  {
+    ...{ name: 'four ranks', whole: 'four' },
+    changes: { parallel: { pipeline: 2, data: 2, zero: 1 }, steps: 12 },
+  },
+];
+
+describe.each(layouts)('a killed run on $name', ({ whole, changes }) => {
+  const named = (name: string) => `${whole}-${name}`;
+  const configOf = (name: string) => configFile(folder, sft(name, changes), `${name}.json`);
+
   it('sft: resumed, ends with the same bytes and rows', async () => {
     const began = performance.now();
-    const whole = await lockstep(['train', await configFile(folder, sft('whole'), 'whole.json')]);
-    expect([whole.code, whole.stderr]).toEqual([0, expect.any(String)]);
+    const uninterrupted = await lockstep(['train', await configOf(whole)]);
+    expect([uninterrupted.code, uninterrupted.stderr]).toEqual([0, expect.any(String)]);
     const elapsed = (performance.now() - began) / 1000;
-    const config = await configFile(folder, sft('killed'), 'killed.json');
-    expect(await killed(config, 4, elapsed, 5)).toBeGreaterThan(0);
-    await expectSameRun(join(folder, 'whole'), join(folder, 'killed'));
+    expect(await killed(await configOf(named('killed')), 4, elapsed, 5)).toBeGreaterThan(0);
+    await expectSameRun(join(folder, whole), join(folder, named('killed')));
   });
 
   it('sft: killed in the middle of saves, ends with the same bytes', async () => {
-    const output = join(folder, 'in-save');
-    const config = await configFile(folder, sft('in-save'), 'in-save.json');
+    const output = join(folder, named('in-save'));
+    const config = await configOf(named('in-save'));
     let caught = 0;
     for (let attempt = 0; attempt < 4; attempt++) caught += Number(await killedInSave(config, output, attempt > 0));
     expect(caught).toBeGreaterThan(0);
     const { code, stderr } = await lockstep(['train', config, '--resume']);
     expect([code, stderr]).toEqual([0, expect.any(String)]);
-    await expectSameRun(join(folder, 'whole'), output);
+    await expectSameRun(join(folder, whole), output);
   });
+});
 
+describe('a killed run', () => {
   slow('ppo: resumed, ends with the same bytes, policy and critic', async () => {
     await writeReward();
     const began = performance.now();

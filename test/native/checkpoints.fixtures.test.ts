@@ -1,8 +1,7 @@
 /** Checkpoints through the engine: what is loaded is what lies in the files, what is saved loads again, for every model fixture. */
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type Checkpoint, checkpointTensors, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
 import { createDevice, createEngine } from '../../src/checkpoints/load-model.js';
 import type { StoredTensor } from '../../src/checkpoints/safetensors.js';
@@ -12,18 +11,13 @@ import type { Device } from '../../src/engine/device.js';
 import type { Engine, ForwardOutput, ParameterSpace } from '../../src/engine/engine.js';
 import { resolveParts } from '../../src/layout/parts.js';
 import { goldenDirectories } from './golden.js';
+import { temporaryDirectory } from './support.js';
 
 let device: Device;
 beforeAll(() => {
   device = createDevice({ threads: 2 });
 });
 afterAll(() => device.close());
-
-function temporaryDirectory(): string {
-  const directory = mkdtempSync(join(tmpdir(), 'lockstep-'));
-  onTestFinished(() => rmSync(directory, { recursive: true, force: true }));
-  return directory;
-}
 
 /** The bits of stored elements, widened to float32. */
 function widened({ file, dtype, offset, bytes }: StoredTensor): Float32Array {

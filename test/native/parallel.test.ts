@@ -12,12 +12,12 @@ import type { NativeEngine } from '../../src/engine/native-engine.js';
 import { ParallelEngine, together } from '../../src/engine/parallel-engine.js';
 import { planGeneration } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
-import { resolveParts } from '../../src/layout/parts.js';
 import { goldenDirectories } from './golden.js';
 import {
   built,
   childPrelude,
   dtypes,
+  mostParts,
   random,
   randomModel,
   readAll,
@@ -107,17 +107,6 @@ function layoutsOf(shape: ModelShape, parts: number): Layout[] {
     }
   }
   return layouts;
-}
-
-function mostParts(shape: ModelShape): number {
-  for (const parts of [8, 4, 2]) {
-    try {
-      return resolveParts(shape, parts);
-    } catch {
-      // the next smaller power of two
-    }
-  }
-  return 1;
 }
 
 const folders = goldenDirectories();

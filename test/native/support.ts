@@ -1,9 +1,10 @@
 /** Engines of the tests: checkpoints of the fixtures, a small random model, and comparison bit by bit. */
 import { spawn } from 'node:child_process';
-import { existsSync } from 'node:fs';
-import { resolve } from 'node:path';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
-
+import { onTestFinished } from 'vitest';
 import { checkpointTensors, openCheckpoint } from '../../src/checkpoints/hugging-face.js';
 import { createDevice, createEngine } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
@@ -20,6 +21,7 @@ import { loadNative } from '../../src/engine/native.js';
 import { generationRows, generationSequences, NativeEngine } from '../../src/engine/native-engine.js';
 import { pagePositions, planGeneration } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
+import { resolveParts } from '../../src/layout/parts.js';
 import { goldenDirectories, readGolden } from './golden.js';
 
 export const dtypes: readonly Dtype[] = ['float32', 'bfloat16'];
@@ -121,6 +123,25 @@ export const tinyShape: ModelShape = {
   feedForward: 112,
   windows: [0, 24],
 };
+
+/** The largest power of two up to 8 that the model can be cut into. */
+export function mostParts(shape: ModelShape): number {
+  for (const parts of [8, 4, 2]) {
+    try {
+      return resolveParts(shape, parts);
+    } catch {
+      // the next smaller power of two
+    }
+  }
+  return 1;
+}
+
+/** Removed when the test ends. */
+export function temporaryDirectory(): string {
+  const directory = mkdtempSync(join(tmpdir(), 'lockstep-'));
+  onTestFinished(() => rmSync(directory, { recursive: true, force: true }));
+  return directory;
+}
 
 /** A model with random weights: norms near 1, the rest such that no layer dies out. */
 export function randomModel(name: string, shape: ModelShape, seed = 1): TestModel {

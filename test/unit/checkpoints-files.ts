@@ -3,9 +3,10 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { onTestFinished } from 'vitest';
-import type { Engine, ParameterSpace } from '../../src/engine/engine.js';
+import type { Engine, FileTensor, ParameterSpace, Saving } from '../../src/engine/engine.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import { tensorTable } from '../../src/layout/tensor-table.js';
+import { loadFiles, saveFiles } from './fake-files.js';
 
 export type Json = Record<string, unknown>;
 
@@ -46,7 +47,7 @@ export function writeTensors(
 export const tensorsOf = (shape: ModelShape, parts = 1) => tensorTable(shape, parts).flatMap((spec) => spec.sources);
 
 /** An engine that only remembers its parameters. */
-export class MemoryEngine implements Pick<Engine, 'shape' | 'parts' | 'readTensor' | 'writeTensor'> {
+export class MemoryEngine implements Pick<Engine, 'shape' | 'parts' | 'readTensor' | 'writeTensor' | 'load' | 'save'> {
   readonly values = new Map<string, Float32Array>();
 
   constructor(
@@ -74,6 +75,14 @@ export class MemoryEngine implements Pick<Engine, 'shape' | 'parts' | 'readTenso
   async writeTensor(name: string, data: Float32Array, space: ParameterSpace = 'weights'): Promise<void> {
     if (this.values.get(`${space} ${name}`)?.length !== data.length) throw new Error(`wrong ${space} ${name}`);
     this.values.set(`${space} ${name}`, data);
+  }
+
+  load(tensors: readonly FileTensor[]): Promise<void> {
+    return loadFiles(this, tensors);
+  }
+
+  save(tensors: readonly FileTensor[], options: { copy?: boolean } = {}): Promise<Saving> {
+    return saveFiles(this, tensors, options);
   }
 
   /** The same object under the full interface; only the methods above work. */

@@ -1,14 +1,26 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { writeFailure } from '../../src/checkpoints/files.js';
 import { hubCacheDirectory, resolveModelDirectory } from '../../src/checkpoints/hub-cache.js';
 import { loadPlan, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
-import { readFloat32 } from '../../src/checkpoints/safetensors.js';
 import { loadOptimizerState, saveOptimizerState } from '../../src/checkpoints/state.js';
+import { slicesToLoad } from '../../src/engine/file-slices.js';
+import type { NativeSlice } from '../../src/engine/native.js';
 import { parseModelConfig, withHead } from '../../src/layout/config.js';
 import { tensorTable } from '../../src/layout/tensor-table.js';
 import { type Json, MemoryEngine, temporaryDirectory, tensorsOf, writeTensors } from './checkpoints-files.js';
+import { readFloat32 } from './fake-files.js';
 
 const llama: Json = {
   architectures: ['LlamaForCausalLM'],
@@ -52,7 +64,7 @@ const failure = (work: Promise<unknown>) =>
   );
 const plan = async ({ directory }: Written, options = {}) => {
   const opened = await openCheckpoint(directory);
-  return loadPlan(opened, tensorTable(opened.shape, 1), options);
+  return loadPlan(opened, { shape: opened.shape, parts: 1 }, options);
 };
 
 describe('opening', () => {
@@ -60,12 +72,14 @@ describe('opening', () => {
     const written = checkpoint(llama);
     const opened = await openCheckpoint(written.directory);
     expect(opened.shape).toEqual(parseModelConfig(llama, 'config.json'));
-    const { slices, zeroed } = loadPlan(opened, tensorTable(opened.shape, 1));
+    const { tensors, zeroed } = loadPlan(opened, { shape: opened.shape, parts: 1 });
     expect(zeroed).toEqual([]);
+    const table = tensorTable(opened.shape, 1);
+    const slices = slicesToLoad(table, tensors);
     expect(slices.map((slice) => slice.name).sort()).toEqual([...opened.tensors.keys()].sort());
     const key = slices.find((slice) => slice.name.endsWith('k_proj.weight'));
-    expect(key).toMatchObject({ tensor: 'layers.0.qkv', dtype: 'F32', rows: 4, columns: 8, transposed: false });
-    expect(key?.pieces).toEqual([{ sourceRow: 0, rows: 4, row: 8 }]);
+    expect(key).toMatchObject({ dtype: 'F32', rows: 4, columns: 8, transposed: false });
+    expect(key?.pieces).toEqual([0, table.findIndex(({ name }) => name === 'layers.0.qkv'), 8, 4]);
     expect(key?.file).toBe(written.weights);
   });
 
@@ -75,7 +89,10 @@ describe('opening', () => {
       tensors.push({ name: 'h.0.attn.bias', shape: [1, 1, 16, 16] }, { name: 'h.0.attn.masked_bias', shape: [] });
     });
     const full = checkpoint(gpt2);
-    const [bareSlices, fullSlices] = [(await plan(bare)).slices, (await plan(full)).slices];
+    const table = tensorTable((await openCheckpoint(full.directory)).shape, 1);
+    const [bareSlices, fullSlices] = [await plan(bare), await plan(full)].map(({ tensors }) =>
+      slicesToLoad(table, tensors),
+    ) as [NativeSlice[], NativeSlice[]];
     const strip = (slices: typeof fullSlices) => slices.map(({ file: _, offset: __, ...rest }) => rest);
     expect(strip(bareSlices)).toEqual(strip(fullSlices));
     expect(fullSlices.find((slice) => slice.name.endsWith('c_attn.weight'))).toMatchObject({
@@ -109,7 +126,7 @@ describe('opening', () => {
     expect(shards.length).toBeGreaterThan(2);
     const opened = await openCheckpoint(directory);
     for (const [name, tensor] of opened.tensors) {
-      expect(await readFloat32(name, tensor)).toEqual(await engine.readTensor(name));
+      expect(await readFloat32(tensor)).toEqual(await engine.readTensor(name));
     }
     const indexPath = join(directory, 'model.safetensors.index.json');
     const index = JSON.parse(readFileSync(indexPath, 'utf8')) as { weight_map: Record<string, string> };
@@ -128,6 +145,54 @@ describe('opening', () => {
     expect(await failure(openCheckpoint(directory))).toMatchObject({ code: 'CHECKPOINT_CORRUPT' });
     writeFileSync(indexPath, '{"weight_map": 3}');
     expect(await failure(openCheckpoint(directory))).toMatchObject({ message: expect.stringContaining('weight_map') });
+  });
+});
+
+describe('a shard', () => {
+  /** A folder of several files, and the names of these. */
+  async function sharded(config: Json = llama): Promise<{ directory: string; shards: string[] }> {
+    const directory = temporaryDirectory();
+    const engine = new MemoryEngine(parseModelConfig(config, 'config.json'), 1, (_, name, i) => value(name, i));
+    await saveModel(engine.asEngine(), directory, { configJson: config, maxShardBytes: 600 });
+    return { directory, shards: readdirSync(directory).filter((file) => /^model-.*\.safetensors$/.test(file)) };
+  }
+  const replaced = async (other: Json, from: number, to: number) => {
+    const [{ directory, shards }, foreign] = [await sharded(), await sharded(other)];
+    copyFileSync(join(foreign.directory, foreign.shards[from]!), join(directory, shards[to]!));
+    return failure(plan({ directory, weights: '' }));
+  };
+
+  test('that is missing is named', async () => {
+    const { directory, shards } = await sharded();
+    rmSync(join(directory, shards[1]!));
+    expect(await failure(openCheckpoint(directory))).toMatchObject({
+      code: 'CHECKPOINT_FILE_MISSING',
+      message: expect.stringMatching(new RegExp(`${shards[1]}: no such file`)),
+    });
+  });
+
+  test('that is cut short is named', async () => {
+    const { directory, shards } = await sharded();
+    const file = join(directory, shards[1]!);
+    truncateSync(file, readFileSync(file).length - 4);
+    expect(await failure(openCheckpoint(directory))).toMatchObject({
+      code: 'CHECKPOINT_CORRUPT',
+      message: expect.stringContaining(shards[1]!),
+    });
+  });
+
+  test('of another model is named, with its tensor and both shapes', async () => {
+    expect(await replaced({ ...llama, vocab_size: 12 }, 0, 0)).toMatchObject({
+      code: 'CHECKPOINT_TENSOR_SHAPE',
+      details: { file: expect.stringContaining('model-00001-of'), expected: [11, 8], received: [12, 8] },
+    });
+  });
+
+  test('in the place of another is named, with the tensor that it lacks', async () => {
+    expect(await replaced(llama, 0, 1)).toMatchObject({
+      code: 'CHECKPOINT_TENSOR_MISSING',
+      details: { file: expect.stringContaining('model-00002-of'), tensor: expect.stringContaining('model.layers.0') },
+    });
   });
 });
 
@@ -164,11 +229,11 @@ describe('a checkpoint that does not fit', () => {
 
   test('a head that the checkpoint lacks is zero when asked for, an error otherwise', async () => {
     const opened = await openCheckpoint(checkpoint(llama).directory);
-    const table = tensorTable(withHead(opened.shape, 'value'), 1);
+    const table = { shape: withHead(opened.shape, 'value'), parts: 1 };
     expect(() => loadPlan(opened, table)).toThrow(/score.weight.*no such head yet/);
-    const { slices, zeroed } = loadPlan(opened, table, { newHead: true });
+    const { tensors, zeroed } = loadPlan(opened, table, { newHead: true });
     expect(zeroed).toEqual(['scalarHead', 'scalarHeadBias']);
-    expect(slices.some((slice) => slice.name === 'lm_head.weight')).toBe(false);
+    expect(tensors.some(({ name }) => name === 'lm_head.weight')).toBe(false);
     const trunkless = await openCheckpoint(checkpoint(llama, (tensors) => tensors.splice(2, 1)).directory);
     expect(() => loadPlan(trunkless, table, { newHead: true })).toThrow(/q_proj/);
   });
@@ -176,9 +241,10 @@ describe('a checkpoint that does not fit', () => {
   test('a critic takes over the head of a reward model, its bias being new', async () => {
     const score = { ...gpt2, architectures: ['GPT2ForSequenceClassification'], id2label: { 0: 'LABEL_0' } };
     const opened = await openCheckpoint(checkpoint(score).directory);
-    const { slices, zeroed } = loadPlan(opened, tensorTable(withHead(opened.shape, 'value'), 1), { newHead: true });
+    const critic = { shape: withHead(opened.shape, 'value'), parts: 1 };
+    const { tensors, zeroed } = loadPlan(opened, critic, { newHead: true });
     expect(zeroed).toEqual(['scalarHeadBias']);
-    expect(slices.some((slice) => slice.tensor === 'scalarHead')).toBe(true);
+    expect(tensors.some(({ name, space }) => name === 'classifier.weight' && space === 'weights')).toBe(true);
   });
 
   test('a dtype that cannot be loaded is named', async () => {
@@ -290,10 +356,10 @@ describe('saving', () => {
     expect(opened.shape).toEqual(engine.shape);
     expect(opened.config.architectures).toEqual([architecture]);
     expect(opened.config.torch_dtype).toBe('float32');
-    const { slices } = loadPlan(opened, tensorTable(opened.shape, 1));
-    expect(slices.length).toBe(opened.tensors.size);
-    for (const { name } of slices) {
-      expect(await readFloat32(name, opened.tensors.get(name)!)).toEqual(await engine.readTensor(name));
+    const { tensors } = loadPlan(opened, { shape: opened.shape, parts: 1 });
+    expect(tensors.length).toBe(opened.tensors.size);
+    for (const { name } of tensors) {
+      expect(await readFloat32(opened.tensors.get(name)!)).toEqual(await engine.readTensor(name));
     }
     expect(readdirSync(directory).sort()).toEqual(['config.json', 'model.safetensors']);
   });
@@ -381,17 +447,27 @@ describe('optimizer state', () => {
     }
   });
 
-  test('of another model is refused before anything is written', async () => {
+  test('of another model, or damaged, is refused before anything is read, with file, tensor and both sides', async () => {
     const directory = temporaryDirectory();
     await saveOptimizerState(new MemoryEngine(shape, 1, () => 1).asEngine(), directory);
-    const check = async (config: Json, code: string) => {
+    const check = async (config: Json, code: string, details: Json) => {
       const engine = new MemoryEngine(parseModelConfig(config, 'config.json'));
-      expect(await failure(loadOptimizerState(engine.asEngine(), directory))).toMatchObject({ code });
+      expect(await failure(loadOptimizerState(engine.asEngine(), directory))).toMatchObject({ code, details });
       for (const data of engine.values.values()) expect(data.every((x) => x === 0)).toBe(true);
     };
-    await check({ ...llama, vocab_size: 12 }, 'CHECKPOINT_TENSOR_SHAPE');
-    await check({ ...llama, num_hidden_layers: 2 }, 'CHECKPOINT_TENSOR_MISSING');
-    await check({ ...llama, tie_word_embeddings: true }, 'CHECKPOINT_TENSOR_MISSING');
+    const file = join(directory, 'optimizer.safetensors');
+    const tensor = 'moment1.model.embed_tokens.weight';
+    const shapes = { file, tensor, expected: [12, 8], received: [11, 8] };
+    await check({ ...llama, vocab_size: 12 }, 'CHECKPOINT_TENSOR_SHAPE', shapes);
+    const lacking = { file, tensor: 'moment1.model.layers.1.input_layernorm.weight', expected: [8] };
+    await check({ ...llama, num_hidden_layers: 2 }, 'CHECKPOINT_TENSOR_MISSING', lacking);
+    const extra = { file, tensor: 'moment1.lm_head.weight' };
+    await check({ ...llama, tie_word_embeddings: true }, 'CHECKPOINT_TENSOR_MISSING', extra);
+    const whole = readFileSync(file);
+    writeFileSync(file, Buffer.from(whole.toString('latin1').replaceAll('"F32"', '"I32"'), 'latin1'));
+    await check(llama, 'CHECKPOINT_DTYPE', { file, tensor, expected: 'F32', received: 'I32' });
+    writeFileSync(file, whole.subarray(0, -4));
+    await check(llama, 'CHECKPOINT_CORRUPT', { file });
     expect(
       await failure(loadOptimizerState(new MemoryEngine(shape).asEngine(), join(directory, 'none'))),
     ).toMatchObject({

@@ -7,12 +7,13 @@ import { mkdir, mkdtemp, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Checkpoint, checkpointTensors } from '../../src/checkpoints/hugging-face.js';
-import { readFloat32, writeSafetensors } from '../../src/checkpoints/safetensors.js';
+import { writeSafetensors } from '../../src/checkpoints/safetensors.js';
 import type { TokenBatch } from '../../src/data/batch.js';
 import { philox } from '../../src/data/sampler.js';
 import { accumulateInTurn } from '../../src/engine/accumulate.js';
 import type {
   Engine,
+  FileTensor,
   ForwardOptions,
   ForwardResult,
   Generated,
@@ -21,12 +22,14 @@ import type {
   GradientsOf,
   MicroBatches,
   ParameterSpace,
+  Saving,
   StepOptions,
   TokenGradients,
 } from '../../src/engine/engine.js';
 import type { Backend } from '../../src/inference/backend.js';
 import { parseModelConfig, withHead } from '../../src/layout/config.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
+import { loadFiles, readFloat32, saveFiles } from './fake-files.js';
 
 const config = {
   architectures: ['LlamaForCausalLM'],
@@ -182,6 +185,12 @@ export class TableEngine implements Engine {
   }
 
   async publish(): Promise<void> {}
+  load(tensors: readonly FileTensor[]): Promise<void> {
+    return loadFiles(this, tensors);
+  }
+  save(tensors: readonly FileTensor[], options: { copy?: boolean } = {}): Promise<Saving> {
+    return saveFiles(this, tensors, options);
+  }
   memory() {
     return {};
   }
@@ -272,7 +281,7 @@ async function loadTable(checkpoint: Checkpoint, head: ModelShape['head']): Prom
   const engine = new TableEngine(withHead(checkpoint.shape, head));
   for (const { name } of checkpointTensors(engine)) {
     const stored = checkpoint.tensors.get(name);
-    if (stored) await engine.writeTensor(name, await readFloat32(name, stored));
+    if (stored) await engine.writeTensor(name, await readFloat32(stored));
   }
   return engine;
 }

@@ -12,10 +12,18 @@ beforeEach(async () => {
   root = await mkdtemp(join(tmpdir(), 'lockstep-folder-'));
 });
 
+/** Returns at once and writes behind. */
 const fill = (text: string) => async (directory: string) => {
-  await mkdir(join(directory, 'trainer'));
-  await writeFile(join(directory, 'trainer', 'state.json'), text);
+  const write = async () => {
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    await mkdir(join(directory, 'trainer'));
+    await writeFile(join(directory, 'trainer', 'state.json'), text);
+  };
+  return { written: write() };
 };
+
+const save = async (folder: RunFolder, step: number, keep: number, filling: ReturnType<typeof fill>) =>
+  (await folder.beginCheckpoint(step, keep, filling)).written;
 
 describe('a run folder', () => {
   it('keeps rows, texts and the newest checkpoints', async () => {
@@ -23,7 +31,7 @@ describe('a run folder', () => {
     await folder.begin('algorithm: sft\n', 0);
     await folder.appendMetrics({ step: 1, loss: 2 });
     await folder.writeSamples('eval', 1, [{ index: 0, prompt: 'a', response: 'b', finish: 'stop' }]);
-    for (const step of [1, 2, 3]) await folder.saveCheckpoint(step, 2, fill(`${step}`));
+    for (const step of [1, 2, 3]) await save(folder, step, 2, fill(`${step}`));
     expect((await folder.checkpoints()).map(({ step }) => step)).toEqual([2, 3]);
     await folder.close();
     expect((await readdir(folder.path)).sort()).toEqual(['checkpoints', 'config.yaml', 'metrics.jsonl', 'rollouts']);
@@ -60,14 +68,28 @@ describe('a run folder', () => {
     expect(await readdir(root)).not.toContain('.saving-step-000006');
   });
 
-  it('a failed save leaves no trace and the earlier checkpoint', async () => {
+  it('has a checkpoint when all of it is written, not before', async () => {
     const folder = await RunFolder.open(root, { resume: false });
     await folder.begin('x', 0);
-    await folder.saveCheckpoint(1, 1, fill('1'));
-    const failing = folder.saveCheckpoint(2, 1, async () => {
-      throw Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' });
-    });
-    await expect(failing).rejects.toMatchObject({
+    const { written, directory } = await folder.beginCheckpoint(1, 1, fill('1'));
+    expect(await folder.checkpoints()).toEqual([]);
+    expect((await readdir(root)).filter((name) => name.startsWith('.saving'))).toEqual(['.saving-step-000001']);
+    await written;
+    expect(await folder.checkpoints()).toEqual([{ step: 1, directory }]);
+    expect(await readFile(join(directory, 'trainer', 'state.json'), 'utf8')).toBe('1');
+    await folder.close();
+  });
+
+  const full = () => Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' });
+
+  it.each([
+    ['begins', () => Promise.reject(full())],
+    ['is under way', async () => ({ written: new Promise<void>((_, no) => setTimeout(() => no(full()), 5)) })],
+  ])('a save that fails when it %s leaves no trace and the earlier checkpoint', async (_, failing) => {
+    const folder = await RunFolder.open(root, { resume: false });
+    await folder.begin('x', 0);
+    await save(folder, 1, 1, fill('1'));
+    await expect(save(folder, 2, 1, failing)).rejects.toMatchObject({
       code: 'CHECKPOINT_WRITE_FAILED',
       message: expect.stringContaining('no space left'),
     });

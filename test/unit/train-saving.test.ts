@@ -1,0 +1,237 @@
+/** Checkpoints behind the steps: they change no file, are one at a time, and fail no later than the next step boundary. */
+import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { openCheckpoint } from '../../src/checkpoints/hugging-face.js';
+import type { Engine, Saving } from '../../src/engine/engine.js';
+import { LockstepError } from '../../src/errors.js';
+import type { Backend } from '../../src/inference/backend.js';
+import type { ConfigInput } from '../../src/train/config.js';
+import type { TrainEvent } from '../../src/train/events.js';
+import { layoutWarning, sameBits } from '../../src/train/resumed-layout.js';
+import { type TrainOptions, train } from '../../src/train/train.js';
+import { digests } from '../e2e/train-process.js';
+import { tableBackend, writeTableModel } from './train-fake-engine.js';
+
+let model: string;
+let folder: string;
+
+beforeAll(async () => {
+  model = await writeTableModel();
+  folder = await mkdtemp(join(tmpdir(), 'lockstep-saving-'));
+  const rows = Array.from({ length: 20 }, (_, i) => ({ tokens: [2 + i, 3 + i, 4, 5, 1].map((t) => t % 24) }));
+  await writeFile(join(folder, 'text.jsonl'), rows.map((row) => `${JSON.stringify(row)}\n`).join(''));
+});
+
+let outputs = 0;
+function sft(changes: Record<string, unknown> = {}): ConfigInput & { output: string } {
+  return {
+    algorithm: 'sft',
+    model,
+    data: { train: join(folder, 'text.jsonl') },
+    dtype: 'float32',
+    optimizer: { learningRate: 0.05 },
+    batch: { sequences: 8 },
+    steps: 6,
+    checkpoint: { every: 2, keep: 100 },
+    output: join(folder, `run-${outputs++}`),
+    ...changes,
+  } as ConfigInput & { output: string };
+}
+
+async function run(config: ConfigInput, options: TrainOptions = {}, events: TrainEvent[] = []): Promise<TrainEvent[]> {
+  for await (const event of train(config, { backend: tableBackend, ...options })) events.push(event);
+  return events;
+}
+
+/** The table backend, whose saves and steps are done by way of `hooks`. */
+function backendWith(hooks: { saving?: (saving: Saving) => Saving; step?: () => void }): Backend {
+  return {
+    openDevice: async (settings) => {
+      const device = await tableBackend.openDevice(settings);
+      return {
+        ...device,
+        createEngine: async (checkpoint, options) => {
+          const engine = await device.createEngine(checkpoint, options);
+          const [save, step] = [engine.save.bind(engine), engine.step.bind(engine)];
+          const replaced: Partial<Engine> = {
+            save: async (tensors, how) => {
+              const saving = await save(tensors, how);
+              return hooks.saving?.(saving) ?? saving;
+            },
+            step: (how) => {
+              hooks.step?.();
+              return step(how);
+            },
+          };
+          return Object.assign(engine, replaced);
+        },
+      };
+    },
+  };
+}
+
+const order = (events: readonly TrainEvent[]) =>
+  events.flatMap((event) =>
+    event.type === 'step' || event.type === 'checkpoint' ? `${event.type} ${event.step}` : [],
+  );
+const later = (milliseconds: number) => new Promise<void>((resolve) => setTimeout(resolve, milliseconds));
+
+describe('a checkpoint', () => {
+  it('has the same bytes written behind the steps and between them', async () => {
+    const [behind, between] = [sft(), sft({ checkpoint: { every: 2, keep: 100, async: false } })];
+    const copied = (events: TrainEvent[]) =>
+      events.flatMap((event) => (event.type === 'checkpoint' ? event.copiedBytes : []));
+    expect(copied(await run(behind)).every((bytes) => bytes > 0)).toBe(true);
+    const events = await run(between);
+    expect(copied(events)).toEqual([0, 0, 0]);
+    expect(order(events)).toEqual(
+      [1, 2, 3, 4, 5, 6].flatMap((n) => [`step ${n}`, ...(n % 2 ? [] : [`checkpoint ${n}`])]),
+    );
+    const [a, b] = await Promise.all([behind, between].map(({ output }) => digests(join(output, 'checkpoints'))));
+    expect(a).toEqual(b);
+    expect(Object.keys(a!).length).toBeGreaterThan(9);
+  });
+
+  it('is written while the next step runs', async () => {
+    // Nothing is written before the next step begins; after the last one there is none to wait for.
+    const begun: string[] = [];
+    let begin = () => {};
+    const saving = ({ copiedBytes, written }: Saving): Saving => {
+      const step = new Promise<string>((resolve) => {
+        const before = begin;
+        begin = () => {
+          before();
+          resolve('step');
+        };
+      });
+      const time = later(1000).then(() => 'time');
+      const first = Promise.race([step, time]).then((by) => begun.push(by));
+      return { copiedBytes, written: first.then(() => written) };
+    };
+    const events = order(await run(sft(), { backend: backendWith({ saving, step: () => begin() }) }));
+    // The model and its optimizer state, three times.
+    expect(begun).toEqual(['step', 'step', 'step', 'step', 'time', 'time']);
+    const inOrder = (...names: string[]) => {
+      const places = names.map((name) => events.indexOf(name));
+      expect([events, places]).toEqual([events, places.toSorted((a, b) => a - b)]);
+    };
+    inOrder('step 2', 'step 3', 'checkpoint 2', 'checkpoint 4');
+    inOrder('step 4', 'step 5', 'checkpoint 4', 'checkpoint 6');
+    expect(events).toHaveLength(9);
+  });
+
+  it('waits for the one before', async () => {
+    let [flying, most] = [0, 0];
+    const saving = ({ copiedBytes, written }: Saving): Saving => {
+      most = Math.max(most, ++flying);
+      return {
+        copiedBytes,
+        written: later(60)
+          .then(() => written)
+          .finally(() => flying--),
+      };
+    };
+    const config = sft({ checkpoint: { every: 1, keep: 100 } });
+    await run(config, { backend: backendWith({ saving }) });
+    // The model and its optimizer state.
+    expect(most).toBe(2);
+    expect(await readdir(join(config.output, 'checkpoints'))).toHaveLength(6);
+  });
+
+  it('is waited for when the run is aborted, and when a step fails', async () => {
+    const slow = ({ copiedBytes, written }: Saving): Saving => ({
+      copiedBytes,
+      written: later(100).then(() => written),
+    });
+    const controller = new AbortController();
+    const aborted = sft({ checkpoint: { every: 2, keep: 100 } });
+    const backend = backendWith({ saving: slow });
+    for await (const event of train(aborted, { backend, signal: controller.signal })) {
+      if (event.type === 'step' && event.step === 3) controller.abort();
+      if (event.type === 'interrupted') expect(event.checkpoint).toMatch(/step-000003$/);
+    }
+    expect(await readdir(join(aborted.output, 'checkpoints'))).toEqual(['step-000002', 'step-000003']);
+
+    let steps = 0;
+    const step = () => {
+      if (++steps === 3) throw new LockstepError('GRADIENT_NOT_FINITE', 'too large');
+    };
+    const failed = sft();
+    await expect(run(failed, { backend: backendWith({ saving: slow, step }) })).rejects.toMatchObject({
+      code: 'GRADIENT_NOT_FINITE',
+    });
+    expect(await readdir(join(failed.output, 'checkpoints'))).toEqual(['step-000002']);
+    await openCheckpoint(join(failed.output, 'checkpoints', 'step-000002'));
+  });
+
+  it('that cannot be written ends the run at the next step boundary, and leaves the one before', async () => {
+    let saves = 0;
+    const saving = ({ copiedBytes, written }: Saving): Saving => {
+      const full = () => {
+        throw new LockstepError(
+          'CHECKPOINT_WRITE_FAILED',
+          'Cannot write x: pwrite at byte 0: No space left on device.',
+        );
+      };
+      const failing = ++saves > 2 ? written.then(full) : written;
+      failing.catch(() => undefined);
+      return { copiedBytes, written: failing };
+    };
+    const config = sft({ checkpoint: { every: 2, keep: 100 }, steps: 40 });
+    const events: TrainEvent[] = [];
+    const backend = backendWith({ saving });
+    await expect(run(config, { backend }, events)).rejects.toMatchObject({
+      code: 'CHECKPOINT_WRITE_FAILED',
+      message: expect.stringContaining('No space left'),
+    });
+    expect(Number(order(events).at(-1)!.split(' ')[1])).toBeLessThanOrEqual(6);
+    expect(await readdir(join(config.output, 'checkpoints'))).toEqual(['step-000002']);
+    expect((await readdir(config.output)).filter((name) => name.startsWith('.'))).toEqual([]);
+    expect(await run(config, { resume: true })).toContainEqual(expect.objectContaining({ type: 'done', step: 40 }));
+  });
+
+  it('is refused when its copy does not fit into the host memory, unless nothing is copied', async () => {
+    const memory = { host: 1000 };
+    await expect(run(sft({ memory }))).rejects.toMatchObject({
+      code: 'MEMORY_BUDGET',
+      message: expect.stringMatching(/policy is copied into .* more than memory.host .* checkpoint.async/),
+    });
+    await run(sft({ memory, checkpoint: { async: false } }));
+  });
+});
+
+describe('a run that continues in another layout', () => {
+  const one = { pipeline: 1, tensor: 1, data: 1, zero: 0 };
+  const plain = { headNorm: false };
+  const headNorm = { headNorm: true };
+
+  it.each([
+    [one, { ...one, pipeline: 4, tensor: 8 }, [plain], true],
+    [{ ...one, data: 2 }, { ...one, data: 2, zero: 3 }, [plain, headNorm], true],
+    [one, { ...one, pipeline: 2 }, [headNorm], true],
+    [one, { ...one, tensor: 2 }, [headNorm], false],
+    [one, { ...one, tensor: 2 }, [plain, headNorm], false],
+    [one, { ...one, data: 2 }, [plain], false],
+    [{ ...one, data: 4, tensor: 2 }, { ...one, data: 2, tensor: 4 }, [plain], false],
+  ])('from %j to %j with %j: the same bits: %s', (before, now, trained, same) => {
+    expect(sameBits(before, now, trained)).toBe(same);
+    expect(layoutWarning(before, now, trained) === undefined).toBe(same);
+  });
+
+  it('is warned when its bits cannot be the same', async () => {
+    const config = sft();
+    await run({ ...config, steps: 2 });
+    const path = join(config.output, 'config.yaml');
+    const before = await readFile(path, 'utf8');
+    const edited = before.replace(/^ {2}data: 1$/m, '  data: 2');
+    expect(edited).not.toBe(before);
+    await writeFile(path, edited);
+    const warnings = (events: TrainEvent[]) => events.filter(({ type }) => type === 'warning');
+    expect(warnings(await run({ ...config, steps: 4 }, { resume: true }))).toMatchObject([
+      { code: 'LAYOUT_DIFFERS', message: expect.stringMatching(/tensor 1, data 2, zero 0 and continues in .* data 1/) },
+    ]);
+    expect(warnings(await run({ ...config, steps: 6 }, { resume: true }))).toEqual([]);
+  });
+});
