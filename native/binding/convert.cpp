@@ -142,6 +142,20 @@ model::TensorSpec readTensor(Napi::Object o) {
   return t;
 }
 
+std::vector<model::Unit> readUnits(Napi::Object o, size_t tensors) {
+  const auto list = objectAt(o, "units").As<Napi::Array>();
+  std::vector<model::Unit> units;
+  for (uint32_t i = 0; i < list.Length(); ++i) {
+    const auto unit = list.Get(i).As<Napi::Object>();
+    units.push_back(
+        {integersAt(unit, "tensors"), integersAt(unit, "weights"), static_cast<int>(integerAt(unit, "bucket"))});
+    for (const int64_t tensor : units.back().weights) {
+      if (tensor < 0 || tensor >= static_cast<int64_t>(tensors)) invalid(o.Env(), "units", "numbers of tensors");
+    }
+  }
+  return units;
+}
+
 model::Shape readShape(Napi::Object o) {
   model::Shape s;
   s.vocabulary = integerAt(o, "vocabulary");
@@ -192,6 +206,7 @@ model::Spec readSpec(Napi::Object o) {
   spec.dataRank = static_cast<int>(integerAt(o, "dataRank"));
   spec.dataRanks = static_cast<int>(integerAt(o, "dataRanks"));
   spec.zero = static_cast<int>(integerAt(o, "zero"));
+  spec.overlap = booleanAt(o, "overlap");
   spec.firstLayer = integerAt(o, "firstLayer");
   spec.vocabularyBegin = integerAt(o, "vocabularyBegin");
   spec.vocabularyParts = integersAt(o, "vocabularyParts");
@@ -204,6 +219,9 @@ model::Spec readSpec(Napi::Object o) {
   spec.sine = float32At(o, "sine");
   const auto tensors = objectAt(o, "tensors").As<Napi::Array>();
   for (uint32_t i = 0; i < tensors.Length(); ++i) spec.tensors.push_back(readTensor(tensors.Get(i).As<Napi::Object>()));
+  spec.units = readUnits(o, spec.tensors.size());
+  if (spec.units.size() != static_cast<size_t>(spec.shape.layers) + 2)
+    invalid(o.Env(), "units", "one for each layer, one before and one behind them");
   return spec;
 }
 

@@ -63,8 +63,10 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   Napi::Value generate(const Napi::CallbackInfo&);
   Napi::Value readRows(const Napi::CallbackInfo&);
   Napi::Value writeRows(const Napi::CallbackInfo&);
+  Napi::Value reduceGradients(const Napi::CallbackInfo&);
   Napi::Value clearGradients(const Napi::CallbackInfo& info);
   Napi::Value publish(const Napi::CallbackInfo&);
+  Napi::Value traffic(const Napi::CallbackInfo&);
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value state(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);

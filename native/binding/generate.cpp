@@ -9,7 +9,7 @@ namespace lockstep::binding {
 namespace {
 
 struct GenerateCall {
-  std::vector<model::BufferSpec> plan;
+  model::GeneratePlans plans;
   model::GenerateSettings settings;
   std::vector<model::GenerateRequest> requests;
   model::GenerateControl control;
@@ -66,13 +66,14 @@ Napi::Value toResult(Napi::Env env, const model::Generated& generated) {
 
 }  // namespace
 
-// generate({plan, temperature, topP, topK, stopTokens, seed, rows, sequences, pages, requests}, onProgress?)
+// generate({plan, units, temperature, topP, topK, stopTokens, seed, rows, sequences, pages, requests}, onProgress?)
 //   -> {promise, abort()}; the promise resolves to {results, steps, rows, preemptions, sharedPositions}
 Napi::Value ModelWrap::generate(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   const auto o = info[0].As<Napi::Object>();
   auto call = std::make_shared<GenerateCall>();
-  call->plan = readPlan(objectAt(o, "plan"));
+  const auto plan = objectAt(o, "plan");
+  call->plans = {readPlan(plan), readPlan(objectAt(o, "units")), integerAt(plan, "total")};
   call->settings = readSettings(o, rank_->poison());
   call->requests = readRequests(o);
   model::Generator::Progress progress;
@@ -86,7 +87,7 @@ Napi::Value ModelWrap::generate(const Napi::CallbackInfo& info) {
   }
   auto work = [model = open(env), call, progress] {
     call->results =
-        model->generate(call->plan, call->settings, call->requests, call->control, progress, call->statistics);
+        model->generate(call->plans, call->settings, call->requests, call->control, progress, call->statistics);
   };
   auto finish = [call](Napi::Env done) -> Napi::Value {
     auto out = Napi::Object::New(done);

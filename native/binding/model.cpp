@@ -31,9 +31,10 @@ Napi::Function ModelWrap::define(Napi::Env env) {
        InstanceMethod<&ModelWrap::forward>("forward"), InstanceMethod<&ModelWrap::backward>("backward"),
        InstanceMethod<&ModelWrap::step>("step"), InstanceMethod<&ModelWrap::generate>("generate"),
        InstanceMethod<&ModelWrap::readRows>("readRows"), InstanceMethod<&ModelWrap::writeRows>("writeRows"),
+       InstanceMethod<&ModelWrap::reduceGradients>("reduceGradients"),
        InstanceMethod<&ModelWrap::clearGradients>("clearGradients"), InstanceMethod<&ModelWrap::publish>("publish"),
-       InstanceMethod<&ModelWrap::memory>("memory"), InstanceMethod<&ModelWrap::state>("state"),
-       InstanceMethod<&ModelWrap::close>("close")});
+       InstanceMethod<&ModelWrap::traffic>("traffic"), InstanceMethod<&ModelWrap::memory>("memory"),
+       InstanceMethod<&ModelWrap::state>("state"), InstanceMethod<&ModelWrap::close>("close")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWrap>(info) {
@@ -67,76 +68,93 @@ Napi::Value ModelWrap::join(const Napi::CallbackInfo& info) {
       [](Napi::Env env) { return env.Undefined(); });
 }
 
-// {slot, first, more, workspaceBytes}; absent: nothing is kept.
-std::optional<model::KeptPass> readKeep(Napi::Object o) {
-  if (!has(o, "keep")) return std::nullopt;
-  const auto keep = objectAt(o, "keep");
-  return model::KeptPass{integerAt(keep, "slot"), booleanAt(keep, "first"), booleanAt(keep, "more"),
-                         integerAt(keep, "workspaceBytes")};
-}
+namespace {
 
-// forward({tokens, lengths, inverseTemperature, keep, plan, outputs: {logprobs, entropies, values, logits, hidden}})
-Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
-  struct Call {
-    std::vector<int32_t> tokens, lengths;
-    std::vector<model::BufferSpec> plan;
-    float inverseTemperature;
-    std::optional<model::KeptPass> keep;
+// A forward call and what it gives, [passes] of each output.
+struct ForwardWork {
+  struct Outputs {
     std::vector<float> logprobs, entropies, values, logits, hidden;
   };
-  const auto o = info[0].As<Napi::Object>();
-  auto call = std::make_shared<Call>(Call{int32At(o, "tokens"),
-                                          int32At(o, "lengths"),
-                                          readPlan(objectAt(o, "plan")),
-                                          static_cast<float>(numberAt(o, "inverseTemperature")),
-                                          readKeep(o),
-                                          {},
-                                          {},
-                                          {},
-                                          {},
-                                          {}});
-  auto model = open(info.Env());
-  const auto outputs = objectAt(o, "outputs");
-  const size_t total = call->tokens.size();
-  const auto want = [&](const char* name, std::vector<float>& array, int64_t columns) {
-    if (has(outputs, name)) array.resize(total * static_cast<size_t>(columns));
-  };
-  want("logprobs", call->logprobs, 1);
-  want("entropies", call->entropies, 1);
-  want("values", call->values, 1);
-  want("logits", call->logits, model->spec().shape.vocabulary);
-  want("hidden", call->hidden, model->spec().shape.width);
-  auto work = [model, call] {
-    const auto pointer = [](std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
-    model->forward(call->plan, call->tokens.data(), call->lengths.data(), static_cast<int64_t>(call->lengths.size()),
-                   call->inverseTemperature, call->keep,
-                   {pointer(call->logprobs), pointer(call->entropies), pointer(call->values), pointer(call->logits),
-                    pointer(call->hidden)});
-  };
-  return rank_->call(info.Env(), claimed(state_, kParameters, work), [call](Napi::Env env) {
-    auto result = Napi::Object::New(env);
-    const auto give = [&](const char* name, const std::vector<float>& array) {
-      if (!array.empty()) result.Set(name, toFloat32Array(env, array));
+  model::ForwardCall call;
+  std::vector<Outputs> outputs;
+};
+
+// {first, more}; absent: nothing is kept.
+std::optional<model::Keeping> readKeep(Napi::Object o) {
+  if (!has(o, "keep")) return std::nullopt;
+  const auto keep = objectAt(o, "keep");
+  return model::Keeping{booleanAt(keep, "first"), booleanAt(keep, "more")};
+}
+
+std::shared_ptr<ForwardWork> readForward(Napi::Object o, const model::Shape& shape) {
+  auto work = std::make_shared<ForwardWork>();
+  work->call = {{},
+                readPlan(objectAt(o, "units")),
+                integerAt(o, "workspaceBytes"),
+                static_cast<float>(numberAt(o, "inverseTemperature")),
+                readKeep(o)};
+  const auto wanted = objectAt(o, "outputs");
+  const auto passes = objectAt(o, "passes").As<Napi::Array>();
+  work->outputs.resize(passes.Length());
+  for (uint32_t i = 0; i < passes.Length(); ++i) {
+    const auto pass = passes.Get(i).As<Napi::Object>();
+    std::vector<int32_t> tokens = int32At(pass, "tokens");
+    const auto want = [&](const char* name, std::vector<float>& array, int64_t columns) -> float* {
+      if (!has(wanted, name)) return nullptr;
+      array.resize(tokens.size() * static_cast<size_t>(columns));
+      return array.data();
     };
-    give("logprobs", call->logprobs);
-    give("entropies", call->entropies);
-    give("values", call->values);
-    give("logits", call->logits);
-    give("hidden", call->hidden);
-    return result;
+    ForwardWork::Outputs& out = work->outputs[i];
+    const model::ForwardOutputs outputs{want("logprobs", out.logprobs, 1), want("entropies", out.entropies, 1),
+                                        want("values", out.values, 1), want("logits", out.logits, shape.vocabulary),
+                                        want("hidden", out.hidden, shape.width)};
+    work->call.passes.push_back({readPlan(objectAt(pass, "plan")), std::move(tokens), int32At(pass, "lengths"),
+                                 integerAt(pass, "slot"), outputs});
+  }
+  return work;
+}
+
+}  // namespace
+
+// forward({passes: [{tokens, lengths, plan, slot}], units, workspaceBytes, inverseTemperature, keep: {first, more},
+// outputs: {logprobs, entropies, values, logits, hidden}}): the outputs of each pass
+Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
+  auto model = open(info.Env());
+  const auto forward = readForward(info[0].As<Napi::Object>(), model->spec().shape);
+  auto work = [model, forward] { model->forward(forward->call); };
+  return rank_->call(info.Env(), claimed(state_, kParameters, work), [forward](Napi::Env env) {
+    auto results = Napi::Array::New(env, forward->outputs.size());
+    for (uint32_t i = 0; i < results.Length(); ++i) {
+      const ForwardWork::Outputs& out = forward->outputs[i];
+      auto result = Napi::Object::New(env);
+      const auto give = [&](const char* name, const std::vector<float>& array) {
+        if (!array.empty()) result.Set(name, toFloat32Array(env, array));
+      };
+      give("logprobs", out.logprobs);
+      give("entropies", out.entropies);
+      give("values", out.values);
+      give("logits", out.logits);
+      give("hidden", out.hidden);
+      results.Set(i, result);
+    }
+    return results;
   });
 }
 
-// backward({slot, more, logprobs, entropies, values}): Float32Arrays, packed as the forward's tokens
+// backward({passes: [{slot, logprobs, entropies, values}], more, last}): Float32Arrays, packed as the forward's tokens
 Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
-  auto gradients = std::make_shared<std::array<std::vector<float>, 3>>(
-      std::array<std::vector<float>, 3>{float32At(o, "logprobs"), float32At(o, "entropies"), float32At(o, "values")});
-  auto work = [model = open(info.Env()), state = state_, gradients, slot = integerAt(o, "slot"),
-               more = booleanAt(o, "more")] {
-    const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
+  const auto list = objectAt(o, "passes").As<Napi::Array>();
+  auto passes = std::make_shared<std::vector<model::BackwardPass>>();
+  for (uint32_t i = 0; i < list.Length(); ++i) {
+    const auto pass = list.Get(i).As<Napi::Object>();
+    passes->push_back({integerAt(pass, "slot"), float32At(pass, "logprobs"), float32At(pass, "entropies"),
+                       float32At(pass, "values")});
+  }
+  auto work = [model = open(info.Env()), state = state_, passes, more = booleanAt(o, "more"),
+               last = booleanAt(o, "last")] {
     state->gradients.live = true;
-    model->backward(slot, more, pointer((*gradients)[0]), pointer((*gradients)[1]), pointer((*gradients)[2]));
+    model->backward(*passes, more, last);
   };
   return rank_->call(info.Env(), claimed(state_, kParameters | kGradients, work),
                      [](Napi::Env env) { return env.Undefined(); });
@@ -192,6 +210,12 @@ Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
                      [](Napi::Env env) { return env.Undefined(); });
 }
 
+Napi::Value ModelWrap::reduceGradients(const Napi::CallbackInfo& info) {
+  const auto model = open(info.Env());
+  return rank_->call(info.Env(), claimed(state_, kGradients, [model] { model->reduceGradients(); }),
+                     [](Napi::Env env) { return env.Undefined(); });
+}
+
 Napi::Value ModelWrap::clearGradients(const Napi::CallbackInfo& info) {
   const auto model = open(info.Env());
   const auto work = [model, state = state_] {
@@ -205,6 +229,15 @@ Napi::Value ModelWrap::publish(const Napi::CallbackInfo& info) {
   const auto model = open(info.Env());
   return rank_->call(info.Env(), claimed(state_, kParameters | kOptimizer, [model] { model->publish(); }),
                      [](Napi::Env env) { return env.Undefined(); });
+}
+
+// {receivedBytes, sentBytes}: of what goes over the replicas behind the computation
+Napi::Value ModelWrap::traffic(const Napi::CallbackInfo& info) {
+  const comm::Traffic traffic = open(info.Env())->backgroundTraffic();
+  auto out = Napi::Object::New(info.Env());
+  out.Set("receivedBytes", static_cast<double>(traffic.receivedBytes));
+  out.Set("sentBytes", static_cast<double>(traffic.sentBytes));
+  return out;
 }
 
 // {weights, gradients, optimizer}: {planned, highWater} in bytes

@@ -12,7 +12,7 @@ namespace lockstep {
 
 namespace {
 
-constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
+constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20, kAlignment = 64;
 
 char* map(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -98,7 +98,7 @@ size_t Arena::resident() const {
 }
 
 void* Arena::at(size_t offset, size_t bytes, const char* what) {
-  if (offset + bytes > bytes_ || offset % 64 != 0) {
+  if (offset + bytes > bytes_ || offset % kAlignment != 0) {
     throw Error("MEMORY_PLAN", "arena '" + name_ + "': " + what + " needs bytes " + std::to_string(offset) + ".." +
                                    std::to_string(offset + bytes) + ", the plan has " + std::to_string(bytes_));
   }
@@ -107,7 +107,7 @@ void* Arena::at(size_t offset, size_t bytes, const char* what) {
                                            " of its " + std::to_string(bytes_) +
                                            " bytes are not on the device; move them there first");
   }
-  highWater_ = std::max(highWater_, offset + bytes);
+  highWater_ = std::max(highWater_, std::min((offset + bytes + kAlignment - 1) / kAlignment * kAlignment, bytes_));
   return memory_ + offset;
 }
 

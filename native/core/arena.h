@@ -34,6 +34,7 @@ class Arena {
   void release();
 
   size_t planned() const { return bytes_; }
+  // The largest end used so far, in whole units of the alignment.
   size_t highWater() const { return highWater_; }
   // What the system keeps in memory for it now, in whole pages.
   size_t resident() const;

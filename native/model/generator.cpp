@@ -63,11 +63,11 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
     endRequested(orders.ended);
     admit();
     if (running_.empty()) continue;
-    const Batch batch = plan();
-    const Operand hidden = transformer_.forward(workspace_, batch, Keep::kCache, pool_.total());
+    Pass pass{.workspace = workspace_, .batch = plan(), .pageCount = pool_.total()};
+    transformer_.forward({&pass, 1}, Keep::kCache);
     statistics_.steps += 1;
-    statistics_.rows += batch.rows();
-    sample(hidden);
+    statistics_.rows += pass.rows();
+    sample(pass.hidden);
     for (size_t i = 0; i < sampled_.size(); ++i) {
       freshRequests.push_back(running_[sampled_[i]].request);
       freshTokens.push_back(sampledTokens_[i]);

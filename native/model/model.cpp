@@ -1,6 +1,7 @@
 #include "model/model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -18,9 +19,28 @@ Error interrupted() {
 }
 
 Error notFinite(int64_t step) {
-  return {"GRADIENT_NOT_FINITE",
-          "the gradient norm of step " + std::to_string(step) +
-              " is not finite; nothing was updated. Lower optimizer.learningRate or look for bad rows in the data"};
+  return {"GRADIENT_NOT_FINITE", "the gradient norm of step " + std::to_string(step) +
+                                     " is not finite; nothing was updated, the gradient was dropped. Lower "
+                                     "optimizer.learningRate or look for bad rows in the data"};
+}
+
+// Gradients per row, zero on padding rows and where nothing was predicted: of log-probs, entropies, values.
+std::array<std::vector<float>, 3> spreadGradients(const Batch& batch, const BackwardPass& given) {
+  const auto spread = [&](const std::vector<float>& packed) {
+    std::vector<float> rows;
+    if (packed.empty()) return rows;
+    rows.assign(static_cast<size_t>(batch.rows()), 0.0f);
+    const float* from = packed.data();
+    for (int64_t b = 0; b < batch.count(); ++b) {
+      const int32_t length = batch.length[static_cast<size_t>(b)];
+      std::copy_n(from, length, rows.data() + batch.rowBegin[static_cast<size_t>(b)]);
+      from += length;
+    }
+    return rows;
+  };
+  std::vector<float> logprobs = spread(given.logprobs);
+  for (size_t t = 0; t < logprobs.size(); ++t) logprobs[t] = batch.targets[t] < 0 ? 0.0f : logprobs[t];
+  return {std::move(logprobs), spread(given.entropies), spread(given.values)};
 }
 
 }  // namespace
@@ -30,28 +50,42 @@ Model::Model(Spec spec, Device device, Parallel parallel, std::shared_ptr<Arena>
       device_(device),
       parallel_(std::move(parallel)),
       parameters_(spec_, parallel_, device.kernels, device.memory, std::move(weights)),
-      transformer_(spec_, parallel_, parameters_, device.kernels, device.queue, device.cancelled) {}
+      weights_(spec_, parallel_, parameters_),
+      gradients_(spec_, parallel_, parameters_, device.queue),
+      transformer_(spec_, parallel_, parameters_, weights_, gradients_, device.kernels, device.queue,
+                   device.cancelled) {}
 
-// Takes the workspace for one call, grown to its plan.
-Workspace Model::enter(const std::vector<BufferSpec>& plan, const std::optional<KeptPass>& keep) {
-  if (!keep || keep->first) {
+Model::~Model() {
+  parallel_.background.reset();  // what it still does reads and writes the arenas
+}
+
+// Takes the workspace, grown to what the micro-batches under way together need; `first`: for them alone.
+void Model::enter(int64_t workspaceBytes, bool first) {
+  if (first) {
     kept_.clear();
     keptUse_ = ++device_.workspaceUse;
   }
   if (keptUse_ != device_.workspaceUse) throw interrupted();
-  int64_t bytes = keep ? keep->workspaceBytes : 0;
-  for (const BufferSpec& buffer : plan) bytes = std::max(bytes, buffer.offset + buffer.bytes);
-  if (static_cast<size_t>(bytes) > device_.workspace.planned()) device_.workspace.reserve(static_cast<size_t>(bytes));
-  return Workspace(device_.workspace, plan);
+  const auto bytes = static_cast<size_t>(workspaceBytes);
+  if (bytes > device_.workspace.planned()) device_.workspace.reserve(bytes);
 }
 
-void Model::requireTokens(const int32_t* tokens, int64_t count) const {
-  for (int64_t i = 0; i < count; ++i) {
+void Model::requireTokens(const std::vector<int32_t>& tokens) const {
+  for (size_t i = 0; i < tokens.size(); ++i) {
     if (tokens[i] >= 0 && tokens[i] < spec_.shape.vocabulary) continue;
     throw Error("TOKEN_OUT_OF_RANGE", "token id " + std::to_string(tokens[i]) + " at position " + std::to_string(i) +
                                           " of the batch is outside the model's vocabulary 0.." +
                                           std::to_string(spec_.shape.vocabulary - 1));
   }
+}
+
+void Model::requireSequences(const ForwardPass& pass) const {
+  for (size_t b = 0; b < pass.lengths.size(); ++b) {
+    if (pass.lengths[b] >= 1 && pass.lengths[b] <= spec_.shape.maxPositions) continue;
+    throw Error("SEQUENCE_TOO_LONG", "sequence " + std::to_string(b) + " has " + std::to_string(pass.lengths[b]) +
+                                         " tokens; the model takes 1.." + std::to_string(spec_.shape.maxPositions));
+  }
+  requireTokens(pass.tokens);
 }
 
 // Rows of sequences without the padding between them.
@@ -63,129 +97,135 @@ void Model::copyOut(const Batch& batch, View<const float> rows, float* out) cons
   }
 }
 
-void Model::forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
-                    float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs& out) {
+void Model::forward(const ForwardCall& call) {
   together([&] {
-    runForward(plan, tokens, lengths, count, inverseTemperature, keep, out);
+    runForward(call);
     WorkClock::end();
-    if (!keep || !keep->more) transformer_.flush();
+    if (!call.keep || !call.keep->more) transformer_.flush();
   });
 }
 
-void Model::runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths,
-                       int64_t count, float inverseTemperature, const std::optional<KeptPass>& keep,
-                       const ForwardOutputs& out) {
-  int64_t total = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    total += lengths[b];
-    if (lengths[b] < 1 || lengths[b] > spec_.shape.maxPositions) {
-      throw Error("SEQUENCE_TOO_LONG", "sequence " + std::to_string(b) + " has " + std::to_string(lengths[b]) +
-                                           " tokens; the model takes 1.." + std::to_string(spec_.shape.maxPositions));
-    }
+void Model::runForward(const ForwardCall& call) {
+  for (const ForwardPass& pass : call.passes) requireSequences(pass);
+  enter(call.workspaceBytes, !call.keep || call.keep->first);
+  std::vector<Pass> passes;
+  for (const ForwardPass& pass : call.passes) {
+    Batch batch =
+        Batch::whole(pass.tokens.data(), pass.lengths.data(), static_cast<int64_t>(pass.lengths.size()), true);
+    const int64_t pages = batch.pageCount;
+    passes.push_back({.workspace = Workspace(device_.workspace, pass.plan),
+                      .batch = std::move(batch),
+                      .pageCount = pages,
+                      .inverseTemperature = call.inverseTemperature});
   }
-  requireTokens(tokens, total);
-  Kept call{enter(plan, keep), Batch::whole(tokens, lengths, count, true), {}, inverseTemperature, {}, {}, {}};
-  const int64_t rows = call.batch.rows();
-  call.hidden = transformer_.forward(call.workspace, call.batch, keep ? Keep::kActivations : Keep::kNothing,
-                                     call.batch.pageCount);
-  if (!parallel_.lastStage()) {
-    if (keep) kept_.insert_or_assign(keep->slot, std::move(call));
-    return;
+  units_ = Workspace(device_.workspace, call.units);
+  weights_.walkForward(units_);
+  transformer_.forward(passes, call.keep ? Keep::kActivations : Keep::kNothing);
+  for (size_t i = 0; i < passes.size(); ++i) {
+    if (parallel_.lastStage()) giveOutputs(passes[i], call.passes[i].outputs, call.keep.has_value());
+    if (call.keep) kept_.insert_or_assign(call.passes[i].slot, std::move(passes[i]));
   }
-  const auto width = static_cast<size_t>(rows);
+}
+
+void Model::giveOutputs(Pass& pass, const ForwardOutputs& out, bool keep) {
+  const int64_t rows = pass.rows();
+  const auto give = [&](std::vector<float>& array, float* to, int64_t columns = 1) {
+    if (to != nullptr) copyOut(pass.batch, dense<const float>(array.data(), rows, columns), to);
+  };
   if (spec_.shape.head == Head::kScalar) {
-    std::vector<float> values(width);
-    transformer_.values(call.hidden, dense(values.data(), rows, 1));
-    if (out.values != nullptr) copyOut(call.batch, dense<const float>(values.data(), rows, 1), out.values);
+    std::vector<float> values(static_cast<size_t>(rows));
+    transformer_.values(pass.hidden, dense(values.data(), rows, 1));
+    give(values, out.values);
   } else if (keep || out.logprobs != nullptr || out.entropies != nullptr) {
-    for (auto* array : {&call.logprobs, &call.entropies, &call.logZ}) array->resize(width);
-    transformer_.logprobs(call.workspace, call.batch, call.hidden, inverseTemperature,
-                          {call.logprobs.data(), call.entropies.data(), call.logZ.data()});
-    if (out.logprobs != nullptr) copyOut(call.batch, dense<const float>(call.logprobs.data(), rows, 1), out.logprobs);
-    if (out.entropies != nullptr)
-      copyOut(call.batch, dense<const float>(call.entropies.data(), rows, 1), out.entropies);
+    transformer_.logprobs(pass);
+    give(pass.logprobs, out.logprobs);
+    give(pass.entropies, out.entropies);
   }
   if (out.logits != nullptr) {
-    std::vector<float> logits(width * static_cast<size_t>(spec_.shape.vocabulary));
-    const View<float> all = dense(logits.data(), rows, spec_.shape.vocabulary);
-    transformer_.logits(call.hidden, all);
-    copyOut(call.batch, all, out.logits);
+    std::vector<float> logits(static_cast<size_t>(rows * spec_.shape.vocabulary));
+    transformer_.logits(pass.hidden, dense(logits.data(), rows, spec_.shape.vocabulary));
+    give(logits, out.logits, spec_.shape.vocabulary);
   }
   if (out.hidden != nullptr) {
-    std::vector<float> widened(width * static_cast<size_t>(spec_.shape.width));
+    std::vector<float> widened(static_cast<size_t>(rows * spec_.shape.width));
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < spec_.shape.width; ++c) {
         widened[static_cast<size_t>(r * spec_.shape.width + c)] =
-            spec_.dtype == DType::kFloat32 ? call.hidden.row<float>(r)[c] : toFloat(call.hidden.row<BFloat16>(r)[c]);
+            spec_.dtype == DType::kFloat32 ? pass.hidden.row<float>(r)[c] : toFloat(pass.hidden.row<BFloat16>(r)[c]);
       }
     }
-    copyOut(call.batch, dense<const float>(widened.data(), rows, spec_.shape.width), out.hidden);
+    give(widened, out.hidden, spec_.shape.width);
   }
-  if (keep) kept_.insert_or_assign(keep->slot, std::move(call));
 }
 
-void Model::backward(int64_t slot, bool more, const float* dLogprobs, const float* dEntropies, const float* dValues) {
+void Model::backward(const std::vector<BackwardPass>& passes, bool more, bool last) {
   together([&] {
-    runBackward(slot, dLogprobs, dEntropies, dValues);
+    runBackward(passes, last);
     WorkClock::end();
     if (!more) transformer_.flush();
   });
 }
 
-void Model::runBackward(int64_t slot, const float* dLogprobs, const float* dEntropies, const float* dValues) {
+void Model::runBackward(const std::vector<BackwardPass>& gradients, bool last) {
   if (keptUse_ != device_.workspaceUse) kept_.clear();
-  if (kept_.count(slot) == 0) throw interrupted();
-  Kept call = std::move(kept_.extract(slot).mapped());
-  const Batch& batch = call.batch;
-  // Gradients per row; zero on padding rows.
-  const auto spread = [&](const float* packed) {
-    std::vector<float> rows;
-    if (packed == nullptr) return rows;
-    rows.assign(static_cast<size_t>(batch.rows()), 0.0f);
-    for (int64_t b = 0; b < batch.count(); ++b) {
-      const int32_t length = batch.length[static_cast<size_t>(b)];
-      std::copy_n(packed, length, rows.data() + batch.rowBegin[static_cast<size_t>(b)]);
-      packed += length;
-    }
-    return rows;
-  };
-  std::vector<float> logprobs = spread(dLogprobs);
-  for (size_t t = 0; t < logprobs.size(); ++t) logprobs[t] = batch.targets[t] < 0 ? 0.0f : logprobs[t];
-  const std::vector<float> entropies = spread(dEntropies);
-  std::vector<float> values = spread(dValues);
-  if (spec_.shape.head == Head::kScalar && values.empty()) values.assign(static_cast<size_t>(batch.rows()), 0.0f);
-  const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
-  transformer_.backward(call.workspace, batch, call.hidden, call.inverseTemperature,
-                        {call.logprobs.data(), call.entropies.data(), call.logZ.data()},
-                        {pointer(logprobs), pointer(entropies), pointer(values)});
+  std::vector<Pass> passes;
+  std::vector<std::array<std::vector<float>, 3>> spread;
+  std::vector<Transformer::OutputGradients> d;
+  for (const BackwardPass& given : gradients) {
+    if (kept_.count(given.slot) == 0) throw interrupted();
+    passes.push_back(std::move(kept_.extract(given.slot).mapped()));
+    spread.push_back(spreadGradients(passes.back().batch, given));
+    auto& [logprobs, entropies, values] = spread.back();
+    if (spec_.shape.head == Head::kScalar && values.empty())
+      values.assign(static_cast<size_t>(passes.back().rows()), 0);
+    const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
+    d.push_back({pointer(logprobs), pointer(entropies), pointer(values)});
+  }
+  weights_.walkBackward();
+  gradients_.begin(units_, last);
+  transformer_.backward(passes, d);
+  gradients_.end();
+}
+
+void Model::reduceGradients() {
+  together([&] { gradients_.finish(); });
 }
 
 double Model::step(const StepOptions& options) {
   double norm = 0;
-  together([&] { norm = parameters_.finishGradients(device_.queue); });
+  together([&] {
+    gradients_.finish();
+    norm = parameters_.finishGradients(device_.queue);
+    if (std::isfinite(norm)) {
+      parameters_.step(device_.queue, options, norm);
+    } else {
+      parameters_.clearGradients();
+    }
+    gradients_.clear();
+  });
   if (!std::isfinite(norm)) throw notFinite(options.step);  // on all ranks: none waits for this one
-  together([&] { parameters_.step(device_.queue, options, norm); });
   return norm;
 }
 
 void Model::clearGradients() {
   kept_.clear();
+  gradients_.clear();
   parameters_.clearGradients();
 }
 
-std::vector<Generated> Model::generate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
+std::vector<Generated> Model::generate(const GeneratePlans& plans, const GenerateSettings& settings,
                                        const std::vector<GenerateRequest>& requests, GenerateControl& control,
                                        const Generator::Progress& progress, GenerateStatistics& statistics) {
   std::vector<Generated> results;
-  together([&] { results = runGenerate(plan, settings, requests, control, progress, statistics); });
+  together([&] { results = runGenerate(plans, settings, requests, control, progress, statistics); });
   return results;
 }
 
-std::vector<Generated> Model::runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings& settings,
+std::vector<Generated> Model::runGenerate(const GeneratePlans& plans, const GenerateSettings& settings,
                                           const std::vector<GenerateRequest>& requests, GenerateControl& control,
                                           const Generator::Progress& progress, GenerateStatistics& statistics) {
   for (const GenerateRequest& request : requests) {
-    requireTokens(request.prompt.data(), static_cast<int64_t>(request.prompt.size()));
+    requireTokens(request.prompt);
     const int64_t positions = static_cast<int64_t>(request.prompt.size()) + request.maxNewTokens;
     if (request.prompt.empty() || positions > spec_.shape.maxPositions) {
       throw Error("SEQUENCE_TOO_LONG", "a prompt of " + std::to_string(request.prompt.size()) + " tokens and " +
@@ -193,7 +233,10 @@ std::vector<Generated> Model::runGenerate(const std::vector<BufferSpec>& plan, c
                                            std::to_string(spec_.shape.maxPositions) + " positions");
     }
   }
-  const Workspace workspace = enter(plan);
+  enter(plans.workspaceBytes, true);
+  weights_.gatherAll(Workspace(device_.workspace, plans.units));
+  if (requests.empty()) return {};
+  const Workspace workspace(device_.workspace, plans.call);
   Generator generator(spec_, parallel_, transformer_, device_.kernels, device_.queue, workspace, settings);
   std::vector<Generated> results = generator.run(requests, control, progress);
   statistics = generator.statistics();

@@ -35,19 +35,46 @@ struct ForwardOutputs {
   float* hidden = nullptr;                                             // [T, D]
 };
 
-// A forward pass whose activations stay for backward. Several micro-batches may be under way at the same time, each in
-// a slot of its own of the workspace.
-struct KeptPass {
+// One micro-batch of a forward call: whole sequences, packed without padding.
+struct ForwardPass {
+  std::vector<BufferSpec> plan;
+  std::vector<int32_t> tokens, lengths;
+  int64_t slot;  // of those under way together, where its activations stay
+  ForwardOutputs outputs;
+};
+
+// Activations stay for backward. Several micro-batches may be under way at the same time, each in a slot of its own of
+// the workspace.
+struct Keeping {
+  bool first;  // of those under way together: what was kept before is gone
+  bool more;   // this stage has another operation of them to do, with which its message can go out
+};
+
+struct ForwardCall {
+  std::vector<ForwardPass> passes;  // none: the rank takes part in what its replicas do together
+  std::vector<BufferSpec> units;    // buffers of weights and gradients (layout/units.ts)
+  int64_t workspaceBytes;           // of all micro-batches under way together
+  float inverseTemperature;
+  std::optional<Keeping> keep;
+};
+
+// Per-token gradients of the outputs of the forward kept in `slot`, packed without padding; empty is zero. All ranks of
+// a stage give the same; before the last stage they are not read.
+struct BackwardPass {
   int64_t slot;
-  bool first;              // of those under way together: what was kept before is gone
-  bool more;               // this stage has another operation of them to do, with which its message can go out
-  int64_t workspaceBytes;  // of all slots
+  std::vector<float> logprobs, entropies, values;
+};
+
+struct GeneratePlans {
+  std::vector<BufferSpec> call, units;
+  int64_t workspaceBytes;
 };
 
 class Model {
  public:
   // `parallel` unjoined: join() comes before any other call. `weights` as of Parameters.
   Model(Spec spec, Device device, Parallel parallel = {}, std::shared_ptr<Arena> weights = nullptr);
+  ~Model();
 
   // Forms the groups of ranks; all of the world at the same time.
   void join(const Degrees& degrees) { parallel_.join(degrees); }
@@ -63,55 +90,52 @@ class Model {
     }
   }
 
-  // Whole sequences, packed without padding. With `keep` the activations stay for backward. All ranks make the call
-  // together; those of the last stage have the outputs.
-  void forward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
-               float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs&);
-  // Per-token gradients of the outputs of the forward kept in `slot`, packed without padding; null is zero. All ranks
-  // of a stage give the same; before the last stage they are not read. `more` as of a KeptPass.
-  // Throws Error("NO_FORWARD") when there is none.
-  void backward(int64_t slot, bool more, const float* dLogprobs, const float* dEntropies, const float* dValues);
-  // All ranks make the call together. Throws Error("GRADIENT_NOT_FINITE"), on all of them.
+  // All ranks make the call together; those of the last stage have the outputs.
+  void forward(const ForwardCall&);
+  // `more` as of Keeping; `last`: of the step, so that gradients can be reduced over the replicas while it goes on.
+  // Throws Error("NO_FORWARD") when there is no forward in a slot.
+  void backward(const std::vector<BackwardPass>&, bool more, bool last);
+  // Ends the reduction; the gradients are then those of all replicas, or the rank's pieces of them. All ranks together.
+  void reduceGradients();
+  // All ranks make the call together. Throws Error("GRADIENT_NOT_FINITE"), on all of them; the gradients are gone.
   double step(const StepOptions&);
-  // Drops what was accumulated and kept.
+  // Drops what was accumulated and kept. All replicas have made the same calls.
   void clearGradients();
   // All ranks make the call together; the leader's control and progress count, and its results are whole.
-  std::vector<Generated> generate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
-                                  const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
-                                  GenerateStatistics& statistics);
+  std::vector<Generated> generate(const GeneratePlans&, const GenerateSettings&, const std::vector<GenerateRequest>&,
+                                  GenerateControl&, const Generator::Progress&, GenerateStatistics& statistics);
   void publish() {
     together([&] { parameters_.publish(device_.queue); });
   }
 
+  // Of what goes over the replicas behind the computation.
+  comm::Traffic backgroundTraffic() const {
+    return parallel_.background == nullptr ? comm::Traffic{} : parallel_.background->traffic();
+  }
   Parameters& parameters() { return parameters_; }
   const Spec& spec() const { return spec_; }
 
  private:
-  Workspace enter(const std::vector<BufferSpec>& plan, const std::optional<KeptPass>& keep = {});
-  void runForward(const std::vector<BufferSpec>& plan, const int32_t* tokens, const int32_t* lengths, int64_t count,
-                  float inverseTemperature, const std::optional<KeptPass>& keep, const ForwardOutputs&);
-  void runBackward(int64_t slot, const float* dLogprobs, const float* dEntropies, const float* dValues);
-  std::vector<Generated> runGenerate(const std::vector<BufferSpec>& plan, const GenerateSettings&,
-                                     const std::vector<GenerateRequest>&, GenerateControl&, const Generator::Progress&,
-                                     GenerateStatistics& statistics);
-  void requireTokens(const int32_t* tokens, int64_t count) const;
+  void enter(int64_t workspaceBytes, bool first);
+  void runForward(const ForwardCall&);
+  void runBackward(const std::vector<BackwardPass>&, bool last);
+  std::vector<Generated> runGenerate(const GeneratePlans&, const GenerateSettings&, const std::vector<GenerateRequest>&,
+                                     GenerateControl&, const Generator::Progress&, GenerateStatistics& statistics);
+  void requireSequences(const ForwardPass&) const;
+  void requireTokens(const std::vector<int32_t>& tokens) const;
+  void giveOutputs(Pass&, const ForwardOutputs&, bool keep);
   void copyOut(const Batch&, View<const float> rows, float* out) const;
 
   Spec spec_;
   Device device_;
   Parallel parallel_;
   Parameters parameters_;
+  GatheredWeights weights_;
+  GradientBuckets gradients_;
   Transformer transformer_;
 
-  // A forward pass that a backward belongs to, and its per-row outputs.
-  struct Kept {
-    Workspace workspace;
-    Batch batch;
-    Operand hidden;
-    float inverseTemperature;
-    std::vector<float> logprobs, entropies, logZ;
-  };
-  std::unordered_map<int64_t, Kept> kept_;  // by slot
+  std::unordered_map<int64_t, Pass> kept_;  // forward passes that a backward belongs to, by slot
+  Workspace units_;                         // of those
   int64_t keptUse_ = 0;                     // Device::workspaceUse of those
 };
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "comm/background.h"
 #include "comm/communicator.h"
 
 namespace lockstep::model {
@@ -19,6 +20,8 @@ struct Parallel {
   std::shared_ptr<comm::Communicator> world;  // null: the rank is alone
   // Null for a group of one.
   std::unique_ptr<comm::Communicator> replica, tensor, pipeline, data, keyValue, ends;
+  // Over `data` as well, behind the computation.
+  std::unique_ptr<comm::Background> background;
 
   // Splits the world into its groups; all its ranks call this at the same time.
   void join(const Degrees& d) {
@@ -32,6 +35,7 @@ struct Parallel {
     tensor = group(d.tensor, rank / d.tensor, "tensor");
     pipeline = group(d.pipeline, line, "pipeline");
     data = group(d.data, rank % replicaRanks, "data");
+    if (data != nullptr) background = std::make_unique<comm::Background>(data->duplicate("background"));
     keyValue = group(d.keyValueRanks, rank / d.keyValueRanks, "keyValue");
     const bool end = d.tiedEnds && d.pipeline > 1 && (stage == 0 || stage == d.pipeline - 1);
     ends = group(2, end ? line : -1, "ends");

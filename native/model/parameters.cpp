@@ -89,18 +89,20 @@ Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels
                                  : std::make_shared<Arena>("weights", static_cast<size_t>(spec.weightsBytes), &memory)),
       weights_(*shared_),
       gradients_("gradients", static_cast<size_t>(spec.gradientBytes), &memory),
-      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &memory) {
+      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &memory),
+      wholeWeights_(spec.tensors.size()),
+      wholeGradients_(spec.tensors.size()) {
   for (size_t i = 0; i < spec.tensors.size(); ++i) {
     const TensorSpec& t = spec.tensors[i];
     index_[t.name] = i;
     held_.push_back(held(t));
     const int64_t kept = held_.back().end - held_.back().begin;
-    compute(t);
+    heldWeights(static_cast<int64_t>(i));
     for (const int64_t offset : {t.master, t.moment1, t.moment2}) {
       if (offset != kAbsent) floats(optimizer_, t, offset, kept);
     }
     for (const int64_t offset : {t.gradient, t.gradient2}) {
-      if (offset != kAbsent) floats(gradients_, t, offset, t.layout.elements);
+      if (offset != kAbsent) floats(gradients_, t, offset, spec.zero < 2 ? t.layout.elements : kept);
     }
   }
 }
@@ -126,10 +128,27 @@ float* Parameters::floats(Arena& arena, const TensorSpec& t, int64_t offset, int
   return static_cast<float*>(arena.at(static_cast<size_t>(offset), bytes(count, DType::kFloat32), t.name.c_str()));
 }
 
-// The compute weights: bfloat16 of a matrix where that is the dtype.
+// The whole compute weights: bfloat16 of a matrix where that is the dtype.
 void* Parameters::compute(const TensorSpec& t) const {
-  const DType dtype = t.matrix ? spec_.dtype : DType::kFloat32;
-  return weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, dtype), t.name.c_str());
+  if (spec_.zero < 3) {
+    const DType dtype = t.matrix ? spec_.dtype : DType::kFloat32;
+    return weights_.at(static_cast<size_t>(t.weights), bytes(t.layout.elements, dtype), t.name.c_str());
+  }
+  void* whole = wholeWeights_[static_cast<size_t>(find(t.name))];
+  if (whole == nullptr && t.layout.elements > 0)
+    throw Error("MEMORY_PLAN", "the weights of '" + t.name + "' are used before they are gathered");
+  return whole;
+}
+
+Parameters::HeldWeights Parameters::heldWeights(int64_t tensor) const {
+  const TensorSpec& t = spec(tensor);
+  const Held& h = held_[static_cast<size_t>(tensor)];
+  const auto size = static_cast<int64_t>(bytesOf(t.matrix ? spec_.dtype : DType::kFloat32));
+  const int64_t begin = h.begin * size, count = (h.end - h.begin) * size, whole = t.layout.elements * size;
+  const auto at = [&](int64_t bytes) {
+    return static_cast<char*>(weights_.at(static_cast<size_t>(t.weights), static_cast<size_t>(bytes), t.name.c_str()));
+  };
+  return {spec_.zero < 3 ? at(whole) + begin : at(count), begin, count, whole};
 }
 
 kernels::Weight Parameters::weight(const std::string& name) const {
@@ -142,12 +161,20 @@ const float* Parameters::vector(const std::string& name) const {
 }
 
 kernels::WeightGradient Parameters::gradient(const std::string& name, int copy) const {
-  const TensorSpec& t = tensor(name);
+  const int64_t index = find(name);
+  const TensorSpec& t = spec(index);
+  if (spec_.zero >= 2) return {&t.layout, wholeGradients_[static_cast<size_t>(index)][static_cast<size_t>(copy)]};
   return {&t.layout, floats(gradients_, t, copy == 0 ? t.gradient : t.gradient2, t.layout.elements)};
 }
 
 float* Parameters::vectorGradient(const std::string& name) const {
   return has(name) ? gradient(name).data : nullptr;
+}
+
+void Parameters::joinAccumulators(Queue& queue, int64_t tensor) {
+  const TensorSpec& t = spec(tensor);
+  const bool two = spec_.zero < 2 ? t.gradient2 != kAbsent : wholeGradients_[static_cast<size_t>(tensor)][1] != nullptr;
+  if (two) kernels_.accumulate(queue, t.layout.elements, gradient(t.name, 1).data, gradient(t.name).data);
 }
 
 Stored Parameters::stored(int64_t index, Space space) const {
@@ -156,18 +183,22 @@ Stored Parameters::stored(int64_t index, Space space) const {
   const int64_t kept = h.end - h.begin;
   if (space == Space::kWeights) {
     if (t.master != kAbsent) return {floats(optimizer_, t, t.master, kept), DType::kFloat32, h.begin, h.end};
-    return {compute(t), t.matrix ? spec_.dtype : DType::kFloat32, 0, t.layout.elements};
+    const DType dtype = t.matrix ? spec_.dtype : DType::kFloat32;
+    if (spec_.zero < 3) return {compute(t), dtype, 0, t.layout.elements};
+    return {heldWeights(index).data, dtype, h.begin, h.end};
   }
   const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
   if (offset == kAbsent)
     throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
-  if (space == Space::kGradients)
-    return {floats(gradients_, t, offset, t.layout.elements), DType::kFloat32, 0, t.layout.elements};
-  return {floats(optimizer_, t, offset, kept), DType::kFloat32, h.begin, h.end};
+  if (space == Space::kGradients && spec_.zero < 2)
+    return {floats(gradients_, t, offset, t.layout.elements) + h.begin, DType::kFloat32, h.begin, h.end};
+  Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
+  return {floats(arena, t, offset, kept), DType::kFloat32, h.begin, h.end};
 }
 
 bool Parameters::saves(int64_t tensor, Space space) const {
-  const bool whole = space == Space::kGradients || (space == Space::kWeights && spec(tensor).master == kAbsent);
+  const bool whole =
+      space == Space::kGradients || (space == Space::kWeights && spec(tensor).master == kAbsent && spec_.zero < 3);
   const bool pieces = spec_.zero > 0 && !whole;
   return pieces || spec_.dataRank == 0;
 }
@@ -253,21 +284,19 @@ void Parameters::publish(Queue& queue) {
     if (!t.matrix || t.master == kAbsent) continue;
     const Stored master = stored(static_cast<int64_t>(i), Space::kWeights);
     kernels_.publish(queue, held_[i].layout, static_cast<const float*>(master.data),
-                     static_cast<BFloat16*>(compute(t)) + master.begin);
+                     heldWeights(static_cast<int64_t>(i)).data);
   }
   gatherWeights();
 }
 
-// With ZeRO every rank has renewed its pieces of the compute weights.
+// In stages 1 and 2 every rank has renewed its pieces of the compute weights.
 void Parameters::gatherWeights() {
-  if (spec_.zero == 0 || parallel_.data == nullptr) return;
+  if (spec_.zero == 0 || spec_.zero >= 3) return;
   auto* base = static_cast<char*>(weights_.at(0, weights_.planned(), "weights"));
   std::vector<comm::Piece> pieces;
   for (size_t i = 0; i < spec_.tensors.size(); ++i) {
-    const TensorSpec& t = spec_.tensors[i];
-    const auto size = static_cast<int64_t>(bytesOf(t.matrix ? spec_.dtype : DType::kFloat32));
-    const int64_t offset = t.weights + held_[i].begin * size;
-    pieces.push_back({base + offset, offset, (held_[i].end - held_[i].begin) * size});
+    const HeldWeights held = heldWeights(static_cast<int64_t>(i));
+    pieces.push_back({held.data, spec_.tensors[i].weights + held.begin, held.count});
   }
   parallel_.data->allGatherPieces(pieces, base, static_cast<int64_t>(weights_.planned()), "weights");
 }
@@ -280,8 +309,9 @@ void Parameters::sumShared(const TensorSpec& t) {
                                                               : nullptr;
   if (group == nullptr) return;
   if (t.summedBegin == 0 && t.summedEnd == t.layout.out) {
-    float* all = gradient(t.name).data;
-    return group->allReduce(all, all, t.layout.elements, t.name);
+    const Stored own = stored(find(t.name), Space::kGradients);
+    auto* const data = static_cast<float*>(own.data);
+    return group->allReduce(data, data, own.end - own.begin, t.name);
   }
   const int64_t index = find(t.name), rows = t.summedEnd - t.summedBegin;
   std::vector<float> some(static_cast<size_t>(rows * t.layout.in));
@@ -292,7 +322,8 @@ void Parameters::sumShared(const TensorSpec& t) {
 
 // Appends the sums of squares of the parts that the rank has, of each data-parallel rank's piece its own.
 void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector<double>& sums) const {
-  const float* data = gradient(t.name).data;
+  const Stored own = stored(find(t.name), Space::kGradients);
+  const float* const data = static_cast<const float*>(own.data) - own.begin;
   int64_t begin = 0, end = t.layout.elements;
   if (spec_.dataRanks > 1) {
     begin = t.pieces[static_cast<size_t>(spec_.dataRank)];
@@ -323,14 +354,6 @@ void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector
 }
 
 double Parameters::finishGradients(Queue& queue) {
-  for (const TensorSpec& t : spec_.tensors) {
-    if (t.gradient2 != kAbsent)
-      kernels_.accumulate(queue, t.layout.elements, gradient(t.name, 1).data, gradient(t.name).data);
-  }
-  if (parallel_.data != nullptr) {
-    auto* all = static_cast<float*>(gradients_.at(0, gradients_.planned(), "gradients"));
-    parallel_.data->allReduce(all, all, static_cast<int64_t>(gradients_.planned() / sizeof(float)), "gradients");
-  }
   std::vector<double> sums;
   for (const TensorSpec& t : spec_.tensors) {
     if (t.summed != Summed::kKeyValue) sumShared(t);
@@ -393,13 +416,13 @@ void Parameters::step(Queue& queue, const StepOptions& o, double norm) {
         1 - std::pow(o.beta2, n), scale};
     const bool published = t.matrix && t.master != kAbsent;
     const auto state = [&](Space space) { return static_cast<float*>(stored(static_cast<int64_t>(i), space).data); };
-    float* parameter = published ? state(Space::kWeights) : static_cast<float*>(compute(t)) + h.begin;
+    char* const weights = heldWeights(static_cast<int64_t>(i)).data;
+    float* parameter = published ? state(Space::kWeights) : reinterpret_cast<float*>(weights);
     kernels_.adamw(queue, settings, h.end - h.begin, parameter, state(Space::kMoment1), state(Space::kMoment2),
-                   gradient(t.name).data + h.begin, published ? &h.layout : nullptr,
-                   published ? static_cast<BFloat16*>(compute(t)) + h.begin : nullptr);
+                   state(Space::kGradients), published ? &h.layout : nullptr, published ? weights : nullptr);
   }
   gatherWeights();
-  if (spec_.zero > 0) clearGradients();
+  if (spec_.zero == 1) clearGradients();  // others' pieces too
 }
 
 void Parameters::clearGradients() {

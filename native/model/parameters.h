@@ -1,8 +1,10 @@
 // The parameters of one model, or of a rank's part of it, and their copies: compute weights, master weights, gradients,
-// Adam moments. With ZeRO (Rajbhandari et al. 2020 [1910.02054]) a rank keeps masters and moments of its piece of every
-// tensor only, updates that, and gathers the compute weights of the others.
+// Adam moments. With ZeRO (Rajbhandari et al. 2020 [1910.02054]) a rank keeps its piece of every tensor only: of
+// masters and moments from stage 1 on, of gradients from 2 on, of compute weights in 3. It updates that piece; the
+// whole of a gradient or of compute weights is then wherever GradientBuckets or GatheredWeights put it last.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -52,9 +54,26 @@ class Parameters {
   // Null when the model has no such vector.
   const float* vector(const std::string& name) const;
 
-  // The accumulator of a matrix; `copy` 1 is the second accumulator of a tied embedding.
+  // The accumulator of a matrix; `copy` 1 is the second accumulator of a tied embedding, for its use as projection.
   kernels::WeightGradient gradient(const std::string& name, int copy = 0) const;
   float* vectorGradient(const std::string& name) const;
+  // Adds the second accumulator, where there is one, to the first and clears it.
+  void joinAccumulators(Queue&, int64_t tensor);
+
+  // Bytes begin .. begin + count - 1 of a tensor's compute weights: those that the rank renews, and keeps.
+  struct HeldWeights {
+    char* data;
+    int64_t begin, count;
+    int64_t whole;  // bytes of the tensor
+  };
+  HeldWeights heldWeights(int64_t tensor) const;
+  // The rank's piece of a gradient, from stage 2 on.
+  float* heldGradient(int64_t tensor) const { return static_cast<float*>(stored(tensor, Space::kGradients).data); }
+  // Where the whole of a tensor is for now: of its compute weights in stage 3, of a gradient accumulator from 2 on.
+  void putWeights(int64_t tensor, void* whole) { wholeWeights_[static_cast<size_t>(tensor)] = whole; }
+  void putGradient(int64_t tensor, int copy, float* whole) {
+    wholeGradients_[static_cast<size_t>(tensor)][static_cast<size_t>(copy)] = whole;
+  }
 
   // Where a tensor lies: its masters where there are any, else its compute weights; a moment; its first gradient
   // accumulator. Throws Error("MODEL_NOT_TRAINED").
@@ -77,8 +96,9 @@ class Parameters {
   // Renews the compute weights from the masters; all ranks together.
   void publish(Queue&);
 
-  // Sums the gradients over the ranks that have parts of them and returns their global norm: the same bits on all
-  // ranks. Without data parallelism they do not depend on the number of ranks either, but for the gains of head norms.
+  // Sums the gradients, reduced over the replicas, over the other ranks that have parts of them and returns their
+  // global norm: the same bits on all ranks. Without data parallelism they do not depend on the number of ranks either,
+  // but for the gains of head norms.
   double finishGradients(Queue&);
   // Clips by that norm, updates, publishes, clears the gradients; all ranks together.
   void step(Queue&, const StepOptions&, double norm);
@@ -90,7 +110,7 @@ class Parameters {
 
  private:
   const TensorSpec& tensor(const std::string& name) const;
-  // What the rank keeps of a tensor's masters and moments.
+  // What the rank keeps of a tensor where it keeps a piece only.
   struct Held {
     int64_t begin, end;            // elements
     kernels::WeightLayout layout;  // of a matrix: where these lie, from `begin` on
@@ -110,7 +130,10 @@ class Parameters {
   Arena& weights_;
   mutable Arena gradients_, optimizer_;
   std::unordered_map<std::string, size_t> index_;
-  std::vector<Held> held_;  // by tensor
+  // By tensor.
+  std::vector<Held> held_;
+  std::vector<void*> wholeWeights_;
+  std::vector<std::array<float*, 2>> wholeGradients_;
 };
 
 }  // namespace lockstep::model

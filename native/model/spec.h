@@ -56,14 +56,25 @@ struct TensorSpec {
   std::vector<int64_t> pieces;  // of the data-parallel ranks: rank i has elements pieces[i] .. pieces[i + 1] - 1
 };
 
+// Parameters that a pass uses together (layout/units.ts): those before the layers, of each layer, behind the layers.
+struct Unit {
+  std::vector<int64_t> tensors;  // its own: their gradients are complete when backward has left it
+  std::vector<int64_t> weights;  // those that it reads: its own, and behind the layers a tied embedding
+  int bucket;                    // neighbours of the same bucket are reduced together; 0 is the first
+};
+
 struct Spec {
   Shape shape;
   DType dtype;
   bool train;
   bool recompute;
   int dataRank, dataRanks;
-  int zero;  // ZeRO stage: from 1 on, masters and moments are those of the rank's pieces only
+  // ZeRO stage: masters and moments are those of the rank's pieces only from 1 on, gradients from 2 on, compute weights
+  // in 3. 0 where there is one data-parallel rank.
+  int zero;
+  bool overlap;  // communication over the data-parallel ranks goes on behind the computation
   std::vector<TensorSpec> tensors;
+  std::vector<Unit> units;
   int64_t firstLayer = 0;                // of the rank, in the whole model: tensors carry the model's names
   int64_t vocabularyBegin = 0;           // first row of the embedding and the vocabulary that the rank has
   std::vector<int64_t> vocabularyParts;  // rows of each part of the whole vocabulary

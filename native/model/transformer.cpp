@@ -23,10 +23,13 @@ void zeroPaddingRows(const Batch& batch, Operand x) {
 }  // namespace
 
 Transformer::Transformer(const Spec& spec, const Parallel& parallel, const Parameters& parameters,
-                         const kernels::Kernels& kernels, Queue& queue, const std::atomic<bool>& cancelled)
+                         GatheredWeights& weights, GradientBuckets& gradients, const kernels::Kernels& kernels,
+                         Queue& queue, const std::atomic<bool>& cancelled)
     : spec_(spec),
       parallel_(parallel),
       parameters_(parameters),
+      weights_(weights),
+      gradients_(gradients),
       k_(kernels),
       queue_(queue),
       cancelled_(cancelled),
@@ -40,8 +43,10 @@ void Transformer::checkCancelled() const {
   if (cancelled_) throw Error("ABORTED", "the model was closed while it was working");
 }
 
-LayerBuffers Transformer::layer(const Workspace& w, int64_t l, int64_t rows, int64_t pageCount, Keep what) const {
+LayerBuffers Transformer::layer(const Pass& pass, int64_t l, Keep what) const {
   const bool keep = what == Keep::kActivations;
+  const Workspace& w = pass.workspace;
+  const int64_t rows = pass.rows();
   const Shape& s = spec_.shape;
   const DType dtype = spec_.dtype;
   const int64_t queries = s.heads * s.headWidth, norms = s.norm == Norm::kLayer ? 2 : 1;
@@ -55,7 +60,7 @@ LayerBuffers Transformer::layer(const Workspace& w, int64_t l, int64_t rows, int
   b.attended = w.operand("attended", l, dtype, rows, queries);
   b.activated = w.operand("activated", l, dtype, rows, s.feedForward);
   b.pages = {nullptr, dtype, s.keyValueHeads, s.headWidth};
-  const int64_t pageBytes = pageCount * b.pages.pageElements() * static_cast<int64_t>(bytesOf(dtype));
+  const int64_t pageBytes = pass.pageCount * b.pages.pageElements() * static_cast<int64_t>(bytesOf(dtype));
   b.pages.data = what == Keep::kCache ? static_cast<char*>(w.take("kv", s.layers * pageBytes)) + l * pageBytes
                                       : w.take("kv", l, pageBytes);
   if (!keep) return b;
@@ -82,8 +87,10 @@ void Transformer::normBackward(const std::string& name, View<const float> x, con
   k_.layerNormBackward(queue_, x, gain, stat, stat + x.rows, dy, dx, dGain, parameters_.vectorGradient(name + "Bias"));
 }
 
-void Transformer::blockForward(const Batch& batch, int64_t l, const Workspace& w, const LayerBuffers& b) {
+void Transformer::blockForward(const Pass& pass, int64_t l, const LayerBuffers& b) {
   checkCancelled();
+  const Batch& batch = pass.batch;
+  const Workspace& w = pass.workspace;
   const Shape& s = spec_.shape;
   const kernels::QkvLayout qkv = s.qkv(l);
   const auto weight = [&](const char* name) { return parameters_.weight(named(l, name)); };
@@ -140,46 +147,58 @@ void Transformer::embed(const Batch& batch, View<float> x) {
   sumOverTensor(x, "embed");
 }
 
-Operand Transformer::forward(const Workspace& w, const Batch& batch, Keep what, int64_t pageCount) {
-  const Shape& s = spec_.shape;
-  const View<float> x = w.f32("x", 0, batch.rows(), s.width);
-  if (parallel_.firstStage()) {
-    flush();
-  } else {
-    link_.receive(x, -1, "activations");
-  }
+void Transformer::forward(std::span<Pass> passes, Keep what) {
+  for (const Pass& pass : passes) receive(pass);
   if (what != Keep::kCache) WorkClock::begin();  // a generation is one work of many passes
-  if (parallel_.firstStage()) embed(batch, x);
-  for (int64_t l = 0; l < s.layers; ++l) blockForward(batch, l, w, layer(w, l, batch.rows(), pageCount, what));
-  const View<float> last = w.f32("x", s.layers, batch.rows(), s.width);
+  weights_.enter(0);
+  for (const Pass& pass : passes) {
+    if (parallel_.firstStage()) embed(pass.batch, pass.workspace.f32("x", 0, pass.rows(), spec_.shape.width));
+  }
+  for (int64_t l = 0; l < spec_.shape.layers; ++l) {
+    weights_.enter(static_cast<size_t>(l) + 1);
+    for (const Pass& pass : passes) blockForward(pass, l, layer(pass, l, what));
+  }
+  weights_.enter(headUnit());
+  for (Pass& pass : passes) finish(pass, what);
+}
+
+void Transformer::receive(const Pass& pass) {
+  if (parallel_.firstStage()) return flush();
+  link_.receive(pass.workspace.f32("x", 0, pass.rows(), spec_.shape.width), -1, "activations");
+}
+
+void Transformer::finish(Pass& pass, Keep what) {
+  const Shape& s = spec_.shape;
+  const Workspace& w = pass.workspace;
+  const View<float> last = w.f32("x", s.layers, pass.rows(), s.width);
   if (!parallel_.lastStage()) {
     link_.send(last, +1);
     if (what == Keep::kNothing) WorkClock::end();
     if (what != Keep::kActivations) flush();
-    return {};
+    return;
   }
-  const Operand hidden = w.operand("hidden", kAbsent, spec_.dtype, batch.rows(), s.width);
+  pass.hidden = w.operand("hidden", kAbsent, spec_.dtype, pass.rows(), s.width);
   float* stat = what == Keep::kActivations
-                    ? w.f32("hiddenStat", kAbsent, batch.rows(), s.norm == Norm::kLayer ? 2 : 1).data
+                    ? w.f32("hiddenStat", kAbsent, pass.rows(), s.norm == Norm::kLayer ? 2 : 1).data
                     : nullptr;
-  norm("finalNorm", last, hidden, stat);
-  return hidden;
+  norm("finalNorm", last, pass.hidden, stat);
 }
 
-void Transformer::logprobs(const Workspace& w, const Batch& batch, Operand hidden, float inverseTemperature,
-                           kernels::LogSoftmax out) {
+void Transformer::logprobs(Pass& pass) {
+  const Workspace& w = pass.workspace;
   const kernels::Staging staging{w.take("staging", w.bytes("staging")), w.bytes("staging")};
   const kernels::Weight weight = parameters_.weight(vocabularyName());
-  const std::vector<int32_t> targets = localTokens(batch.targets, weight.layout->out);
-  const int64_t rows = batch.rows(), groups = parallel_.tensorRanks();
+  const std::vector<int32_t> targets = localTokens(pass.batch.targets, weight.layout->out);
+  const int64_t rows = pass.rows(), groups = parallel_.tensorRanks();
+  for (auto* array : {&pass.logprobs, &pass.entropies, &pass.logZ}) array->resize(static_cast<size_t>(rows));
   std::vector<kernels::SoftmaxStatistics> all(static_cast<size_t>(groups * rows));
   kernels::SoftmaxStatistics* own = all.data() + (parallel_.tensor == nullptr ? 0 : parallel_.tensor->rank() * rows);
-  k_.softmaxStatistics(queue_, hidden, weight, targets.data(), inverseTemperature, own, staging);
+  k_.softmaxStatistics(queue_, pass.hidden, weight, targets.data(), pass.inverseTemperature, own, staging);
   if (parallel_.tensor != nullptr) {
     constexpr int64_t kFloats = sizeof(kernels::SoftmaxStatistics) / sizeof(float);
     parallel_.tensor->allGather(own, all.data(), rows * kFloats, comm::Element::kFloat32, "softmax statistics");
   }
-  k_.mergeStatistics(queue_, all.data(), groups, rows, batch.targets.data(), out);
+  k_.mergeStatistics(queue_, all.data(), groups, rows, pass.batch.targets.data(), pass.softmax());
 }
 
 void Transformer::values(Operand hidden, View<float> values) {
@@ -212,56 +231,72 @@ Operand Transformer::asOperand(const Workspace& w, View<float> dx) {
   return rounded;
 }
 
-void Transformer::headBackward(const Workspace& w, const Batch& batch, Operand hidden, float inverseTemperature,
-                               kernels::LogSoftmax forward, const OutputGradients& d, View<float> dHidden) {
+void Transformer::headBackward(Pass& pass, const OutputGradients& d, View<float> dHidden) {
+  const Workspace& w = pass.workspace;
   if (spec_.shape.head == Head::kLanguage) {
     const std::string name = vocabularyName();
     const kernels::Staging staging{w.take("staging", w.bytes("staging")), w.bytes("staging")};
     const kernels::Weight weight = parameters_.weight(name);
-    const std::vector<int32_t> targets = localTokens(batch.targets, weight.layout->out);
-    k_.logprobsBackward(queue_, hidden, weight, targets.data(), inverseTemperature, forward, d.logprobs, d.entropies,
-                        dHidden, parameters_.gradient(name), staging);
+    const std::vector<int32_t> targets = localTokens(pass.batch.targets, weight.layout->out);
+    k_.logprobsBackward(queue_, pass.hidden, weight, targets.data(), pass.inverseTemperature, pass.softmax(),
+                        d.logprobs, d.entropies, dHidden, parameters_.gradient(name, vocabularyCopy()), staging);
     sumOverTensor(dHidden, "dHidden");
     return;
   }
-  const Operand dValues = w.operand("operand", kAbsent, spec_.dtype, batch.rows(), 1);
-  k_.round(queue_, {d.values, batch.rows(), 1, 1}, dValues);
-  k_.linearBackwardWeight(queue_, dValues, hidden, parameters_.gradient("scalarHead"),
+  const Operand dValues = w.operand("operand", kAbsent, spec_.dtype, pass.rows(), 1);
+  k_.round(queue_, {d.values, pass.rows(), 1, 1}, dValues);
+  k_.linearBackwardWeight(queue_, dValues, pass.hidden, parameters_.gradient("scalarHead"),
                           parameters_.vectorGradient("scalarHeadBias"));
   k_.linearBackwardInput(queue_, dValues, parameters_.weight("scalarHead"), kernels::Output::store(dHidden));
 }
 
-void Transformer::backward(const Workspace& w, const Batch& batch, Operand hidden, float inverseTemperature,
-                           kernels::LogSoftmax forward, const OutputGradients& d) {
+void Transformer::backward(std::span<Pass> passes, std::span<const OutputGradients> d) {
+  const auto visit = [&](size_t unit, const auto& each) {
+    gradients_.enter(unit);
+    for (size_t i = 0; i < passes.size(); ++i) each(i);
+    gradients_.leave(unit);
+  };
+  for (const Pass& pass : passes) receiveGradients(pass);
+  WorkClock::begin();
+  weights_.enter(headUnit());
+  visit(headUnit(), [&](size_t i) {
+    if (parallel_.lastStage()) beginBackward(passes[i], d[i]);
+  });
+  for (int64_t l = spec_.shape.layers - 1; l >= 0; --l) {
+    const auto unit = static_cast<size_t>(l) + 1;
+    weights_.enter(unit);
+    visit(unit, [&](size_t i) {
+      LayerBuffers b = layer(passes[i], l, Keep::kActivations);
+      if (spec_.recompute) {
+        b.out = {};
+        blockForward(passes[i], l, b);
+      }
+      blockBackward(passes[i], l, b);
+    });
+  }
+  visit(0, [&](size_t i) { finishBackward(passes[i]); });
+}
+
+void Transformer::beginBackward(Pass& pass, const OutputGradients& d) {
   const Shape& s = spec_.shape;
-  const int64_t rows = batch.rows();
-  const View<float> dx = w.f32("dx", kAbsent, rows, s.width);
-  if (parallel_.lastStage()) {
-    flush();
-    WorkClock::begin();
-    const View<float> dHidden = w.f32("wide", kAbsent, rows, s.width);
-    headBackward(w, batch, hidden, inverseTemperature, forward, d, dHidden);
-    std::fill_n(dx.data, rows * s.width, 0.0f);
-    normBackward("finalNorm", w.f32("x", s.layers, rows, s.width),
-                 w.f32("hiddenStat", kAbsent, rows, s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx);
-  } else {
-    link_.receive(dx, +1, "gradients");
-    WorkClock::begin();
-  }
-  for (int64_t l = s.layers - 1; l >= 0; --l) {
-    LayerBuffers b = layer(w, l, rows, batch.pageCount, Keep::kActivations);
-    if (spec_.recompute) {
-      b.out = {};
-      blockForward(batch, l, w, b);
-    }
-    blockBackward(batch, l, w, b, dx);
-  }
-  if (!parallel_.firstStage()) return link_.send(dx, -1);
-  // With both ends of a tied embedding on this stage each has an accumulator.
-  const int copy = s.tied && s.head == Head::kLanguage && parallel_.lastStage() ? 1 : 0;
-  const kernels::WeightGradient gradient = parameters_.gradient("embed", copy);
-  const std::vector<int32_t> tokens = localTokens(batch.tokens, gradient.layout->out);
-  k_.embedBackward(queue_, tokens.data(), batch.positions.data(), dx, gradient,
+  const Workspace& w = pass.workspace;
+  const View<float> dHidden = w.f32("wide", kAbsent, pass.rows(), s.width);
+  headBackward(pass, d, dHidden);
+  std::fill_n(dx(pass).data, pass.rows() * s.width, 0.0f);
+  normBackward("finalNorm", w.f32("x", s.layers, pass.rows(), s.width),
+               w.f32("hiddenStat", kAbsent, pass.rows(), s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx(pass));
+}
+
+void Transformer::receiveGradients(const Pass& pass) {
+  if (parallel_.lastStage()) return flush();
+  link_.receive(dx(pass), +1, "gradients");
+}
+
+void Transformer::finishBackward(const Pass& pass) {
+  if (!parallel_.firstStage()) return link_.send(dx(pass), -1);
+  const kernels::WeightGradient gradient = parameters_.gradient("embed");
+  const std::vector<int32_t> tokens = localTokens(pass.batch.tokens, gradient.layout->out);
+  k_.embedBackward(queue_, tokens.data(), pass.batch.positions.data(), dx(pass), gradient,
                    parameters_.vectorGradient("positions"));
 }
 
@@ -282,12 +317,14 @@ void Transformer::shareKeyValueGradients(const Workspace& w, const kernels::QkvL
   }
 }
 
-void Transformer::blockBackward(const Batch& batch, int64_t l, const Workspace& w, const LayerBuffers& b,
-                                View<float> dx) {
+void Transformer::blockBackward(const Pass& pass, int64_t l, const LayerBuffers& b) {
   checkCancelled();
+  const Batch& batch = pass.batch;
+  const Workspace& w = pass.workspace;
+  const View<float> dx = this->dx(pass);
   const Shape& s = spec_.shape;
   const kernels::QkvLayout qkv = s.qkv(l);
-  const int64_t rows = batch.rows();
+  const int64_t rows = pass.rows();
   const auto weight = [&](const char* name) { return parameters_.weight(named(l, name)); };
   const auto gradient = [&](const char* name) { return parameters_.gradient(named(l, name)); };
   const auto vector = [&](const char* name) { return parameters_.vector(named(l, name)); };

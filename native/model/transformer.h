@@ -5,14 +5,21 @@
 // With several ranks (Shoeybi et al. 2019, Megatron-LM [1909.08053]) a rank computes its columns of qkv, up and the
 // vocabulary, and partial sums of attentionOut and down, which the tensor group adds up: the ranks continue the tree
 // over parts. Stages of the pipeline hand the residual stream on.
+//
+// A call takes several micro-batches through a unit (the embedding, a layer, the head) before it goes on to the next;
+// weights come and gradients go unit by unit (gathered_weights.h, gradient_buckets.h).
 #pragma once
 
 #include <atomic>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "core/queue.h"
 #include "kernels/kernels.h"
 #include "model/batch.h"
+#include "model/gathered_weights.h"
+#include "model/gradient_buckets.h"
 #include "model/parallel.h"
 #include "model/parameters.h"
 #include "model/spec.h"
@@ -36,21 +43,33 @@ struct LayerBuffers {
 // values of one layer at a time); or keys and values of every layer, [layer][page], for later calls.
 enum class Keep : uint8_t { kActivations, kNothing, kCache };
 
+// A micro-batch on its way through the model.
+struct Pass {
+  Workspace workspace;
+  Batch batch;
+  int64_t pageCount;  // pages of keys and values in a layer
+  float inverseTemperature = 1;
+  Operand hidden = {};                                          // of the last stage: the final norm's output [T, D]
+  std::vector<float> logprobs = {}, entropies = {}, logZ = {};  // [T] of a language head
+
+  int64_t rows() const { return batch.rows(); }
+  kernels::LogSoftmax softmax() { return {logprobs.data(), entropies.data(), logZ.data()}; }
+};
+
 class Transformer {
  public:
-  Transformer(const Spec&, const Parallel&, const Parameters&, const kernels::Kernels&, Queue&,
-              const std::atomic<bool>& cancelled);
+  Transformer(const Spec&, const Parallel&, const Parameters&, GatheredWeights&, GradientBuckets&,
+              const kernels::Kernels&, Queue&, const std::atomic<bool>& cancelled);
 
-  // Runs the rank's layers over `batch`; returns the final norm's output [T, D], or nothing before the last stage,
-  // whose output goes on with the next operation or flush() when activations are kept. pageCount: pages of keys and
-  // values in a layer.
-  Operand forward(const Workspace&, const Batch&, Keep, int64_t pageCount);
+  // Runs the rank's layers; with several passes there is one stage, and activations are kept. What a stage hands on
+  // goes with its next operation or flush() when activations are kept.
+  void forward(std::span<Pass>, Keep);
 
   // Sends what still waits for the next operation of this stage.
   void flush() { link_.flush("flush"); }
 
-  // Per-row log-softmax of the language head at the batch's targets.
-  void logprobs(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax out);
+  // Per-row log-softmax of the language head at the batch's targets, into the pass.
+  void logprobs(Pass&);
   // values [T] of the scalar head.
   void values(Operand hidden, View<float> values);
   // logits [rows, V] of given rows of hidden, on every rank of the last stage.
@@ -59,22 +78,27 @@ class Transformer {
   // Of the whole model's vocabulary.
   kernels::WeightLayout vocabularyLayout() const;
 
-  // Gradients of per-row outputs [T] (null: zero; on the last stage, else they come from the stage after) through the
-  // heads, into the plan's "wide" buffer; then through the trunk. Those of rows without a target are zero.
+  // Gradients of each pass's per-row outputs [T] (null: zero; on the last stage, else they come from the stage after)
+  // through the heads, into the plan's "wide" buffer; then through the trunk. Those of rows without a target are zero.
   struct OutputGradients {
     const float *logprobs = nullptr, *entropies = nullptr, *values = nullptr;
   };
-  void backward(const Workspace&, const Batch&, Operand hidden, float inverseTemperature, kernels::LogSoftmax forward,
-                const OutputGradients&);
+  void backward(std::span<Pass>, std::span<const OutputGradients>);
 
  private:
-  LayerBuffers layer(const Workspace&, int64_t l, int64_t rows, int64_t pageCount, Keep) const;
-  void blockForward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&);
+  LayerBuffers layer(const Pass&, int64_t l, Keep) const;
+  void receive(const Pass&);
+  void finish(Pass&, Keep);
+  void blockForward(const Pass&, int64_t l, const LayerBuffers&);
   // Sums over the tensor group what its ranks have of y.
   void sumOverTensor(View<float> y, const std::string& site);
   // The ranks that share a key/value head sum its gradients; they stay with the first, the others get zeros.
   void shareKeyValueGradients(const Workspace&, const kernels::QkvLayout&, View<float> dqkv);
-  void blockBackward(const Batch&, int64_t l, const Workspace&, const LayerBuffers&, View<float> dx);
+  void receiveGradients(const Pass&);
+  void beginBackward(Pass&, const OutputGradients&);
+  void finishBackward(const Pass&);
+  void blockBackward(const Pass&, int64_t l, const LayerBuffers&);
+  View<float> dx(const Pass& pass) const { return pass.workspace.f32("dx", kAbsent, pass.rows(), spec_.shape.width); }
   void embed(const Batch&, View<float> x);
   // y = residual + x W^T + bias, of a weight that is cut along its columns.
   void rowProduct(const Workspace&, Operand x, const std::string& name, View<const float> residual, View<float> y);
@@ -84,15 +108,19 @@ class Transformer {
   void norm(const std::string& name, View<const float> x, Operand y, float* stat);
   void normBackward(const std::string& name, View<const float> x, const float* stat, View<const float> dy,
                     View<float> dx);
-  void headBackward(const Workspace&, const Batch&, Operand hidden, float inverseTemperature,
-                    kernels::LogSoftmax forward, const OutputGradients&, View<float> dHidden);
+  void headBackward(Pass&, const OutputGradients&, View<float> dHidden);
   Operand asOperand(const Workspace&, View<float> dx);
   void checkCancelled() const;
   std::string vocabularyName() const { return spec_.shape.tied ? "embed" : "vocabulary"; }
+  // With both ends of a tied embedding on this stage each has an accumulator.
+  int vocabularyCopy() const { return spec_.shape.tied && parallel_.firstStage() ? 1 : 0; }
+  size_t headUnit() const { return static_cast<size_t>(spec_.shape.layers) + 1; }
 
   const Spec& spec_;
   const Parallel& parallel_;
   const Parameters& parameters_;
+  GatheredWeights& weights_;
+  GradientBuckets& gradients_;
   const kernels::Kernels& k_;
   Queue& queue_;
   const std::atomic<bool>& cancelled_;

@@ -1,17 +1,21 @@
 #include "model/workspace.h"
 
+#include <utility>
+
 #include "core/error.h"
 
 namespace lockstep::model {
 
 Workspace::Workspace(Arena& arena, const std::vector<BufferSpec>& plan) : arena_(&arena) {
-  for (const BufferSpec& buffer : plan) buffers_.emplace(buffer.name, buffer);
+  auto buffers = std::make_shared<std::unordered_map<std::string, BufferSpec>>();
+  for (const BufferSpec& buffer : plan) buffers->emplace(buffer.name, buffer);
+  buffers_ = std::move(buffers);
 }
 
 const BufferSpec& Workspace::find(const std::string& name, int64_t layer) const {
-  auto found = layer == kAbsent ? buffers_.end() : buffers_.find(name + "." + std::to_string(layer));
-  if (found == buffers_.end()) found = buffers_.find(name);
-  if (found == buffers_.end()) throw Error("MEMORY_PLAN", "the plan of this call has no buffer '" + name + "'");
+  auto found = layer == kAbsent ? buffers_->end() : buffers_->find(name + "." + std::to_string(layer));
+  if (found == buffers_->end()) found = buffers_->find(name);
+  if (found == buffers_->end()) throw Error("MEMORY_PLAN", "the plan of this call has no buffer '" + name + "'");
   return found->second;
 }
 

@@ -1,7 +1,8 @@
 // The buffers of one call by name, as planned: activations, KV pages, staging. Plans of different calls and models use
-// the same arena in turn.
+// the same arena in turn. Copies are cheap.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -33,7 +34,7 @@ class Workspace {
   const BufferSpec& find(const std::string& name, int64_t layer) const;
 
   Arena* arena_ = nullptr;
-  std::unordered_map<std::string, BufferSpec> buffers_;
+  std::shared_ptr<const std::unordered_map<std::string, BufferSpec>> buffers_;
 };
 
 }  // namespace lockstep::model

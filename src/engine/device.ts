@@ -31,6 +31,7 @@ export interface Work extends WorkTimes {
     | 'forward'
     | 'backward'
     | 'step'
+    | 'reduce'
     | 'generate'
     | 'read'
     | 'write'

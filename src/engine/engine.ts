@@ -47,6 +47,14 @@ export type MicroBatches = readonly (readonly TokenBatch[])[];
  */
 export type GradientsOf = (outputs: ForwardResult, replica: number, index: number) => TokenGradients;
 
+export interface AccumulateOptions extends Omit<ForwardOptions, 'keep'> {
+  /**
+   * No other micro-batch of the step follows, so that replicas reduce gradients while backward goes on. Default true; of
+   * several calls before one step all but the last say false.
+   */
+  final?: boolean;
+}
+
 /** AdamW (Loshchilov & Hutter 2019), decoupled decay on matrices only, after clipping to `clipNorm` (0: no clipping). */
 export interface StepOptions {
   learningRate: number;
@@ -151,12 +159,9 @@ export interface Engine extends AsyncDisposable {
   /**
    * Forward and backward of micro-batches, with as many under way at the same time as the layout asks for. When it fails, no
    * gradient is left in the accumulators; what `gradientsOf` throws is thrown on.
+   * @throws LockstepError GRADIENTS_REDUCED by replicas after a call that was `final`, until the step
    */
-  accumulate(
-    microBatches: MicroBatches,
-    options: Omit<ForwardOptions, 'keep'>,
-    gradientsOf: GradientsOf,
-  ): Promise<void>;
+  accumulate(microBatches: MicroBatches, options: AccumulateOptions, gradientsOf: GradientsOf): Promise<void>;
   /** Clips, updates, publishes the compute weights and clears the gradients. */
   step(options: StepOptions): Promise<StepResult>;
   generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]>;

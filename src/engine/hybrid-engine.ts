@@ -7,7 +7,8 @@
 import { generationGroups, placeInGeneration } from '../layout/hybrid-engine.js';
 import { groupings } from '../layout/transition-plan.js';
 import type { Generated, GenerateOptions, GenerateRequest } from './engine.js';
-import { NativeEngine, type RankOfWorld, type WeightsIn } from './native-engine.js';
+import { NativeEngine } from './native-engine.js';
+import type { RankOfWorld, WeightsIn } from './rank-options.js';
 import { generateOver, Replica } from './replica.js';
 import { together } from './together.js';
 import { Transition, type TransitionReport, type TransitionSetup, worldOf } from './transition.js';

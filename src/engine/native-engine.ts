@@ -1,10 +1,8 @@
 /** The engine over the addon: plans every call in layout/ and hands it to the rank's thread. */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
-import type { WeightPlace } from '../layout/generation-view.js';
 import {
   type CallPlan,
-  type ModelPlan,
   pagePositions,
   planGeneration,
   planModel,
@@ -14,17 +12,16 @@ import {
   wholeSequences,
 } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import { coordinatesOf, type Degrees } from '../layout/parallel.js';
-import { resolveParts, vocabularyParts } from '../layout/parts.js';
+import type { Degrees } from '../layout/parallel.js';
+import { resolveParts } from '../layout/parts.js';
 import { type RankShare, rankShare } from '../layout/rank-share.js';
-import { ropeTables } from '../layout/rope.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
-import type { Range } from '../layout/stages.js';
 import type { TensorSource } from '../layout/tensor-table.js';
-import { pieceBoundaries } from '../layout/zero.js';
+import { type ParameterUnit, parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import { accumulateInTurn } from './accumulate.js';
 import { awaitedLater, type Device, rethrow, untimed } from './device.js';
 import type {
+  AccumulateOptions,
   Dtype,
   Engine,
   EngineMemory,
@@ -47,55 +44,25 @@ import type {
 import { slicesToLoad, slicesToSave } from './file-slices.js';
 import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
+  type KeptGradients,
   loadNative,
   type NativeForward,
   type NativeGenerate,
-  type NativeMemory,
   type NativeModel,
   type NativePieces,
-  type NativeWorld,
+  type NativeTraffic,
 } from './native.js';
+import { nativeSpec } from './native-spec.js';
+import type { EngineOptions } from './rank-options.js';
 
-export interface EngineOptions {
-  shape: ModelShape;
-  device: Device;
-  dtype: Dtype;
-  /** Gradients, moments and masters are held too. Default false. */
-  train?: boolean;
-  /** numerics.parts; default: the rule of DESIGN §2. */
-  parts?: number | 'auto';
-  /** Layers keep only their input for backward and are computed again. Default false. */
-  recompute?: boolean;
-  /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
-  rank?: RankOfWorld;
-  /** ZeRO stage (layout/zero.ts). Default 0. */
-  zero?: number;
-  /** Default: an arena of its own. */
-  weights?: WeightsIn;
-}
-
-/** A forward whose activations stay, among others that are under way. */
-export interface Pass {
+/** Forwards whose activations stay, among others that are under way. */
+export interface Kept {
+  /** Of the first. */
   slot: number;
   slots: Slots;
   first: boolean;
   /** The rank has another operation of these micro-batches to do. */
   more: boolean;
-}
-
-/** Compute weights in a memory that others use too; its owner counts its bytes in the device's budget. */
-export interface WeightsIn {
-  memory: NativeMemory;
-  /** One per tensor of the engine's table. */
-  places: readonly WeightPlace[];
-}
-
-export interface RankOfWorld {
-  degrees: Degrees;
-  rank: number;
-  world: NativeWorld;
-  /** Layers of each stage; default: those of `stageLayers`. */
-  stages?: readonly Range[];
 }
 
 const alone: Degrees = { pipeline: 1, tensor: 1, data: 1 };
@@ -148,6 +115,7 @@ export class NativeEngine implements Engine {
   private readonly degrees: Degrees;
   private readonly rank: number;
   private readonly zero: number;
+  private readonly units: readonly ParameterUnit[];
   private readonly native: NativeModel;
   private readonly homes = new Map<string, TensorHome[]>();
 
@@ -164,12 +132,20 @@ export class NativeEngine implements Engine {
     this.zero = options.zero ?? 0;
     this.share = rankShare(this.shape, this.parts, this.degrees, this.rank, rank?.stages);
     this.table = shardTable(this.shape, this.parts, this.degrees, this.rank, rank?.stages);
+    this.units = parameterUnits(this.table, this.share.shape.layers, options.bucketBytes);
     const { dataRank, dataRanks } = this.share;
     const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
     const { gradientBytes: gradients, optimizerBytes: optimizer } = plan;
     const parameters = weights ? 0 : plan.weightsBytes;
     this.device.hold(this, parameters + gradients + optimizer, 'The model');
-    const spec = this.nativeSpec(plan, weights?.places);
+    const { overlap = true } = options;
+    const { shape, dtype, parts, share, table, units, degrees, train, recompute } = this;
+    const spec = nativeSpec({
+      ...{ shape, dtype, parts, share, table, units, plan, degrees, train, recompute, overlap },
+      rank: this.rank,
+      zero: this.zero,
+      ...(weights ? { weights: weights.places } : {}),
+    });
     this.native = rethrow(() => new (loadNative().Model)(this.device.native, spec, rank, weights?.memory));
     // What others use as well stays where it is.
     this.state = new ModelState(this.device, this, this.native, { parameters, gradients, optimizer });
@@ -180,45 +156,6 @@ export class NativeEngine implements Engine {
         this.homes.set(source.name, homes);
       }
     }
-  }
-
-  private nativeSpec(plan: ModelPlan, weights: readonly WeightPlace[] = []): object {
-    const { shape, share } = this;
-    const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
-    return {
-      shape: {
-        ...share.shape,
-        vocabulary: shape.vocabulary,
-        learnedPositions: shape.positions.type === 'learned',
-        parts: share.parts,
-      },
-      dtype: this.dtype,
-      train: this.train,
-      recompute: this.recompute,
-      zero: this.zero,
-      dataRank: share.dataRank,
-      dataRanks: share.dataRanks,
-      firstLayer: share.firstLayer,
-      vocabularyBegin: share.vocabularyBegin,
-      vocabularyParts: vocabularyParts(shape.vocabulary, this.parts),
-      tensors: this.table.map((tensor, i) => {
-        const { name, kind, out, in: columns, split, sizes, elements, decay } = tensor;
-        return {
-          ...{ name, kind, out, in: columns, split, sizes, elements, decay },
-          ...plan.places[i],
-          ...weights[i],
-          ...sharing(tensor, this.degrees, this.rank),
-          // Parts that lie apart are those of a model that generates and has no replicas.
-          pieces:
-            share.dataRanks > 1 ? pieceBoundaries(tensor, share.dataRanks) : [0, weights[i]?.elements ?? elements],
-        };
-      }),
-      weightsBytes: plan.weightsBytes,
-      gradientBytes: plan.gradientBytes,
-      optimizerBytes: plan.optimizerBytes,
-      cosine: rope?.cosine,
-      sine: rope?.sine,
-    };
   }
 
   /** Forms the groups of a rank with others; all of them at the same time. */
@@ -257,7 +194,8 @@ export class NativeEngine implements Engine {
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
-    return this.runForward(this.planForward(batch, options));
+    const [result] = await this.runForward(this.planForward([batch], options));
+    return result!;
   }
 
   forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
@@ -265,58 +203,82 @@ export class NativeEngine implements Engine {
   }
 
   /**
-   * @param pass where activations are kept; default with `keep`: they are the only ones
+   * @param batches micro-batches that go through the model together; several with `keep` only, none where the rank takes part
+   *   in what its replicas do
+   * @param kept where activations are kept; default with `keep`: these are the only ones
    * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET
    */
-  planForward(batch: TokenBatch, options: ForwardOptions, pass?: Pass): NativeForward {
+  planForward(batches: readonly TokenBatch[], options: ForwardOptions, kept?: Kept): NativeForward {
     this.state.require(['parameters'], 'A forward pass');
     if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
-    const size = wholeSequences(batch.lengths);
-    const only: Pass = { slot: 0, slots: { count: 1, sizes: [size] }, first: true, more: false };
-    const { slot, slots, first, more } = pass ?? only;
-    const { share, recompute } = this;
-    const plan = options.keep
-      ? planTraining(share.shape, this.dtype, size, { recompute, place: share, slots, slot })
-      : planScoring(share.shape, this.dtype, size, share);
-    this.device.requireWorkspace(plan.total, `A forward pass over ${batch.tokens.length} tokens`);
+    const sizes = batches.map(({ lengths }) => wholeSequences(lengths));
+    const only: Kept = { slot: 0, slots: { count: batches.length, sizes }, first: true, more: false };
+    const { slot, slots, first, more } = kept ?? only;
+    const { share, recompute, dtype } = this;
+    const units = this.planUnits(options.keep ? 'training' : 'scoring');
+    const begin = units.total;
+    const training = { recompute, breadthFirst: this.zero >= 2, place: share, begin, slots };
+    const plans = sizes.map((size, i) =>
+      options.keep
+        ? planTraining(share.shape, dtype, size, { ...training, slot: slot + i })
+        : planScoring(share.shape, dtype, size, share, begin),
+    );
+    const workspaceBytes = Math.max(begin, ...plans.map(({ total }) => total));
+    const tokens = batches.reduce((sum, batch) => sum + batch.tokens.length, 0);
+    this.device.requireWorkspace(workspaceBytes, `A forward pass over ${tokens} tokens`);
     return {
-      tokens: batch.tokens,
-      lengths: batch.lengths,
+      passes: batches.map((batch, i) => ({
+        tokens: batch.tokens,
+        lengths: batch.lengths,
+        plan: plans[i]!,
+        slot: slot + i,
+      })),
+      units,
+      workspaceBytes,
       // As the sampler rounds it: the trainer's log-probs are the rollout's at every temperature.
       inverseTemperature: Math.fround(1 / Math.fround(options.temperature ?? 1)),
-      ...(options.keep ? { keep: { slot, first, more, workspaceBytes: plan.total } } : {}),
-      plan,
+      ...(options.keep ? { keep: { first, more } } : {}),
       outputs: this.share.lastStage ? Object.fromEntries(options.outputs.map((name) => [name, true])) : {},
     };
   }
 
-  runForward(call: NativeForward, microBatch?: number): Promise<ForwardResult> {
+  private planUnits(use: UnitUse): CallPlan {
+    return planUnits(this.table, this.units, this.dtype, this.zero, use);
+  }
+
+  /** Of each micro-batch; `microBatch` is the number of the only one. */
+  runForward(call: NativeForward, microBatch?: number): Promise<ForwardResult[]> {
     return this.device.run('forward', () => this.native.forward(call), microBatch);
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
-    await this.runBackward(0, false, gradients);
+    await this.runBackward([{ slot: 0, ...gradients }], { more: false, last: false });
   }
 
-  /** Of the forward kept in a slot. */
-  runBackward(slot: number, more: boolean, gradients: TokenGradients, microBatch?: number): Promise<void> {
-    this.state.require(['parameters', 'gradients'], 'A backward pass');
-    return this.device.run('backward', () => this.native.backward({ ...gradients, slot, more }), microBatch);
-  }
-
-  async accumulate(
-    [own = []]: MicroBatches,
-    options: Omit<ForwardOptions, 'keep'>,
-    gradientsOf: GradientsOf,
+  /** `last`: no other backward follows before the step, so that replicas reduce the gradients. */
+  runBackward(
+    passes: readonly KeptGradients[],
+    options: { more: boolean; last: boolean },
+    microBatch?: number,
   ): Promise<void> {
+    this.state.require(['parameters', 'gradients'], 'A backward pass');
+    return this.device.run('backward', () => this.native.backward({ passes, ...options }), microBatch);
+  }
+
+  async accumulate([own = []]: MicroBatches, options: AccumulateOptions, gradientsOf: GradientsOf): Promise<void> {
     try {
       await accumulateInTurn(this, own, options, (outputs, index) => gradientsOf(outputs, 0, index));
     } catch (error) {
       await this.clearGradients();
       throw error;
     }
+  }
+
+  /** All ranks together: gradients become those of all replicas, or the rank's pieces of them. */
+  async reduceGradients(): Promise<void> {
+    await this.device.run('reduce', () => this.native.reduceGradients());
   }
 
   async clearGradients(): Promise<void> {
@@ -405,18 +367,21 @@ export class NativeEngine implements Engine {
   pagesFor({ rows, sequences, pages: needed }: GenerationNeeds): number {
     const { dtype, share } = this;
     const { shape } = share;
-    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }, share).total;
-    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }, share).total - without;
+    const begin = this.planUnits('generation').total;
+    const without = planGeneration(shape, dtype, { rows, sequences, pages: 0 }, share, begin).total;
+    const perPage = planGeneration(shape, dtype, { rows, sequences, pages: 1 }, share, begin).total - without;
     return Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
   }
 
   /** @throws LockstepError MEMORY_BUDGET */
   planGeneration({ requests, options, sequences, rows }: GenerationNeeds, pages: number): NativeGenerate {
     const { dtype, share } = this;
-    const plan: CallPlan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share);
+    const units = this.planUnits('generation');
+    const plan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share, units.total);
     this.device.requireWorkspace(plan.total, `Generation of ${sequences} sequences together`);
     return {
       plan,
+      units,
       temperature: options.temperature,
       topP: options.topP,
       topK: options.topK,
@@ -480,6 +445,11 @@ export class NativeEngine implements Engine {
     await this.device.run('publish', () => this.native.publish());
   }
 
+  /** Of what its replicas exchange behind the computation. */
+  traffic(): NativeTraffic {
+    return rethrow(() => this.native.traffic());
+  }
+
   memory(): EngineMemory {
     return rethrow(() => ({ ...this.native.memory(), ...this.device.memory() }));
   }
@@ -492,20 +462,6 @@ export class NativeEngine implements Engine {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
-}
-
-/** How a tensor's gradient and its norm come together over ranks (TensorSpec of native/model/spec.h). */
-function sharing({ copies, split }: ShardTensor, degrees: Degrees, rank: number): object {
-  const partial = copies.find(({ gradient }) => gradient === 'partial');
-  const sameStage = partial?.ranks.every(
-    (other) => coordinatesOf(other, degrees).pipeline === coordinatesOf(rank, degrees).pipeline,
-  );
-  const over = !sameStage ? 'ends' : split === 'none' ? 'tensor' : 'keyValue';
-  return {
-    cut: split !== 'none',
-    owner: partial === undefined || partial.ranks[0] === rank,
-    ...(partial ? { summed: over, summedBegin: partial.begin, summedEnd: partial.end } : {}),
-  };
 }
 
 /** [rows, columns] to [columns, rows]. */

@@ -85,26 +85,39 @@ export interface NativeBenchResult {
   verified: boolean;
 }
 
+/** ForwardCall of native/model/model.h. */
 export interface NativeForward {
-  tokens: Int32Array;
-  lengths: Int32Array;
+  passes: NativePass[];
+  units: CallPlan;
+  workspaceBytes: number;
   inverseTemperature: number;
-  keep?: NativeKeep;
-  plan: CallPlan;
+  keep?: { first: boolean; more: boolean };
   outputs: Partial<Record<ForwardOutput, true>>;
 }
 
-/** Which of several micro-batches that are under way a forward belongs to (KeptPass of native/model/model.h). */
-export interface NativeKeep {
+/** One micro-batch, and where its activations stay. */
+export interface NativePass {
+  tokens: Int32Array;
+  lengths: Int32Array;
+  plan: CallPlan;
   slot: number;
-  first: boolean;
-  more: boolean;
-  workspaceBytes: number;
 }
 
-export interface NativeBackward extends TokenGradients {
-  slot: number;
+export interface NativeBackward {
+  passes: readonly KeptGradients[];
   more: boolean;
+  last: boolean;
+}
+
+/** Of the forward kept in a slot. */
+export interface KeptGradients extends TokenGradients {
+  slot: number;
+}
+
+/** Bytes from and to other ranks. */
+export interface NativeTraffic {
+  receivedBytes: number;
+  sentBytes: number;
 }
 
 /** Of a model over ranks (Degrees of native/model/parallel.h). */
@@ -118,6 +131,7 @@ export interface NativeDegrees {
 
 export interface NativeGenerate {
   plan: CallPlan;
+  units: CallPlan;
   temperature: number;
   topP: number;
   topK: number;
@@ -238,7 +252,8 @@ export interface NativeModel {
   load(slices: NativeSlice[]): Promise<Timed<void>>;
   snapshot(slices: NativeSlice[]): Promise<Timed<NativeSnapshot>>;
   save(slices: NativeSlice[], copy?: object): Promise<Timed<void>>;
-  forward(call: NativeForward): Promise<Timed<ForwardResult>>;
+  /** Of each pass. */
+  forward(call: NativeForward): Promise<Timed<ForwardResult[]>>;
   backward(call: NativeBackward): Promise<Timed<void>>;
   step(options: NativeStep): Promise<Timed<number>>;
   generate(
@@ -252,8 +267,10 @@ export interface NativeModel {
     pieces: NativePieces;
     data: Float32Array;
   }): Promise<Timed<void>>;
+  reduceGradients(): Promise<Timed<void>>;
   clearGradients(): Promise<Timed<void>>;
   publish(): Promise<Timed<void>>;
+  traffic(): NativeTraffic;
   state(): Record<StateGroup, NativeStateGroup>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;

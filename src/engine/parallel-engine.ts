@@ -6,20 +6,15 @@
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 import type { TransitionEngine } from '../layout/hybrid-engine.js';
-import { wholeSequences } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import { type Degrees, type GenerationDegrees, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
-import {
-  microBatchesInFlight,
-  type PipelineOperation,
-  pipelineSchedules,
-  type ScheduleName,
-} from '../layout/pipeline-schedule.js';
+import type { ScheduleName } from '../layout/pipeline-schedule.js';
 import { rankShare } from '../layout/rank-share.js';
 import type { Device } from './device.js';
 import { awaitedLater, rethrow } from './device.js';
 import type {
+  AccumulateOptions,
   Dtype,
   Engine,
   EngineMemory,
@@ -45,6 +40,7 @@ import { checkTokens, generateOver, Replica } from './replica.js';
 import { readShards, writeShards } from './shard-access.js';
 import { together } from './together.js';
 import { cutGradients, cutRows, joinResults } from './token-shards.js';
+import { planPipeline, runBreadthFirst, type Stages } from './training-schedules.js';
 
 export { together } from './together.js';
 
@@ -58,8 +54,14 @@ export interface ParallelOptions {
   train?: boolean;
   /** Layers keep only their input for backward and are computed again. Default false. */
   recompute?: boolean;
-  /** ZeRO stage: 0, or 1, which divides the optimizer state among the replicas. Default 0. */
+  /**
+   * ZeRO stage: what is divided among the replicas. 1: optimizer state; 2: and gradients; 3: and compute weights. Default 0.
+   */
   zero?: number;
+  /** Bytes of gradients that replicas reduce together. Default: `defaultBucketBytes` (layout/units.ts). */
+  bucketBytes?: number;
+  /** What replicas exchange goes on behind the computation. Default true. */
+  overlap?: boolean;
   /** Order of forwards and backwards on the stages (layout/pipeline-schedule.ts). Default 1f1b. */
   schedule?: ScheduleName;
   /** numerics.parts; default: the rule of DESIGN §2. */
@@ -71,9 +73,6 @@ export interface ParallelOptions {
   /** How weights come from one layout to the other. Default hybridflow. */
   transition?: TransitionEngine;
 }
-
-/** Ranks of a replica by stage, in tensor order. */
-type Stages = readonly (readonly NativeEngine[])[];
 
 export class ParallelEngine implements Engine {
   readonly shape: ModelShape;
@@ -89,6 +88,8 @@ export class ParallelEngine implements Engine {
   private readonly zero: number;
   /** Of the last `forward` with `keep`: the rows of each replica. */
   private kept: readonly TokenBatch[] | undefined;
+  /** The gradients are those of all replicas, or pieces of them: nothing can be added before the step. */
+  private reduced = false;
 
   private constructor(
     options: ParallelOptions,
@@ -104,7 +105,7 @@ export class ParallelEngine implements Engine {
     this.ranks = ranks;
     this.hybrid = hybrid;
     this.schedule = options.schedule ?? '1f1b';
-    this.zero = options.zero ?? 0;
+    this.zero = stageOf(options);
     const { pipeline, tensor, data } = degrees;
     const from = (begin: number) => ranks.slice(begin, begin + tensor);
     this.stages = Array.from({ length: data }, (_, replica) =>
@@ -117,11 +118,13 @@ export class ParallelEngine implements Engine {
    * @throws LockstepError PARALLEL_INVALID, PARTS_INVALID, RANKS_INVALID, MEMORY_BUDGET
    */
   static async create(options: ParallelOptions): Promise<ParallelEngine> {
-    const { shape, devices, dtype, train = false, recompute = false, zero = 0, timeoutSeconds = 300 } = options;
+    const { shape, devices, dtype, train = false, recompute = false, overlap = true, timeoutSeconds = 300 } = options;
     const { generation, transition: engine = 'hybridflow' } = options;
     const parts = resolveParts(shape, options.parts);
     const degrees: Degrees = { data: 1, ...options.degrees };
     checkDegrees(shape, parts, degrees, devices.length);
+    const zero = stageOf(options);
+    const sharing = { zero, overlap, ...(options.bucketBytes ? { bucketBytes: options.bucketBytes } : {}) };
     const world = rethrow(() => new (loadNative().World)({ ranks: devices.length, timeoutSeconds }));
     const ranks: NativeEngine[] = [];
     const hybrid =
@@ -129,7 +132,7 @@ export class ParallelEngine implements Engine {
       (await HybridEngine.create({ shape, parts, dtype, train: degrees, generation, engine, devices, timeoutSeconds }));
     try {
       for (const [rank, device] of devices.entries()) {
-        const common = { shape, device, dtype, train, recompute, zero, parts };
+        const common = { shape, device, dtype, train, recompute, parts, ...sharing };
         const weights = hybrid ? { weights: hybrid.trainingWeights(rank) } : {};
         ranks.push(new NativeEngine({ ...common, rank: { degrees, rank, world }, ...weights }));
       }
@@ -156,14 +159,14 @@ export class ParallelEngine implements Engine {
     this.checkBatch(batch);
     const shards = cutRows(batch, this.replicas);
     this.kept = options.keep ? shards : undefined;
-    const calls = this.stages.flatMap((stages, replica) =>
-      shards[replica]!.lengths.length === 0
-        ? []
-        : stages.flat().map((rank) => ({ rank, call: rank.planForward(shards[replica]!, options) })),
-    );
+    const calls = this.stages.flatMap((stages, replica) => {
+      const own = shards[replica]!;
+      const batches = own.lengths.length === 0 ? [] : [own];
+      return stages.flat().map((rank) => ({ rank, call: rank.planForward(batches, options) }));
+    });
     const results = await together(calls.map(({ rank, call }) => rank.runForward(call)));
     const leaders = new Set(this.stages.map((stages) => stages.at(-1)![0]));
-    return joinResults(results.filter((_, i) => leaders.has(calls[i]!.rank)));
+    return joinResults(results.filter((_, i) => leaders.has(calls[i]!.rank)).flat());
   }
 
   forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
@@ -188,33 +191,58 @@ export class ParallelEngine implements Engine {
       const message = 'backward needs a forward with `keep` before it and no other call between.';
       throw new LockstepError('NO_FORWARD', message);
     }
+    // Later stages keep pieces of gradients only: no other backward can add to them.
+    const last = this.zero >= 2;
+    this.open(last);
     const parts = cutGradients(gradients, shards);
-    const busy = this.stages.filter((_, replica) => shards[replica]!.lengths.length > 0);
-    await together(busy.flatMap((stages, i) => stages.flat().map((rank) => rank.runBackward(0, false, parts[i]!))));
+    await together(
+      this.stages.flatMap((stages, replica) => {
+        const passes = shards[replica]!.lengths.length === 0 ? [] : [{ slot: 0, ...parts[replica] }];
+        return stages.flat().map((rank) => rank.runBackward(passes, { more: false, last }));
+      }),
+    );
+  }
+
+  /** Before gradients are added to; `last`: for the last time before the step. */
+  private open(last: boolean): void {
+    if (this.reduced) {
+      const message =
+        'The gradients of this step are reduced over the replicas and cannot be added to. Call step first, give accumulate all ' +
+        `micro-batches of the step${this.zero < 2 ? ', or `final: false` before its last call' : ` (ZeRO stage ${this.zero} keeps pieces of gradients only)`}.`;
+      throw new LockstepError('GRADIENTS_REDUCED', message);
+    }
+    this.reduced = last && this.replicas > 1;
   }
 
   async accumulate(
     microBatches: MicroBatches,
-    options: Omit<ForwardOptions, 'keep'>,
+    { final = true, ...wanted }: AccumulateOptions,
     gradientsOf: GradientsOf,
   ): Promise<void> {
     this.kept = undefined;
     for (const batch of microBatches.flat()) this.checkBatch(batch);
+    const options = { ...wanted, keep: true };
+    this.open(final || this.zero >= 2);
     try {
-      await together(
-        this.stages.map((stages, replica) =>
-          runReplica(stages, this.schedule, microBatches[replica] ?? [], { ...options, keep: true }, (outputs, index) =>
-            gradientsOf(outputs, replica, index),
-          ),
-        ),
-      );
+      if (this.zero >= 2) {
+        const replicas = this.stages.map(([only]) => only!);
+        await runBreadthFirst(replicas, microBatches, options, gradientsOf);
+      } else {
+        const { schedule } = this;
+        const runs = this.stages.map((stages, replica) =>
+          planPipeline(stages, microBatches[replica] ?? [], { ...options, schedule, final }),
+        );
+        await together(runs.map((run, replica) => run((outputs, index) => gradientsOf(outputs, replica, index))));
+      }
     } catch (error) {
       await Promise.allSettled(this.ranks.map((rank) => rank.clearGradients()));
+      this.reduced = false;
       throw error;
     }
   }
 
   async step(options: StepOptions): Promise<StepResult> {
+    this.reduced = false;
     const [result] = await together(this.ranks.map((rank) => rank.step(options)));
     return result!;
   }
@@ -226,10 +254,16 @@ export class ParallelEngine implements Engine {
     if (this.hybrid) return this.hybrid.generate(requests, options);
     const leader = (this.degrees.pipeline - 1) * this.degrees.tensor;
     const replicas = this.stages.map((stages) => new Replica(stages.flat(), leader));
-    return generateOver(replicas, requests, options);
+    // With divided weights all replicas gather them, whether they have requests or not.
+    return generateOver(replicas, requests, options, this.zero >= 3);
   }
 
-  readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
+  /** Reading gradients reduces them: nothing can be added before the step. */
+  async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
+    if (space === 'gradients' && this.replicas > 1 && this.zero < 2) {
+      this.reduced = true;
+      await together(this.ranks.map((rank) => rank.reduceGradients()));
+    }
     return readShards(this.replicaRanks(), name, space, this.zero > 0);
   }
 
@@ -277,6 +311,25 @@ export class ParallelEngine implements Engine {
   }
 }
 
+/**
+ * The ZeRO stage, 0 where there is nothing to divide.
+ * @throws LockstepError PARALLEL_INVALID
+ */
+function stageOf({ zero = 0, degrees: { pipeline, data = 1 } }: ParallelOptions): number {
+  if (!Number.isInteger(zero) || zero < 0 || zero > 3) {
+    const message = `parallel.zero: expected 0, 1, 2 or 3, received ${zero}.`;
+    throw new LockstepError('PARALLEL_INVALID', message, { key: 'parallel.zero', received: zero });
+  }
+  if (zero >= 2 && pipeline > 1) {
+    const message =
+      `parallel.zero: ${zero} is not possible with parallel.pipeline ${pipeline}: gradients that are divided have to pass a layer ` +
+      'for all micro-batches at once, while a pipeline takes one after the other through its stages. Set parallel.zero to 1, or ' +
+      'parallel.pipeline to 1.';
+    throw new LockstepError('PARALLEL_INVALID', message, { key: 'parallel.zero', received: zero, pipeline });
+  }
+  return data > 1 ? zero : 0;
+}
+
 /** Every rank's share is possible, and there is a device for each. */
 function checkDegrees(shape: ModelShape, parts: number, degrees: Degrees, devices: number): void {
   const world = worldSize(degrees);
@@ -285,78 +338,4 @@ function checkDegrees(shape: ModelShape, parts: number, degrees: Degrees, device
   const { pipeline, tensor, data } = degrees;
   const message = `pipeline ${pipeline} x tensor ${tensor} x data ${data} takes ${world} devices, one per rank; received ${devices}.`;
   throw new LockstepError('RANKS_INVALID', message, { expected: world, received: devices });
-}
-
-/**
- * One replica's micro-batches through its pipeline. All stages but the last have their operations queued at once: they wait
- * for each other's messages, not for JavaScript. When `gradientsOf` fails the pipeline is emptied with gradients of zero.
- */
-async function runReplica(
-  stages: Stages,
-  schedule: ScheduleName,
-  microBatches: readonly TokenBatch[],
-  options: ForwardOptions,
-  gradientsOf: (outputs: ForwardResult, index: number) => TokenGradients,
-): Promise<void> {
-  if (microBatches.length === 0) return;
-  const operations = pipelineSchedules[schedule](stages.length, microBatches.length);
-  const slotCounts = microBatchesInFlight(operations);
-  const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths));
-  const slots = slotCounts.map((count) => ({ count, sizes }));
-  // Both schedules end micro-batches in the order in which they begin them.
-  const slotOf = (stage: number, { microBatch }: PipelineOperation): number => microBatch % slotCounts[stage]!;
-  const isLast = (stage: number, index: number): boolean => index + 1 === operations[stage]!.length;
-  // Planned before anything runs: what a rank refuses would leave the others waiting.
-  const forwards = stages.map((ranks, stage) =>
-    operations[stage]!.map((operation, index) => {
-      if (operation.kind === 'backward') return [];
-      const pass = {
-        slot: slotOf(stage, operation),
-        slots: slots[stage]!,
-        first: index === 0,
-        more: !isLast(stage, index),
-      };
-      return ranks.map((rank) => rank.planForward(microBatches[operation.microBatch]!, options, pass));
-    }),
-  );
-  const running: Promise<unknown>[] = [];
-  const forward = (stage: number, index: number): Promise<ForwardResult> => {
-    const { microBatch } = operations[stage]![index]!;
-    const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!, microBatch));
-    running.push(...calls);
-    return calls[0]!;
-  };
-  const backward = (stage: number, index: number, gradients: TokenGradients): void => {
-    const operation = operations[stage]![index]!;
-    const { microBatch } = operation;
-    const slot = slotOf(stage, operation);
-    const more = !isLast(stage, index);
-    running.push(...stages[stage]!.map((rank) => rank.runBackward(slot, more, gradients, microBatch)));
-  };
-  const last = stages.length - 1;
-  for (let stage = 0; stage < last; stage++) {
-    for (const [index, { kind }] of operations[stage]!.entries()) {
-      if (kind === 'forward') void forward(stage, index);
-      else backward(stage, index, {});
-    }
-  }
-  const outputs: Promise<ForwardResult>[] = [];
-  let thrown: { error: unknown } | undefined;
-  for (const [index, { kind, microBatch }] of operations[last]!.entries()) {
-    if (kind === 'forward') {
-      outputs[microBatch] = forward(last, index);
-      continue;
-    }
-    const result = await outputs[microBatch]!.catch(() => undefined);
-    if (result === undefined) break; // a rank has failed, and with it all
-    let gradients: TokenGradients = {};
-    try {
-      if (!thrown) gradients = gradientsOf(result, microBatch);
-    } catch (error) {
-      thrown = { error };
-    }
-    backward(last, index, gradients);
-  }
-  await together(running);
-  if (thrown) throw thrown.error;
 }

@@ -96,18 +96,22 @@ class SharedProgress {
   }
 }
 
-/** Requests over replicas, answers in their order. When one replica fails the others end within a step. */
+/**
+ * Requests over replicas, answers in their order. When one replica fails the others end within a step.
+ * @param all replicas without requests make the call, too
+ */
 export async function generateOver(
   replicas: readonly Replica[],
   requests: readonly GenerateRequest[],
   options: GenerateOptions,
+  all = false,
 ): Promise<Generated[]> {
   const shares = shareOut(requests.length, replicas.length);
   const progress = options.onProgress && new SharedProgress(shares, options.onProgress);
   const failure = new AbortController();
   const signal = AbortSignal.any([failure.signal, ...(options.signal ? [options.signal] : [])]);
   const planned = shares.map(({ begin, end }, i) =>
-    begin === end ? [] : replicas[i]!.plan(requests.slice(begin, end), options, begin),
+    begin === end && !all ? [] : replicas[i]!.plan(requests.slice(begin, end), options, begin),
   );
   const running = planned.map(async (calls, i) => {
     if (calls.length === 0) return [];

@@ -57,7 +57,7 @@ async function readReplica(
 
 /**
  * The whole tensor as the checkpoint has it.
- * @param pieces replicas hold pieces of masters and moments (ZeRO) and zeros for the others
+ * @param pieces replicas hold pieces (ZeRO) and zeros for the others, else all the same
  * @throws LockstepError MODEL_TENSOR_UNKNOWN
  */
 export async function readShards(
@@ -68,13 +68,12 @@ export async function readShards(
 ): Promise<Float32Array> {
   const { source } = homesOn(replicas[0]!, name)[0]!.home;
   const extent = extents(source);
-  const [first, ...others] = space === 'gradients' || pieces ? replicas : replicas.slice(0, 1);
+  const [first, ...others] = pieces ? replicas : replicas.slice(0, 1);
   const whole = await readReplica(first!, name, space, extent);
   const bits = new Uint32Array(whole.buffer);
   for (const ranks of others) {
     const more = await readReplica(ranks, name, space, extent);
-    if (space === 'gradients') for (let i = 0; i < whole.length; i++) whole[i]! += more[i]!;
-    else for (const [i, word] of new Uint32Array(more.buffer).entries()) bits[i]! |= word;
+    for (const [i, word] of new Uint32Array(more.buffer).entries()) bits[i]! |= word;
   }
   return source.transposed ? transpose(whole, extent.rows, extent.columns) : whole;
 }

@@ -16,17 +16,16 @@ export function cutRows({ tokens, lengths }: TokenBatch, count: number): TokenBa
   });
 }
 
-/** Of the batches that are not empty, the gradients of each one's tokens. */
+/** The gradients of each batch's tokens. */
 export function cutGradients(gradients: TokenGradients, shards: readonly TokenBatch[]): TokenGradients[] {
   let begin = 0;
-  return shards.flatMap(({ tokens }) => {
-    if (tokens.length === 0) return [];
+  return shards.map(({ tokens }) => {
     const end = begin + tokens.length;
     const own = Object.fromEntries(
       (Object.entries(gradients) as [string, Float32Array][]).map(([name, all]) => [name, all.subarray(begin, end)]),
     );
     begin = end;
-    return [own];
+    return own;
   });
 }
 

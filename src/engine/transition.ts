@@ -19,7 +19,7 @@ import {
   type NativeWorld,
   type Timed,
 } from './native.js';
-import type { WeightsIn } from './native-engine.js';
+import type { WeightsIn } from './rank-options.js';
 import { together } from './together.js';
 
 export interface TransitionSetup extends TransitionOptions {

@@ -29,7 +29,10 @@ export interface ModelPlan {
   optimizerBytes: number;
 }
 
-/** Of the data-parallel ranks, which this one is; from ZeRO stage 1 on it keeps the optimizer state of its pieces only. */
+/**
+ * Of the data-parallel ranks, which this one is. It keeps its pieces only: of the optimizer state from ZeRO stage 1 on, of the
+ * gradients from 2 on, of the compute weights in 3.
+ */
 export interface ZeroShare {
   stage: number;
   rank: number;
@@ -65,7 +68,11 @@ export interface Slots {
 export interface TrainingOptions {
   /** Layers keep only their input. */
   recompute?: boolean;
+  /** Backward goes through a layer with all micro-batches before it goes on to the next. */
+  breadthFirst?: boolean;
   place?: Place;
+  /** Bytes before it, for units (units.ts). */
+  begin?: number;
   /** Default: one, for this call. */
   slots?: Slots;
   slot?: number;
@@ -76,15 +83,14 @@ export const pagePositions = 64;
 /** A block of logits takes about this many bytes: large enough for full-speed products, small enough to stay near the caches. */
 const stagingTarget = 8 << 20;
 
-const align = (bytes: number): number => Math.ceil(bytes / alignment) * alignment;
+export const align = (bytes: number): number => Math.ceil(bytes / alignment) * alignment;
 const roundUp = (x: number, to: number): number => Math.ceil(x / to) * to;
-const bytesOf = (dtype: Dtype): number => (dtype === 'float32' ? 4 : 2);
+export const bytesOf = (dtype: Dtype): number => (dtype === 'float32' ? 4 : 2);
 
 const wholeState: ZeroShare = { stage: 0, rank: 0, ranks: 1 };
 
-/** Elements of a tensor's masters and moments that a rank keeps. */
-export function keptElements(tensor: TensorSpec, { stage, rank, ranks }: ZeroShare): number {
-  if (stage === 0) return tensor.elements;
+/** Elements of a tensor that a rank keeps of what is divided among the ranks. */
+export function keptElements(tensor: TensorSpec, { rank, ranks }: ZeroShare): number {
   const boundaries = pieceBoundaries(tensor, ranks);
   return (boundaries[rank + 1] as number) - (boundaries[rank] as number);
 }
@@ -103,14 +109,16 @@ export function planModel(
     return offset;
   };
   for (const tensor of table) {
-    const full = tensor.elements * 4;
+    const elements = (dividedFrom: number): number =>
+      zero.stage < dividedFrom ? tensor.elements : keptElements(tensor, zero);
     const place: TensorPlace = {
-      weights: take('weightsBytes', tensor.kind === 'matrix' ? tensor.elements * bytesOf(dtype) : full),
+      weights: take('weightsBytes', elements(3) * (tensor.kind === 'matrix' ? bytesOf(dtype) : 4)),
     };
     if (train) {
-      place.gradient = take('gradientBytes', full);
-      if (tensor.tied) place.gradient2 = take('gradientBytes', full);
-      const kept = keptElements(tensor, zero) * 4;
+      // Before the first, which is then next to the gradients that are reduced together with it.
+      if (tensor.tied && zero.stage < 2) place.gradient2 = take('gradientBytes', tensor.elements * 4);
+      place.gradient = take('gradientBytes', elements(2) * 4);
+      const kept = elements(1) * 4;
       if (dtype === 'bfloat16' && tensor.kind === 'matrix') place.master = take('optimizerBytes', kept);
       place.moment1 = take('optimizerBytes', kept);
       place.moment2 = take('optimizerBytes', kept);
@@ -143,7 +151,11 @@ export function largestCall(tokens: number, sequences: number): CallSize {
 }
 
 class CallPlanner {
-  private readonly plan: CallPlan = { names: [], offsets: [], bytes: [], total: 0 };
+  private readonly plan: CallPlan;
+
+  constructor(begin: number) {
+    this.plan = { names: [], offsets: [], bytes: [], total: begin };
+  }
 
   /** The next buffer begins there. */
   seek(offset: number): void {
@@ -186,9 +198,10 @@ type Adding = (name: string, bytes: number) => void;
 
 /** What stays between a micro-batch's forward and its backward. */
 function addKept(add: Adding, s: ModelShape, dtype: Dtype, { rows, pages }: CallSize, options: TrainingOptions): void {
-  const { recompute = false, place = alone } = options;
+  const { recompute = false, breadthFirst = false, place = alone } = options;
   const e = bytesOf(dtype);
   const stat = rows * (s.norm === 'layer' ? 2 : 1) * 4;
+  if (breadthFirst) add('dx', rows * s.width * 4);
   for (let l = 0; l <= s.layers; l++) add(`x.${l}`, rows * s.width * 4);
   for (let l = 0; l < s.layers && !recompute; l++)
     addLayer((name, bytes) => add(`${name}.${l}`, bytes), s, dtype, { rows, pages });
@@ -217,21 +230,21 @@ function addLayer(add: Adding, s: ModelShape, dtype: Dtype, { rows, pages }: Cal
 
 /** One float32 and one operand intermediate at a time (transformer.cpp), for whichever micro-batch is computed. */
 function addIntermediates(add: Adding, s: ModelShape, dtype: Dtype, size: CallSize, options: TrainingOptions): void {
-  const { recompute = false, place = alone } = options;
+  const { recompute = false, breadthFirst = false, place = alone } = options;
   const { rows } = size;
   const e = bytesOf(dtype);
   if (recompute) addLayer(add, s, dtype, size);
   if (place.lastStage) add('staging', stagingBytes(s, dtype, rows, true));
   add('wide', rows * Math.max(qkvColumns(s), s.feedForward, s.width) * 4);
   add('operand', rows * Math.max(qkvColumns(s), upColumns(s), queryColumns(s)) * e);
-  add('dx', rows * s.width * 4);
+  if (!breadthFirst) add('dx', rows * s.width * 4);
   if (dtype === 'bfloat16') add('dxOperand', rows * s.width * e);
   if ((place.keyValueRanks ?? 1) > 1) add('keyValueGradients', rows * 2 * s.headWidth * 4);
 }
 
 /** Forward and backward over whole sequences. Slots come first, then what all micro-batches use in turn. */
 export function planTraining(s: ModelShape, dtype: Dtype, size: CallSize, options: TrainingOptions = {}): CallPlan {
-  const { slots = { count: 1, sizes: [size] }, slot = 0 } = options;
+  const { slots = { count: 1, sizes: [size] }, slot = 0, begin = 0 } = options;
   const most = (adding: typeof addKept): number =>
     Math.max(
       ...slots.sizes.map((each) => {
@@ -241,13 +254,12 @@ export function planTraining(s: ModelShape, dtype: Dtype, size: CallSize, option
       }),
     );
   const slotBytes = align(most(addKept));
-  const planner = new CallPlanner();
+  const planner = new CallPlanner(begin + slot * slotBytes);
   const add: Adding = (name, bytes) => planner.add(name, bytes);
-  planner.seek(slot * slotBytes);
   addKept(add, s, dtype, size, options);
-  planner.seek(slots.count * slotBytes);
+  planner.seek(begin + slots.count * slotBytes);
   addIntermediates(add, s, dtype, size, options);
-  planner.seek(slots.count * slotBytes + most(addIntermediates));
+  planner.seek(begin + slots.count * slotBytes + align(most(addIntermediates)));
   return planner.done();
 }
 
@@ -272,9 +284,9 @@ function addInference(planner: CallPlanner, { shape: s, place, dtype, rows, kvBy
   planner.add('kv', kvBytes);
 }
 
-/** Forward without backward over whole sequences; all layers use one set of buffers. */
-export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize, place: Place = alone): CallPlan {
-  const planner = new CallPlanner();
+/** Forward without backward over whole sequences; all layers use one set of buffers. `begin` as of TrainingOptions. */
+export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize, place: Place = alone, begin = 0): CallPlan {
+  const planner = new CallPlanner(begin);
   addInference(planner, { shape: s, place, dtype, rows: size.rows, kvBytes: size.pages * pageBytes(s, dtype) });
   if (place.lastStage) planner.add('staging', stagingBytes(s, dtype, size.rows, false));
   return planner.done();
@@ -286,8 +298,9 @@ export function planGeneration(
   dtype: Dtype,
   size: { rows: number; sequences: number; pages: number },
   place: Place = alone,
+  begin = 0,
 ): CallPlan {
-  const planner = new CallPlanner();
+  const planner = new CallPlanner(begin);
   const kvBytes = size.pages * s.layers * pageBytes(s, dtype);
   addInference(planner, { shape: s, place, dtype, rows: size.rows, kvBytes });
   if (!place.lastStage) return planner.done();

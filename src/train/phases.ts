@@ -2,6 +2,7 @@
 import { generationRows, generationSequences } from '../engine/native-engine.js';
 import { generationView } from '../layout/generation-view.js';
 import {
+  type Dtype,
   largestCall,
   type ModelPlan,
   pagePositions,
@@ -17,6 +18,7 @@ import { type RankShare, rankShare } from '../layout/rank-share.js';
 import { type Phase, type RotatingModel, type StateGroup, stateGroups } from '../layout/rotation.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
 import { transitionPlan } from '../layout/transition-plan.js';
+import { parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import type { Config } from './config.js';
 import type { Role } from './roles.js';
 
@@ -129,7 +131,10 @@ function workspaceOf(
   const rows = batch.microTokens;
   const size = largestCall(rows, batch.sequences);
   if (kind === 'score' || kind === 'train') {
-    const scoring = mostOf(role, config, ({ share }) => planScoring(share.shape, dtype, size, share).total);
+    const scoring = mostOf(role, config, (rank) => {
+      const begin = unitBytes(rank, dtype, config.parallel.zero, 'scoring');
+      return planScoring(rank.share.shape, dtype, size, rank.share, begin).total;
+    });
     const training = kind === 'train' ? mostOf(role, config, (rank) => trainingBytes(role, config, rank)) : 0;
     return training > scoring
       ? { workspaceBytes: training, what: `workspace: ${name}, training on ${rows} tokens` }
@@ -141,7 +146,10 @@ function workspaceOf(
     const call = { rows: Math.max(sequences, generationRows), sequences, pages };
     return config.generation
       ? mostOfGeneration(role, config, call)
-      : mostOf(role, config, ({ share }) => planGeneration(share.shape, dtype, call, share).total);
+      : mostOf(role, config, (rank) => {
+          const begin = unitBytes(rank, dtype, config.parallel.zero, 'generation');
+          return planGeneration(rank.share.shape, dtype, call, rank.share, begin).total;
+        });
   };
   return {
     workspaceBytes: bytes(pagesOf(rows + rollout.maxNewTokens)),
@@ -175,17 +183,23 @@ function mostOfGeneration(
   return Math.max(...needs);
 }
 
-/** With as many micro-batches under way as the rank's stage may hold. */
-function trainingBytes(
-  { shape }: Role,
-  { dtype, batch, memory, parallel }: Config,
-  { share, stage }: RankOfRole,
-): number {
+/** With as many micro-batches under way as the rank's stage may hold; from ZeRO stage 2 on, all of a step. */
+function trainingBytes({ shape }: Role, { dtype, batch, memory, parallel }: Config, rank: RankOfRole): number {
+  const { share, stage } = rank;
   const size = largestCall(batch.microTokens, batch.sequences);
   const rows = Math.ceil(batch.sequences / parallel.data);
   // Two micro-batches that follow each other have more than microTokens together, or one would have taken both.
   const microBatches = Math.min(rows, Math.ceil((2 * rows * shape.maxPositions) / batch.microTokens));
-  const count = microBatchesInFlight(pipelineSchedules[parallel.schedule](parallel.pipeline, microBatches))[stage]!;
-  const slots = { count: parallel.pipeline === 1 ? 1 : count, sizes: [size] };
-  return planTraining(share.shape, dtype, size, { recompute: memory.recompute, place: share, slots }).total;
+  const schedule = pipelineSchedules[parallel.schedule](parallel.pipeline, microBatches);
+  const inPipeline = parallel.pipeline === 1 ? 1 : (microBatchesInFlight(schedule)[stage] as number);
+  const breadthFirst = parallel.zero >= 2;
+  const slots = { count: breadthFirst ? microBatches : inPipeline, sizes: [size] };
+  const begin = unitBytes(rank, dtype, parallel.zero, 'training');
+  const options = { recompute: memory.recompute, breadthFirst, place: share, begin, slots };
+  return planTraining(share.shape, dtype, size, options).total;
+}
+
+/** Buffers of divided weights and gradients, before the others of a call. */
+function unitBytes({ share, table }: RankOfRole, dtype: Dtype, zero: number, use: UnitUse): number {
+  return planUnits(table, parameterUnits(table, share.shape.layers), dtype, zero, use).total;
 }

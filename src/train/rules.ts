@@ -22,9 +22,19 @@ const commonRules: Rule<Config>[] = [
           `${parallel.zero} divides state among data-parallel ranks, and parallel.data is 1; set zero to 0 or raise data`,
         )
       : undefined,
-  ({ parallel }) =>
-    parallel.zero > 1
-      ? unsupported('parallel.zero', parallel.zero, 'it divides the optimizer state only; set it to 1')
+  ({ parallel: { zero, pipeline } }) =>
+    zero > 1 && pipeline > 1
+      ? contradiction(
+          'parallel.zero',
+          `${zero} needs all micro-batches to pass a layer at once, and a pipeline of ${pipeline} stages takes one after the other; set zero to 1 or pipeline to 1`,
+        )
+      : undefined,
+  ({ parallel, generation }) =>
+    parallel.zero > 2 && generation
+      ? contradiction(
+          'generation',
+          `weights that are divided among replicas (parallel.zero ${parallel.zero}) are no shards to generate from; set zero to 2 or leave out generation`,
+        )
       : undefined,
   ({ parallel, batch }) =>
     batch.sequences < parallel.data

@@ -72,7 +72,7 @@ const common = {
     pipeline: count.default(1),
     tensor: count.default(1),
     data: count.default(1),
-    /** ZeRO stage: 1 divides the optimizer state among the data-parallel ranks. */
+    /** ZeRO stage: what is divided among the data-parallel ranks. 1: optimizer state; 2: and gradients; 3: and weights. */
     zero: z.int().min(0).max(3).default(0),
     /** Order of micro-batches on the stages of the pipeline. */
     schedule: z.enum(['1f1b', 'gpipe']).default('1f1b'),

@@ -45,6 +45,8 @@ const layouts: readonly Layout[] = [
   { pipeline: 1, tensor: 1, data: 2 },
   { pipeline: 1, tensor: 1, data: 3, zero: 1 },
   { pipeline: 2, tensor: 2, data: 2, zero: 1 },
+  { pipeline: 1, tensor: 1, data: 3, zero: 2 },
+  { pipeline: 1, tensor: 2, data: 2, zero: 3 },
   { pipeline: 1, tensor: 4 },
 ];
 const spaces = ['weights', 'moment1', 'moment2'] as const;

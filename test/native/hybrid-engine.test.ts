@@ -371,7 +371,7 @@ describe('a parallel engine with a generation layout', () => {
       const workspaces = () => used.map((device) => device.memory().workspace.planned);
       const fits = () => {
         try {
-          for (const rank of engine.ranks) rank.planForward(batch(), { outputs: ['logprobs'] });
+          for (const rank of engine.ranks) rank.planForward([batch()], { outputs: ['logprobs'] });
           return true;
         } catch {
           return false;

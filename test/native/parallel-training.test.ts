@@ -3,136 +3,29 @@
  * data-parallel replicas its bounds; the ZeRO stage changes no bit; each rank holds what the plan says.
  */
 import { describe, expect, test } from 'vitest';
-import { checkpointTensors } from '../../src/checkpoints/hugging-face.js';
-import { createDevice } from '../../src/checkpoints/load-model.js';
-import { packBatch, type TokenBatch } from '../../src/data/batch.js';
-import type { Device } from '../../src/engine/device.js';
-import type { Engine, ForwardResult, MicroBatches, StepOptions, TokenGradients } from '../../src/engine/engine.js';
-import { ParallelEngine, type ParallelOptions } from '../../src/engine/parallel-engine.js';
-import type { ModelShape } from '../../src/layout/model-shape.js';
+import type { Engine } from '../../src/engine/engine.js';
+import type { ParallelEngine } from '../../src/engine/parallel-engine.js';
+import { dtypes, readAll, sameBits, sameTensors, type TestModel } from './support.js';
 import {
-  dtypes,
-  randomModel,
-  readAll,
-  sameBits,
-  sameTensors,
-  sequencesOf,
-  smallShape,
-  type TestModel,
-  tinyShape,
-} from './support.js';
-
-type Layout = Pick<ParallelOptions, 'schedule' | 'zero' | 'recompute'> & {
-  pipeline?: number;
-  tensor?: number;
-  data?: number;
-};
-
-const layoutName = ({ pipeline = 1, tensor = 1, data = 1, zero = 0, schedule = '1f1b', recompute }: Layout): string =>
-  `p${pipeline} t${tensor} d${data} zero${zero} ${schedule}${recompute ? ' recompute' : ''}`;
-
-async function withDevices<T>(count: number, run: (devices: Device[]) => Promise<T>): Promise<T> {
-  const devices = Array.from({ length: count }, () => createDevice({ threads: 1 }));
-  try {
-    return await run(devices);
-  } finally {
-    for (const device of devices) await device.close();
-  }
-}
-
-const head = { family: 'qwen3', heads: 8, headWidth: 8, keyValueHeads: 2, feedForward: 128, headNorm: true } as const;
-const shapes: Record<string, ModelShape> = {
-  'key/value heads on two ranks each': smallShape,
-  'one key/value head, tied, a vocabulary that leaves a rank nothing': {
-    ...{ ...tinyShape, heads: 8, headWidth: 8, keyValueHeads: 1, feedForward: 128, tied: true, vocabulary: 20 },
-  },
-  'biases, learned positions, tied': {
-    ...{ ...tinyShape, family: 'gpt2', heads: 8, keyValueHeads: 8, headWidth: 8, feedForward: 256, tied: true },
-    ...{ norm: 'layer', activation: 'gelu-tanh', qkvBias: true, outputBias: true, mlpBias: true },
-    positions: { type: 'learned' },
-    maxPositions: 128,
-  },
-  'a bias of shared key/value heads': { ...smallShape, family: 'qwen2', qkvBias: true },
-  'a value head': { ...smallShape, head: 'value', headBias: true, tied: false },
-};
-const models: TestModel[] = Object.entries(shapes).map(([name, shape]) => randomModel(name, shape));
-const headNorms = randomModel('head norms', { ...tinyShape, ...head });
-
-const options: StepOptions = {
-  ...{ learningRate: 1e-2, betas: [0.9, 0.95], epsilon: 1e-8, weightDecay: 0.1, clipNorm: 0.5, step: 1 },
-};
-
-function batchOf(shape: ModelShape, lengths: readonly number[], seed = 1): TokenBatch {
-  return packBatch(sequencesOf(shape, lengths, seed));
-}
-
-/** A loss whose gradient depends on the outputs, so that a wrong forward shows as well. */
-function gradientsOf(outputs: ForwardResult): TokenGradients {
-  const of = (array: Float32Array | undefined, weight: number) =>
-    array && Float32Array.from(array, (x, i) => weight * Math.tanh(x) * (1 + (i % 3)) + 0.01);
-  const { logprobs, entropies, values } = outputs;
-  return Object.fromEntries(
-    Object.entries({
-      logprobs: of(logprobs, -0.1),
-      entropies: of(entropies, 0.02),
-      values: of(values, 0.1),
-    }).filter(([, array]) => array !== undefined),
-  );
-}
-
-const outputsOf = (shape: ModelShape) =>
-  shape.head === 'language' ? (['logprobs', 'entropies'] as const) : (['values'] as const);
-
-interface Trained {
-  norms: number[];
-  weights: Map<string, Float32Array>;
-  moments: Map<string, Float32Array>;
-}
-
-/** Steps over micro-batches of different sizes; those of a replica are its share of the list. */
-async function train(engine: Engine, steps = 2): Promise<Trained> {
-  const norms: number[] = [];
-  const { shape, replicas } = engine;
-  const outputs = outputsOf(shape);
-  for (let step = 1; step <= steps; step++) {
-    const all = [[33, 2], [17], [5, 9, 1], [40], [3, 3], [12]].map((lengths, i) =>
-      batchOf(shape, lengths, 10 * step + i),
-    );
-    const each = all.length / replicas;
-    const microBatches: MicroBatches = Array.from({ length: replicas }, (_, r) => all.slice(r * each, (r + 1) * each));
-    await engine.accumulate(microBatches, { outputs, temperature: 0.9 }, gradientsOf);
-    norms.push((await engine.step({ ...options, step })).gradientNorm);
-  }
-  return { norms, weights: await readAll(engine, 'weights'), moments: await readAll(engine, 'moment2') };
-}
-
-async function trainOver(
-  model: TestModel,
-  { pipeline = 1, tensor = 1, data = 1, ...layout }: Layout,
-  dtype: (typeof dtypes)[number],
-  work: (engine: Engine) => Promise<Trained> = train,
-): Promise<Trained> {
-  return withDevices(1 + pipeline * tensor * data, async ([own, ...devices]) => {
-    const one = await model.open({ device: own!, dtype, parts: 8, train: true });
-    const { shape, parts } = one;
-    const degrees = { pipeline, tensor, data };
-    const engine = await ParallelEngine.create({ shape, devices, degrees, dtype, parts, train: true, ...layout });
-    for (const { name } of checkpointTensors(one)) await engine.writeTensor(name, await one.readTensor(name));
-    await engine.publish();
-    return work(engine);
-  });
-}
+  batchOf,
+  gradientsOf,
+  headNorms,
+  type Layout,
+  layoutName,
+  models,
+  options,
+  outputsOf,
+  same,
+  type Trained,
+  train,
+  trainOver,
+  withDevices,
+} from './training-support.js';
 
 const trainAlone = (model: TestModel, dtype: (typeof dtypes)[number], recompute = false): Promise<Trained> =>
   withDevices(1, async ([device]) =>
     train(await model.open({ device: device!, dtype, parts: 8, train: true, recompute })),
   );
-
-function same(actual: Trained, expected: Trained, what: string): void {
-  expect(actual.norms, `${what}: gradient norms`).toEqual(expected.norms);
-  sameTensors(actual.weights, expected.weights, `${what}: weights`);
-  sameTensors(actual.moments, expected.moments, `${what}: second moments`);
-}
 
 describe.each(models)('$name', (model) => {
   test.each(dtypes)('two steps over pipeline and tensor ranks give the bits of one rank, %s', async (dtype) => {

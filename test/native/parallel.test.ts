@@ -311,9 +311,9 @@ describe('a rank that fails', () => {
         const degrees = { pipeline: 2, tensor: 2 };
         const engine = await ParallelEngine.create({ ...common, shape: smallShape, devices, degrees });
         const batch = packBatch(sequencesOf(smallShape, [40, 9]));
-        const calls = engine.ranks.map((rank) => rank.planForward(batch, { outputs: ['logprobs'] }));
+        const calls = engine.ranks.map((rank) => rank.planForward([batch], { outputs: ['logprobs'] }));
         const tokens = Int32Array.from(batch.tokens).fill(5000, 3, 4);
-        calls[bad] = { ...calls[bad]!, tokens };
+        calls[bad]!.passes[0]!.tokens = tokens;
         const running = engine.ranks.map((rank, i) => rank.runForward(calls[i]!));
         await expect(together(running)).rejects.toMatchObject({ code: 'TOKEN_OUT_OF_RANGE' });
         for (const call of running) await expect(call).rejects.toThrow(/5000/);
@@ -354,7 +354,7 @@ describe('a rank that fails', () => {
       const degrees = { pipeline: 1, tensor: 2 };
       const engine = await ParallelEngine.create({ ...common, shape: smallShape, devices, degrees });
       const [call] = engine.ranks.map((rank) =>
-        rank.planForward(packBatch(sequencesOf(smallShape, [9])), { outputs: ['logprobs'] }),
+        rank.planForward([packBatch(sequencesOf(smallShape, [9]))], { outputs: ['logprobs'] }),
       );
       const waiting = expect(engine.ranks[0]!.runForward(call!)).rejects.toMatchObject({ code: 'RANK_ABORTED' });
       await new Promise((resolve) => setTimeout(resolve, 50));

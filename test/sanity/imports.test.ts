@@ -172,7 +172,7 @@ const layers: Readonly<Record<string, readonly string[]>> = {
   kernels: ['core/'],
   comm: ['core/'],
   transfer: ['comm/communicator.h', 'core/'],
-  model: ['kernels/', 'comm/communicator.h', 'core/'],
+  model: ['kernels/', 'comm/background.h', 'comm/communicator.h', 'core/'],
   binding: ['model/', 'kernels/', 'transfer/', 'comm/', 'core/'],
 };
 

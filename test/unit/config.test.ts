@@ -166,6 +166,8 @@ describe('contradictions', () => {
     [{ ...sft, steps: 3, optimizer: { warmupSteps: 4 } }, '4 is more than steps (3)'],
     [{ ...sft, numerics: { parts: 3 } }, '3 is not a power of two'],
     [{ ...sft, generation: { tensor: 2 } }, 'generation.tensor: 2 does not divide parallel.tensor (1)'],
+    [{ ...sft, parallel: { data: 2, pipeline: 2, zero: 2 } }, 'set zero to 1 or pipeline to 1'],
+    [{ ...sft, parallel: { data: 2, tensor: 2, zero: 3 }, generation: {} }, 'set zero to 2 or leave out generation'],
     [{ ...sft, parallel: { zero: 1 } }, 'parallel.data is 1; set zero to 0 or raise data'],
     [{ ...sft, parallel: { data: 4 }, batch: { sequences: 3 } }, '3 rows leave some of the 4 data-parallel ranks'],
     [{ ...sft, parallel: { pipeline: 3, tensor: 8, data: 3 } }, 'are 72 ranks; a process has at most 64'],
@@ -176,7 +178,6 @@ describe('contradictions', () => {
   });
 
   it.each([
-    [{ ...sft, parallel: { data: 2, zero: 2 } }, 'parallel.zero: 2 is not in this version'],
     [{ ...sft, placement: 'split' }, 'use colocated'],
     [{ ...sft, algorithm: 'grpo' }, "'grpo' is not in this version; this version has sft, reward, ppo"],
   ])('what this version lacks is refused with what there is: %j', (input, message) => {
