@@ -2,7 +2,7 @@
  * One live run per folder. The lock names the process and its start time, so that a lock whose process has died (or whose
  * number another process has taken since) is recognised and taken over.
  */
-import { link, open, readFile, rename, rm } from 'node:fs/promises';
+import { link, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { LockstepError } from '../errors.js';
@@ -22,43 +22,59 @@ export interface RunLock {
 export async function lockRun(folder: string): Promise<RunLock> {
   const path = join(folder, '.lock');
   const own = JSON.stringify({ pid: process.pid, started: await startOf(process.pid), host: hostname() } as Holder);
-  for (let attempt = 0; attempt < 10; attempt++) {
-    if (await create(path, own)) return { release: () => rm(path, { force: true }) };
-    const found = await readFile(path, 'utf8').catch(() => '');
-    if (found === '' && attempt < 5) {
-      // Its writer is between creating and filling it, or has just released it.
+  const holder = await acquire(path, own);
+  if (holder) throw locked(folder, path, holder);
+  return { release: () => rm(path, { force: true }) };
+}
+
+/**
+ * Makes the lock its own, or returns the live process that has it. A dead one's lock is replaced by whoever holds the lock of the
+ * right to replace it: it is never absent meanwhile, so nobody can make another.
+ */
+async function acquire(path: string, own: string): Promise<Holder | undefined> {
+  for (;;) {
+    if (await create(path, own)) return undefined;
+    const found = await readFile(path, 'utf8').catch(() => undefined);
+    if (found === undefined) continue; // released since
+    const holder = parseHolder(found);
+    if (holder && (await isAlive(holder))) return holder;
+    const right = `${path}-claim`;
+    if (await acquire(right, own)) {
       await new Promise((resolve) => setTimeout(resolve, 20));
       continue;
     }
-    const holder = parseHolder(found);
-    if (holder && (await isAlive(holder))) throw locked(folder, path, holder);
-    await removeStale(path, found);
+    try {
+      if ((await readFile(path, 'utf8').catch(() => undefined)) === found) {
+        await rename(await written(path, own), path);
+        return undefined;
+      }
+    } finally {
+      await rm(right, { force: true });
+    }
   }
-  throw locked(folder, path, undefined);
 }
 
+let files = 0;
+
+/** A file of its own beside the lock. */
+async function written(path: string, text: string): Promise<string> {
+  const name = `${path}-${process.pid}-${files++}`;
+  await writeFile(name, text);
+  return name;
+}
+
+/** The lock appears with its text, or not at all. */
 async function create(path: string, text: string): Promise<boolean> {
+  const name = await written(path, text);
   try {
-    const file = await open(path, 'wx');
-    await file.writeFile(text).finally(() => file.close());
+    await link(name, path);
     return true;
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === 'EEXIST') return false;
     throw error;
+  } finally {
+    await rm(name, { force: true });
   }
-}
-
-/** Moves a dead process's lock away; a lock that another process has put there meanwhile is put back. */
-async function removeStale(path: string, expected: string): Promise<void> {
-  const aside = `${path}-${process.pid}`;
-  try {
-    await rename(path, aside);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return;
-    throw error;
-  }
-  if ((await readFile(aside, 'utf8')) !== expected) await link(aside, path).catch(() => undefined);
-  await rm(aside, { force: true });
 }
 
 function parseHolder(text: string): Holder | undefined {
@@ -87,8 +103,8 @@ async function startOf(pid: number): Promise<string> {
   return fields[0] === 'Z' ? 'gone' : (fields[19] ?? '');
 }
 
-function locked(folder: string, path: string, holder: Holder | undefined): LockstepError {
-  const who = holder ? `process ${holder.pid} on ${holder.host}` : 'another process';
+function locked(folder: string, path: string, holder: Holder): LockstepError {
+  const who = `process ${holder.pid} on ${holder.host}`;
   return new LockstepError(
     'RUN_LOCKED',
     `${folder} is in use by ${who}; wait for it, choose another output, or remove ${path} if that process is gone`,

@@ -130,6 +130,8 @@ export async function openEngine(role: Role, context: EngineContext): Promise<En
     backward: 'backward',
     step: 'optimizer',
     generate: 'generate',
+    // Of one rank its forwards and backwards are recorded.
+    ...(engine.replicas > 1 || 'ranks' in engine ? { accumulate: 'accumulate' as const } : {}),
   } as const;
   return recorder.wrap(engine, calls, 'native');
 }

@@ -83,30 +83,35 @@ async function killed(config: string, kills: number, wholeSeconds: number, seed:
   throw new Error('the run never ended');
 }
 
-/** Kills the process as soon as a save has begun. */
-async function killedInSave(config: string, output: string, resume: boolean): Promise<boolean> {
+/** Kills the process as soon as a folder of `inside` has a name that begins with `prefix`. */
+async function killedAt(config: string, resume: boolean, inside: string, prefix: string): Promise<void> {
   const { child, ended } = start(['train', config, ...(resume ? ['--resume'] : [])]);
-  let left = false;
   const watch = setInterval(() => {
-    if (!existsSync(output)) return;
-    readdir(output).then(
+    if (!existsSync(inside)) return;
+    readdir(inside).then(
       (names) => {
-        if (names.some((name) => name.startsWith('.saving-'))) child.kill('SIGKILL');
+        if (names.some((name) => name.startsWith(prefix))) child.kill('SIGKILL');
       },
       () => undefined,
     );
   }, 1);
   await ended;
   clearInterval(watch);
-  left = (await readdir(output)).some((name) => name.startsWith('.saving-'));
-  return left;
 }
 
-/** The folder of the run never stopped begins the others' names; the first is also that of the signals' runs below. */
+/** Kills the process as soon as a save has begun; whether it had not ended. */
+async function killedInSave(config: string, output: string, resume: boolean): Promise<boolean> {
+  await killedAt(config, resume, output, '.saving-');
+  return (await readdir(output)).some((name) => name.startsWith('.saving-'));
+}
+
+const fourRanks = { parallel: { pipeline: 2, tensor: 2 }, numerics: { parts: 2 } };
 const layouts: { name: string; whole: string; changes: object }[] = [
   { name: 'one rank', whole: 'whole', changes: {} },
+  { name: '4 ranks', whole: 'ranks', changes: fourRanks },
   {
-    ...{ name: 'four ranks', whole: 'four' },
+    name: '4 ranks, two of them replicas',
+    whole: 'replicas',
     changes: { parallel: { pipeline: 2, data: 2, zero: 1 }, steps: 12 },
   },
 ];
@@ -137,6 +142,18 @@ describe.each(layouts)('a killed run on $name', ({ whole, changes }) => {
 });
 
 describe('a killed run', () => {
+  it('sft: of one rank, resumed on 4 that can give the same bits, ends with their bytes', async () => {
+    const output = join(folder, 'moved');
+    const before = await configFile(folder, sft('moved', { numerics: { parts: 2 } }), 'moved-from.json');
+    await killedAt(before, false, join(output, 'checkpoints'), 'step-');
+    expect((await readdir(join(output, 'checkpoints'))).length).toBeGreaterThan(0);
+    expect(await readdir(join(output, 'checkpoints'))).not.toContain('step-000024');
+    const after = await configFile(folder, sft('moved', fourRanks), 'moved-to.json');
+    const { code, stderr } = await lockstep(['train', after, '--resume']);
+    expect([code, stderr]).toEqual([0, expect.not.stringContaining('LAYOUT_DIFFERS')]);
+    await expectSameRun(join(folder, 'ranks'), output);
+  });
+
   slow('ppo: resumed, ends with the same bytes, policy and critic', async () => {
     await writeReward();
     const began = performance.now();

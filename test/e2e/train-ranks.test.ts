@@ -126,6 +126,13 @@ describe.each(['sft', 'ppo'] as const)('%s', (kind) => {
   });
 });
 
+it('sft over replicas: the same bytes at every ZeRO stage', async () => {
+  const expected = await checkpointsOf(await train('sft', { tensor: 2, data: 2 }));
+  for (const zero of [1, 2, 3]) {
+    expect(await checkpointsOf(await train('sft', { tensor: 2, data: 2, zero })), `stage ${zero}`).toEqual(expected);
+  }
+});
+
 it('ppo that generates in another layout than it trains in: the same bytes, and what the transition moved', async () => {
   const expected = await checkpointsOf(await train('ppo', {}));
   const output = await train('ppo', { tensor: 2, pipeline: 2 }, { pipeline: 1, tensor: 1 });
