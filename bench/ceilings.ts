@@ -5,7 +5,7 @@ import { createDevice, round, spread } from './support.js';
 export async function* measure({ threads, runs }: BenchOptions): AsyncGenerator<Measurement> {
   await using device = createDevice({ threads });
   for (const dtype of ['float32', 'bfloat16'] as const) {
-    const result = await device.native.bench({ what: 'ceilings', runs, dtype });
+    const { value: result } = await device.native.bench({ what: 'ceilings', runs, dtype });
     const flops = spread(result.ceilingSeconds.map((seconds) => (2 * result.ceilingWork) / seconds / 1e9));
     yield {
       name: `multiply-adds ${dtype}`,
@@ -24,7 +24,7 @@ export async function* measure({ threads, runs }: BenchOptions): AsyncGenerator<
       max: round(bytes.max),
     };
   }
-  const dispatch = await device.native.bench({ what: 'dispatch', runs });
+  const { value: dispatch } = await device.native.bench({ what: 'dispatch', runs });
   const micros = spread(dispatch.seconds.map((seconds) => seconds * 1e6));
   yield {
     name: 'thread pool dispatch',

@@ -29,7 +29,8 @@ export async function* measure({ runs, signal, note }: BenchOptions): AsyncGener
   async function latency(call: Collective): Promise<Measurement> {
     const name = `${call.operation} 64 KiB, ${call.ranks} ranks`;
     note(name);
-    const { verified, seconds, work } = await device.native.bench(call);
+    const { value } = await device.native.bench(call);
+    const { verified, seconds, work } = value;
     if (!verified) throw new Error(`${name}: the sums are wrong; nothing was measured`);
     const calls = work / ((2 * call.bytes * (call.ranks - 1)) / call.ranks);
     const micros = spread(seconds.map((each) => (each / calls) * 1e6));

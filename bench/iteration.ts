@@ -2,30 +2,21 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { saveModel } from '../src/checkpoints/hugging-face.js';
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
-import type { Head } from '../src/layout/model-shape.js';
 import { parseConfig } from '../src/train/config.js';
 import { train } from '../src/train/train.js';
-import { configOf, createDevice, randomEngine, randomTokens, round, shapeOf, spread } from './support.js';
+import { randomTokens, round, spread, writeModel } from './support.js';
 
 const sequences = 32;
 const promptLength = 64;
 const newTokens = 128;
 
-/** A random model as a checkpoint that never ends a text by itself: every response has its full length. */
-async function writeModel(directory: string, head: Head, seed: number): Promise<void> {
-  await using device = createDevice({ threads: 1 });
-  await using engine = await randomEngine({ shape: shapeOf('llama-25m', head), device, dtype: 'float32', seed });
-  await saveModel(engine, directory, { configJson: { ...configOf('llama-25m'), eos_token_id: null } });
-}
-
 export async function* measure({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
   const folder = await mkdtemp(join(tmpdir(), 'lockstep-bench-'));
   try {
     note('writing a policy and a reward model');
-    await writeModel(join(folder, 'policy'), 'language', 1);
-    await writeModel(join(folder, 'reward'), 'score', 2);
+    await writeModel('llama-25m', join(folder, 'policy'), 'language', 1);
+    await writeModel('llama-25m', join(folder, 'reward'), 'score', 2);
     const rows = Array.from({ length: sequences * (runs + 1) }, (_, i) =>
       JSON.stringify({ tokens: [...randomTokens(promptLength, 4096, i + 1)] }),
     );

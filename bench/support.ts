@@ -1,13 +1,16 @@
 /** What the benches share: medians with spread, devices, and random models of the shapes in test/fixtures/configs. */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { saveModel } from '../src/checkpoints/hugging-face.js';
 import { createDevice } from '../src/checkpoints/load-model.js';
 import type { Measurement } from '../src/cli/bench.js';
 import type { Device } from '../src/engine/device.js';
-import type { NativeBench, NativeBenchResult } from '../src/engine/native.js';
+import type { Engine } from '../src/engine/engine.js';
+import type { NativeBench } from '../src/engine/native.js';
 import { NativeEngine } from '../src/engine/native-engine.js';
 import { parseModelConfig, withHead } from '../src/layout/config.js';
 import type { Head, ModelShape } from '../src/layout/model-shape.js';
+import type { TensorSpec } from '../src/layout/tensor-table.js';
 
 export interface Spread {
   median: number;
@@ -37,7 +40,7 @@ export async function secondsOf(runs: number, run: () => Promise<unknown>): Prom
 
 /** One operation as a share of its ceiling, run by run in turn. */
 export async function shareOfCeiling(device: Device, name: string, call: NativeBench): Promise<Measurement> {
-  const result: NativeBenchResult = await device.native.bench(call);
+  const { value: result } = await device.native.bench(call);
   if (!result.verified) throw new Error(`${name}: the result differs from the reference; nothing was measured`);
   const share = spread(
     result.seconds.map(
@@ -90,16 +93,27 @@ export interface RandomModel {
 export async function randomEngine(options: RandomModel): Promise<NativeEngine> {
   const { shape, device, dtype, train = false, parts, seed = 1 } = options;
   const engine = new NativeEngine({ shape, device, dtype, train, ...(parts === undefined ? {} : { parts }) });
+  await fillEngine(engine, engine.table, seed);
+  return engine;
+}
+
+/** Small random weights, norms at one, for the checkpoint tensors of a table: each once, whatever ranks have of it. */
+export async function fillEngine(engine: Engine, table: readonly TensorSpec[], seed = 1): Promise<void> {
   const random = uniform(seed);
-  for (const tensor of engine.table) {
-    for (const source of tensor.sources) {
-      const data = new Float32Array(source.shape.reduce((a, b) => a * b, 1));
-      for (let i = 0; i < data.length; i++) data[i] = source.shape.length > 1 ? (random() - 0.5) * 0.07 : 1;
-      await engine.writeTensor(source.name, data);
-    }
+  const sources = new Map(table.flatMap((tensor) => tensor.sources).map((source) => [source.name, source]));
+  for (const { name, shape } of sources.values()) {
+    const data = new Float32Array(shape.reduce((a, b) => a * b, 1));
+    for (let i = 0; i < data.length; i++) data[i] = shape.length > 1 ? (random() - 0.5) * 0.07 : 1;
+    await engine.writeTensor(name, data);
   }
   await engine.publish();
-  return engine;
+}
+
+/** A random model as a checkpoint that never ends a text by itself: every response has its full length. */
+export async function writeModel(name: string, directory: string, head: Head, seed: number): Promise<void> {
+  await using device = createDevice({ threads: 1 });
+  await using engine = await randomEngine({ shape: shapeOf(name, head), device, dtype: 'float32', seed });
+  await saveModel(engine, directory, { configJson: { ...configOf(name), eos_token_id: null } });
 }
 
 export function randomTokens(count: number, vocabulary: number, seed = 2): Int32Array {

@@ -1,8 +1,9 @@
-// The addon: three classes and a few facts about the machine.
+// The addon: its classes and a few facts about the machine.
 #include <napi.h>
 
 #include "binding/device.h"
 #include "binding/rank.h"
+#include "binding/transfer.h"
 #include "core/error.h"
 #include "kernels/kernels.h"
 
@@ -24,6 +25,8 @@ Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("Device", DeviceWrap::define(env));
   exports.Set("World", WorldWrap::define(env));
   exports.Set("Model", ModelWrap::define(env));
+  exports.Set("Memory", MemoryWrap::define(env));
+  exports.Set("Transfer", TransferWrap::define(env));
   exports.Set("instructionSet", Napi::Function::New<instructionSet>(env));
   return exports;
 }

@@ -112,7 +112,8 @@ Napi::Value ModelWrap::load(const Napi::CallbackInfo& info) {
     });
     model->publish();
   };
-  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(info.Env(), claimed(state_, kParameters | kOptimizer, work),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 // snapshot(slices): {bytes, copy} of the tensors that they read; save() takes `copy` once
@@ -128,7 +129,7 @@ Napi::Value ModelWrap::snapshot(const Napi::CallbackInfo& info) {
     }
     *copy = std::make_shared<model::Snapshot>(model->parameters(), rank->queue(), tensors);
   };
-  return rank_->call(info.Env(), work, [copy](Napi::Env env) {
+  return rank_->call(info.Env(), claimed(state_, kParameters | kOptimizer, work), [copy](Napi::Env env) {
     auto result = Napi::Object::New(env);
     result.Set("bytes", static_cast<double>((*copy)->bytes()));
     result.Set("copy", Napi::External<SharedSnapshot>::New(env, new SharedSnapshot(std::move(*copy)),
@@ -157,7 +158,8 @@ Napi::Value ModelWrap::save(const Napi::CallbackInfo& info) {
     }
   };
   const auto finish = [](Napi::Env env) { return env.Undefined(); };
-  return copy ? rank_->callSaver(info.Env(), work, finish) : rank_->call(info.Env(), work, finish);
+  if (copy) return rank_->callSaver(info.Env(), work, finish);
+  return rank_->call(info.Env(), claimed(state_, kParameters | kOptimizer, work), finish);
 }
 
 }  // namespace lockstep::binding

@@ -1,8 +1,9 @@
 #include "binding/convert.h"
 
-#include <numeric>
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "binding/rank.h"
 
@@ -86,6 +87,20 @@ std::vector<float> float32At(Napi::Object object, const char* key) {
 
 namespace {
 
+// Parts that lie apart: the tensor's elements reach from the first part to the end of the last.
+void placeParts(Napi::Object o, model::TensorSpec& t) {
+  const std::vector<int64_t> offsets = integersAt(o, "partOffsets");
+  if (!t.matrix || offsets.size() != t.layout.parts.size())
+    invalid(o.Env(), t.name + ".partOffsets", "one offset for each part of a matrix");
+  t.layout.elements = 0;
+  for (size_t p = 0; p < offsets.size(); ++p) {
+    kernels::Part& part = t.layout.parts[p];
+    if (offsets[p] < 0) invalid(o.Env(), t.name + ".partOffsets", "offsets from the tensor's first element on");
+    part.offset = offsets[p];
+    t.layout.elements = std::max(t.layout.elements, part.offset + part.elements());
+  }
+}
+
 model::TensorSpec readTensor(Napi::Object o) {
   const std::string split = stringAt(o, "split"), kind = stringAt(o, "kind");
   const int64_t out = integerAt(o, "out"), in = integerAt(o, "in"), elements = integerAt(o, "elements");
@@ -100,6 +115,7 @@ model::TensorSpec readTensor(Napi::Object o) {
   if (sum != (cut == kernels::Split::kIn ? in : out))
     invalid(o.Env(), t.name + ".sizes", "sizes that add up to the split dimension");
   t.layout = t.matrix ? kernels::WeightLayout::make(out, in, cut, sizes) : model::vectorLayout(out, in, sizes);
+  if (has(o, "partOffsets")) placeParts(o, t);
   if (t.layout.elements != elements) {
     invalid(o.Env(), t.name + ".elements",
             std::to_string(t.layout.elements) + " (received " + std::to_string(elements) + ")");

@@ -6,16 +6,21 @@
 namespace lockstep::binding {
 
 Napi::Function DeviceWrap::define(Napi::Env env) {
-  return DefineClass(env, "Device",
-                     {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close"),
-                      InstanceMethod<&DeviceWrap::bench>("bench")});
+  return DefineClass(
+      env, "Device",
+      {InstanceMethod<&DeviceWrap::memory>("memory"), InstanceMethod<&DeviceWrap::close>("close"),
+       InstanceMethod<&DeviceWrap::limitWorkspace>("limitWorkspace"), InstanceMethod<&DeviceWrap::bench>("bench"),
+       InstanceMethod<&DeviceWrap::move>("move"), InstanceMethod<&DeviceWrap::spaces>("spaces")});
 }
 
 DeviceWrap::DeviceWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DeviceWrap>(info) {
   const auto o = info[0].As<Napi::Object>();
   const RankOptions options{static_cast<int>(integerAt(o, "threads")),
-                            static_cast<size_t>(integerAt(o, "scratchBytes")), stringAt(o, "implementation"),
-                            stringAt(o, "isa"), booleanAt(o, "poison")};
+                            static_cast<size_t>(integerAt(o, "scratchBytes")),
+                            stringAt(o, "implementation"),
+                            stringAt(o, "isa"),
+                            booleanAt(o, "poison"),
+                            static_cast<size_t>(integerAt(o, "hostBytes"))};
   try {
     rank_ = std::make_shared<Rank>(info.Env(), options);
   } catch (const Error& error) {
@@ -39,6 +44,13 @@ Napi::Value DeviceWrap::memory(const Napi::CallbackInfo& info) {
   out.Set("workspace", entry(rank_->workspace().planned(), rank_->workspace().highWater()));
   out.Set("scratch", entry(queue.scratchBytes() * threads, queue.scratchHighWater() * threads));
   return out;
+}
+
+// limitWorkspace(bytes): what the workspace has beyond them goes back to the system, and with it what a forward kept
+Napi::Value DeviceWrap::limitWorkspace(const Napi::CallbackInfo& info) {
+  const auto bytes = static_cast<size_t>(info[0].As<Napi::Number>().Int64Value());
+  return rank_->call(
+      info.Env(), [rank = rank_, bytes] { rank->trim(bytes); }, [](Napi::Env env) { return env.Undefined(); });
 }
 
 // Cancels what runs, waits for it and ends the rank's threads. Idempotent.

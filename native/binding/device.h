@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "binding/rank.h"
+#include "binding/state.h"
 #include "comm/communicator.h"
 #include "model/model.h"
 
@@ -20,8 +21,11 @@ class DeviceWrap : public Napi::ObjectWrap<DeviceWrap> {
 
  private:
   Napi::Value memory(const Napi::CallbackInfo&);
+  Napi::Value limitWorkspace(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
   Napi::Value bench(const Napi::CallbackInfo&);
+  Napi::Value move(const Napi::CallbackInfo&);
+  Napi::Value spaces(const Napi::CallbackInfo&);
 
   std::shared_ptr<Rank> rank_;
 };
@@ -38,10 +42,15 @@ class WorldWrap : public Napi::ObjectWrap<WorldWrap> {
   std::vector<std::unique_ptr<comm::Communicator>> handles_;
 };
 
+// {world, rank}: the handle of a rank; the end of its device ends its waits.
+std::shared_ptr<comm::Communicator> takeHandle(Napi::Object, Rank&);
+
 class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
  public:
   static Napi::Function define(Napi::Env);
   explicit ModelWrap(const Napi::CallbackInfo&);
+  // The model's state, or a CLOSED error.
+  std::shared_ptr<ModelState> state(Napi::Env) const;
 
  private:
   Napi::Value join(const Napi::CallbackInfo&);
@@ -59,6 +68,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   Napi::Value publish(const Napi::CallbackInfo&);
   Napi::Value traffic(const Napi::CallbackInfo&);
   Napi::Value memory(const Napi::CallbackInfo&);
+  Napi::Value state(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
 
   // The model, or a CLOSED error.
@@ -66,6 +76,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
 
   std::shared_ptr<Rank> rank_;
   std::shared_ptr<model::Model> model_;
+  std::shared_ptr<ModelState> state_;
 };
 
 }  // namespace lockstep::binding

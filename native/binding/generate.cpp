@@ -102,7 +102,7 @@ Napi::Value ModelWrap::generate(const Napi::CallbackInfo& info) {
     return out;
   };
   auto handle = Napi::Object::New(env);
-  handle.Set("promise", rank_->call(env, work, finish));
+  handle.Set("promise", rank_->call(env, claimed(state_, kParameters, work), finish));
   handle.Set("abort", Napi::Function::New(env, [call](const Napi::CallbackInfo&) { call->control.abort(); }));
   return handle;
 }

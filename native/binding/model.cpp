@@ -3,20 +3,22 @@
 
 #include "binding/convert.h"
 #include "binding/device.h"
+#include "binding/transfer.h"
 #include "core/error.h"
 
 namespace lockstep::binding {
 
 namespace {
 
-// {world, rank}: the handle of the model's rank; the device's end ends its waits.
-model::Parallel readParallel(Napi::Object o, Rank& rank) {
-  model::Parallel parallel;
-  parallel.world = WorldWrap::Unwrap(objectAt(o, "world"))->take(o.Env(), integerAt(o, "rank"));
-  rank.onClose([handle = std::weak_ptr(parallel.world)] {
-    if (const auto world = handle.lock()) world->abort("its device was closed");
+// What reading or writing rows of a space needs on the device.
+unsigned groupsOf(const model::Model& model, model::Space space, const std::vector<Piece>& pieces) {
+  if (space == model::Space::kGradients) return kGradients;
+  if (space != model::Space::kWeights) return kOptimizer;
+  const auto& tensors = model.spec().tensors;
+  const bool masters = std::any_of(pieces.begin(), pieces.end(), [&](const Piece& piece) {
+    return tensors.at(static_cast<size_t>(piece.tensor)).master != model::kAbsent;
   });
-  return parallel;
+  return masters ? kParameters | kOptimizer : kParameters;
 }
 
 }  // namespace
@@ -32,15 +34,19 @@ Napi::Function ModelWrap::define(Napi::Env env) {
        InstanceMethod<&ModelWrap::reduceGradients>("reduceGradients"),
        InstanceMethod<&ModelWrap::clearGradients>("clearGradients"), InstanceMethod<&ModelWrap::publish>("publish"),
        InstanceMethod<&ModelWrap::traffic>("traffic"), InstanceMethod<&ModelWrap::memory>("memory"),
-       InstanceMethod<&ModelWrap::close>("close")});
+       InstanceMethod<&ModelWrap::state>("state"), InstanceMethod<&ModelWrap::close>("close")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ModelWrap>(info) {
   rank_ = DeviceWrap::Unwrap(info[0].As<Napi::Object>())->rank();
   try {
     model::Parallel parallel;
-    if (info[2].IsObject()) parallel = readParallel(info[2].As<Napi::Object>(), *rank_);
-    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel));
+    if (info[2].IsObject()) parallel.world = takeHandle(info[2].As<Napi::Object>(), *rank_);
+    std::shared_ptr<Arena> weights;
+    if (info[3].IsObject()) weights = MemoryWrap::Unwrap(info[3].As<Napi::Object>())->arena(info.Env());
+    model_ = std::make_shared<model::Model>(readSpec(info[1].As<Napi::Object>()), rank_->device(), std::move(parallel),
+                                            std::move(weights));
+    state_ = std::make_shared<ModelState>(model_, rank_->host());
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
@@ -116,7 +122,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
   auto model = open(info.Env());
   const auto forward = readForward(info[0].As<Napi::Object>(), model->spec().shape);
   auto work = [model, forward] { model->forward(forward->call); };
-  return rank_->call(info.Env(), work, [forward](Napi::Env env) {
+  return rank_->call(info.Env(), claimed(state_, kParameters, work), [forward](Napi::Env env) {
     auto results = Napi::Array::New(env, forward->outputs.size());
     for (uint32_t i = 0; i < results.Length(); ++i) {
       const ForwardWork::Outputs& out = forward->outputs[i];
@@ -145,10 +151,13 @@ Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
     passes->push_back({integerAt(pass, "slot"), float32At(pass, "logprobs"), float32At(pass, "entropies"),
                        float32At(pass, "values")});
   }
-  auto work = [model = open(info.Env()), passes, more = booleanAt(o, "more"), last = booleanAt(o, "last")] {
+  auto work = [model = open(info.Env()), state = state_, passes, more = booleanAt(o, "more"),
+               last = booleanAt(o, "last")] {
+    state->gradients.live = true;
     model->backward(*passes, more, last);
   };
-  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(info.Env(), claimed(state_, kParameters | kGradients, work),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
@@ -157,8 +166,12 @@ Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
   const model::StepOptions options{number("learningRate"), number("beta1"),    number("beta2"),     number("epsilon"),
                                    number("weightDecay"),  number("clipNorm"), integerAt(o, "step")};
   auto norm = std::make_shared<double>(0);
-  auto work = [model = open(info.Env()), options, norm] { *norm = model->step(options); };
-  return rank_->call(info.Env(), work, [norm](Napi::Env env) { return Napi::Number::New(env, *norm); });
+  auto work = [model = open(info.Env()), state = state_, options, norm] {
+    *norm = model->step(options);
+    state->gradients.live = false;
+  };
+  return rank_->call(info.Env(), claimed(state_, kParameters | kGradients | kOptimizer, work),
+                     [norm](Napi::Env env) { return Napi::Number::New(env, *norm); });
 }
 
 // readRows({space, pieces: [sourceRow, tensor, row, rows, ...], columns}): float32 [sum of source rows, columns]
@@ -174,7 +187,8 @@ Napi::Value ModelWrap::readRows(const Napi::CallbackInfo& info) {
     for (const Piece& p : pieces)
       model->parameters().readRows(p.tensor, space, p.row, p.rows, out->data() + p.sourceRow * columns);
   };
-  return rank_->call(info.Env(), work, [out](Napi::Env env) { return toFloat32Array(env, *out); });
+  return rank_->call(info.Env(), claimed(state_, groupsOf(*model_, space, pieces), work),
+                     [out](Napi::Env env) { return toFloat32Array(env, *out); });
 }
 
 Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
@@ -187,28 +201,34 @@ Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
     if ((p.sourceRow + p.rows) * columns > static_cast<int64_t>(data->size()))
       invalid(info.Env(), "data", "rows x columns numbers");
   }
-  auto work = [model = open(info.Env()), pieces, space, columns, data] {
+  auto work = [model = open(info.Env()), state = state_, pieces, space, columns, data] {
+    if (space == model::Space::kGradients) state->gradients.live = true;
     for (const Piece& p : pieces)
       model->parameters().writeRows(p.tensor, space, p.row, p.rows, data->data() + p.sourceRow * columns);
   };
-  return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(info.Env(), claimed(state_, groupsOf(*model_, space, pieces), work),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::reduceGradients(const Napi::CallbackInfo& info) {
-  return rank_->call(
-      info.Env(), [model = open(info.Env())] { model->reduceGradients(); },
-      [](Napi::Env env) { return env.Undefined(); });
+  const auto model = open(info.Env());
+  return rank_->call(info.Env(), claimed(state_, kGradients, [model] { model->reduceGradients(); }),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::clearGradients(const Napi::CallbackInfo& info) {
-  return rank_->call(
-      info.Env(), [model = open(info.Env())] { model->clearGradients(); },
-      [](Napi::Env env) { return env.Undefined(); });
+  const auto model = open(info.Env());
+  const auto work = [model, state = state_] {
+    model->clearGradients();
+    state->gradients.live = false;
+  };
+  return rank_->call(info.Env(), claimed(state_, kGradients, work), [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::publish(const Napi::CallbackInfo& info) {
-  return rank_->call(
-      info.Env(), [model = open(info.Env())] { model->publish(); }, [](Napi::Env env) { return env.Undefined(); });
+  const auto model = open(info.Env());
+  return rank_->call(info.Env(), claimed(state_, kParameters | kOptimizer, [model] { model->publish(); }),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 // {receivedBytes, sentBytes}: of what goes over the replicas behind the computation
@@ -240,6 +260,7 @@ Napi::Value ModelWrap::memory(const Napi::CallbackInfo& info) {
 // Frees the model's memory when the calls in flight are done. Idempotent.
 Napi::Value ModelWrap::close(const Napi::CallbackInfo& info) {
   model_.reset();
+  state_.reset();
   return info.Env().Undefined();
 }
 

@@ -1,6 +1,7 @@
 #include "binding/rank.h"
 
 #include "core/error.h"
+#include "core/work_clock.h"
 
 namespace lockstep::binding {
 
@@ -10,7 +11,26 @@ struct Rank::Call {
   std::function<Napi::Value(Napi::Env)> finish;
   Napi::Promise::Deferred deferred;
   std::string code, message;
+  WorkTimes times;
 };
+
+namespace {
+
+// {value, begin, end, communicating, waiting} in seconds, begin and end of the clock of process.hrtime().
+Napi::Object timed(Napi::Env env, Napi::Value value, const WorkTimes& times) {
+  auto result = Napi::Object::New(env);
+  result.Set("value", value);
+  const auto give = [&](const char* name, int64_t nanoseconds) {
+    result.Set(name, static_cast<double>(nanoseconds) * 1e-9);
+  };
+  give("begin", times.begin);
+  give("end", times.end);
+  give("communicating", times.communicating);
+  give("waiting", times.waiting);
+  return result;
+}
+
+}  // namespace
 
 Napi::Error toJavaScript(Napi::Env env, const std::string& code, const std::string& message) {
   Napi::Error error = Napi::Error::New(env, message);
@@ -22,7 +42,9 @@ Rank::Rank(Napi::Env env, const RankOptions& options)
     : kernels_(options.implementation == "reference" ? &kernels::referenceKernels()
                                                      : &kernels::cpuKernels(options.isa.c_str())),
       poison_(options.poison),
-      workspace_("workspace", 0),
+      memory_("memory.device", MemorySpace::kUnbounded),
+      host_("memory.host", options.hostBytes),
+      workspace_("workspace", 0, &memory_),
       queue_(std::make_unique<Queue>(options.threads, options.scratchBytes)),
       env_(env),
       door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
@@ -47,7 +69,9 @@ void Rank::close() {
   if (closed_.exchange(true)) return;
   for (const auto& hook : hooks_) hook();
   thread_.close();
-  if (saver_) saver_->close();
+  for (RankThread* beside : {saver_.get(), transfer_.get()}) {
+    if (beside != nullptr) beside->close();
+  }
   queue_->close();
   workspace_.release();
   door_.Release();
@@ -66,6 +90,26 @@ RankThread& Rank::saver() {
   return *saver_;
 }
 
+Napi::Promise Rank::transfer(Napi::Env env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish) {
+  if (transfer_ == nullptr && !closed_) transfer_ = std::make_unique<RankThread>();
+  return callOn(transfer_ == nullptr ? thread_ : *transfer_, env, std::move(work), std::move(finish));
+}
+
+void Rank::trim(size_t bytes) {
+  workspace_.trim(bytes);
+  ++workspaceUse_;
+}
+
+std::shared_future<void> Rank::trimWorkspace(size_t bytes) {
+  auto trimmed = std::make_shared<std::promise<void>>();
+  const bool posted = thread_.post([this, bytes, trimmed] {
+    trim(bytes);
+    trimmed->set_value();
+  });
+  if (!posted) trimmed->set_value();
+  return trimmed->get_future().share();
+}
+
 Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void()> work,
                            std::function<Napi::Value(Napi::Env)> finish) {
   if (closed_) {  // the door is gone: nothing may touch it
@@ -74,10 +118,11 @@ Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void
     return refused.Promise();
   }
   auto* call =
-      new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}};
+      new Call{shared_from_this(), std::move(work), std::move(finish), Napi::Promise::Deferred::New(env), {}, {}, {}};
   const Napi::Promise promise = call->deferred.Promise();
   if (pending_++ == 0) door_.Ref(env);
   thread.post([call] {
+    WorkClock::begin();
     try {
       call->work();
     } catch (const Error& error) {
@@ -90,6 +135,8 @@ Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void
       call->code = "INTERNAL";
       call->message = error.what();
     }
+    WorkClock::end();
+    call->times = WorkClock::times();
     call->work = nullptr;
     // Refused only when the environment is going away: nobody waits then, and its values may not be touched.
     call->rank->door_.NonBlockingCall(call, [](Napi::Env env, Napi::Function, Call* done) { complete(env, done); });
@@ -107,7 +154,7 @@ void Rank::complete(Napi::Env env, Call* call) {
     return;
   }
   try {
-    call->deferred.Resolve(call->finish(env));
+    call->deferred.Resolve(timed(env, call->finish(env), call->times));
   } catch (const Napi::Error& error) {
     call->deferred.Reject(error.Value());
   }

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <functional>
+#include <future>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "core/arena.h"
 #include "core/queue.h"
 #include "core/rank_thread.h"
+#include "core/memory_space.h"
 #include "kernels/kernels.h"
 #include "model/model.h"
 
@@ -25,6 +27,7 @@ struct RankOptions {
   std::string implementation;  // "cpu" or "reference"
   std::string isa;             // "" for the best one
   bool poison;
+  size_t hostBytes;  // budget of what is moved to host memory
 };
 
 class Rank : public std::enable_shared_from_this<Rank> {
@@ -32,13 +35,21 @@ class Rank : public std::enable_shared_from_this<Rank> {
   Rank(Napi::Env, const RankOptions&);
   ~Rank();
 
-  // Runs work on the rank's thread; the promise resolves to finish(env) or rejects with the error of either.
+  // Runs work on the rank's thread; the promise resolves to {value: finish(env), and when it ran: WorkTimes} or rejects
+  // with the error of either.
   Napi::Promise call(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
 
   // The same on a thread beside it, which files are written from.
   Napi::Promise callSaver(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
   // Started when it is first asked for; from the JavaScript thread.
   RankThread& saver();
+  // The same on the rank's transfer thread, which moves state while the rank computes; the first call starts it.
+  Napi::Promise transfer(Napi::Env, std::function<void()> work, std::function<Napi::Value(Napi::Env)> finish);
+
+  // On the rank's thread: the workspace gives back what it has beyond `bytes`. Activations kept for backward are lost.
+  void trim(size_t bytes);
+  // The same after the calls so far.
+  std::shared_future<void> trimWorkspace(size_t bytes);
 
   // From the rank's thread: runs `visit` on the JavaScript thread, without waiting for it.
   void notify(std::function<void(Napi::Env)> visit);
@@ -50,10 +61,14 @@ class Rank : public std::enable_shared_from_this<Rank> {
   void close();
   bool closed() const { return closed_; }
 
-  model::Device device() { return {*kernels_, *queue_, workspace_, thread_.cancelled(), workspaceUse_}; }
+  model::Device device() { return {*kernels_, *queue_, workspace_, memory_, thread_.cancelled(), workspaceUse_}; }
   const kernels::Kernels& kernels() const { return *kernels_; }
   Queue& queue() { return *queue_; }
   Arena& workspace() { return workspace_; }
+  // What the arenas of all models and the workspace hold, and what host memory holds for them.
+  const MemorySpace& memory() const { return memory_; }
+  MemorySpace& host() { return host_; }
+  const std::atomic<bool>& cancelled() const { return thread_.cancelled(); }
   bool poison() const { return poison_; }
 
  private:
@@ -66,6 +81,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   const kernels::Kernels* kernels_;
   bool poison_;
   int64_t workspaceUse_ = 0;
+  MemorySpace memory_, host_;
   Arena workspace_;
   std::unique_ptr<Queue> queue_;
   napi_env env_;
@@ -76,6 +92,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   bool hooked_ = true;
   RankThread thread_;
   std::unique_ptr<RankThread> saver_;
+  std::unique_ptr<RankThread> transfer_;
 };
 
 Napi::Error toJavaScript(Napi::Env, const std::string& code, const std::string& message);

@@ -26,4 +26,12 @@ std::shared_ptr<comm::Communicator> WorldWrap::take(Napi::Env env, int64_t rank)
   return std::move(handles_[static_cast<size_t>(rank)]);
 }
 
+std::shared_ptr<comm::Communicator> takeHandle(Napi::Object o, Rank& rank) {
+  auto taken = WorldWrap::Unwrap(objectAt(o, "world"))->take(o.Env(), integerAt(o, "rank"));
+  rank.onClose([handle = std::weak_ptr(taken)] {
+    if (const auto world = handle.lock()) world->abort("its device was closed");
+  });
+  return taken;
+}
+
 }  // namespace lockstep::binding

@@ -4,6 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/work_clock.h"
+
 namespace lockstep::comm {
 
 namespace {
@@ -83,6 +85,7 @@ void Communicator::allGather(const void* send, void* receive, int64_t count, Ele
   const Call call = next(Operation::kAllGather, element, count, -1, site);
   const int64_t bytes = count * bytesOf(element);
   if (send != static_cast<char*>(receive) + rank_ * bytes) checkApart(call, send, bytes, receive, size_ * bytes);
+  const WorkClock::Span span(&WorkTimes::communicating);
   runAllGather(call, send, receive);
 }
 
@@ -98,12 +101,14 @@ void Communicator::allGatherPieces(std::span<const Piece> pieces, void* receive,
       checkApart(call, piece.data, piece.bytes, receive, receiveBytes);
     }
   }
+  const WorkClock::Span span(&WorkTimes::communicating);
   runAllGatherPieces(call, pieces, receive);
 }
 
 void Communicator::reduceScatter(const float* send, float* receive, int64_t count, std::string_view site) {
   const Call call = next(Operation::kReduceScatter, Element::kFloat32, count, -1, site);
   if (receive != send + rank_ * count) checkApart(call, send, size_ * count * 4, receive, count * 4);
+  const WorkClock::Span span(&WorkTimes::communicating);
   runReduceScatter(call, send, receive);
 }
 
@@ -139,20 +144,24 @@ void Communicator::reduceScatterPieces(float* buffer, int64_t count, std::span<c
 void Communicator::allReduce(const float* send, float* receive, int64_t count, std::string_view site) {
   const Call call = next(Operation::kAllReduce, Element::kFloat32, count, -1, site);
   if (send != receive) checkApart(call, send, count * 4, receive, count * 4);
+  const WorkClock::Span span(&WorkTimes::communicating);
   runAllReduce(call, send, receive);
 }
 
 void Communicator::broadcast(void* data, int64_t count, Element element, int root, std::string_view site) {
   const Call call = next(Operation::kBroadcast, element, count, root, site);
   checkPeer(call);
+  const WorkClock::Span span(&WorkTimes::communicating);
   runBroadcast(call, data);
 }
 
 void Communicator::barrier(std::string_view site) {
+  const WorkClock::Span span(&WorkTimes::communicating);
   runBarrier(next(Operation::kBarrier, Element::kByte, 0, -1, site));
 }
 
 std::unique_ptr<Communicator> Communicator::split(int colour, int key, std::string_view site) {
+  const WorkClock::Span span(&WorkTimes::communicating);
   return runSplit(next(Operation::kSplit, Element::kByte, 0, -1, site), colour, key);
 }
 
@@ -184,6 +193,7 @@ void Communicator::exchange(std::span<const Outgoing> outgoing, std::span<const 
   if (toItself != 0) {
     refuse({Operation::kSend, Element::kByte, 0, rank_, 0, site}, "a rank must receive what it sends to itself");
   }
+  const WorkClock::Span span(&WorkTimes::communicating);
   runExchange(outgoing, incoming, site);
 }
 

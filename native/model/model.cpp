@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/work_clock.h"
 
 namespace lockstep::model {
 
@@ -44,11 +45,11 @@ std::array<std::vector<float>, 3> spreadGradients(const Batch& batch, const Back
 
 }  // namespace
 
-Model::Model(Spec spec, Device device, Parallel parallel)
+Model::Model(Spec spec, Device device, Parallel parallel, std::shared_ptr<Arena> weights)
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, parallel_, device.kernels),
+      parameters_(spec_, parallel_, device.kernels, device.memory, std::move(weights)),
       weights_(spec_, parallel_, parameters_),
       gradients_(spec_, parallel_, parameters_, device.queue),
       transformer_(spec_, parallel_, parameters_, weights_, gradients_, device.kernels, device.queue,
@@ -99,6 +100,7 @@ void Model::copyOut(const Batch& batch, View<const float> rows, float* out) cons
 void Model::forward(const ForwardCall& call) {
   together([&] {
     runForward(call);
+    WorkClock::end();
     if (!call.keep || !call.keep->more) transformer_.flush();
   });
 }
@@ -159,6 +161,7 @@ void Model::giveOutputs(Pass& pass, const ForwardOutputs& out, bool keep) {
 void Model::backward(const std::vector<BackwardPass>& passes, bool more, bool last) {
   together([&] {
     runBackward(passes, last);
+    WorkClock::end();
     if (!more) transformer_.flush();
   });
 }

@@ -22,6 +22,7 @@ struct Device {
   const kernels::Kernels& kernels;
   Queue& queue;
   Arena& workspace;
+  MemorySpace& memory;
   const std::atomic<bool>& cancelled;
   // Counts the calls that used the workspace: activations kept for backward are gone when another call came between.
   int64_t& workspaceUse;
@@ -71,8 +72,8 @@ struct GeneratePlans {
 
 class Model {
  public:
-  // `parallel` unjoined: join() comes before any other call.
-  Model(Spec spec, Device device, Parallel parallel = {});
+  // `parallel` unjoined: join() comes before any other call. `weights` as of Parameters.
+  Model(Spec spec, Device device, Parallel parallel = {}, std::shared_ptr<Arena> weights = nullptr);
   ~Model();
 
   // Forms the groups of ranks; all of the world at the same time.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "core/error.h"
 
@@ -79,13 +80,16 @@ kernels::WeightLayout vectorLayout(int64_t out, int64_t in, const std::vector<in
   return layout;
 }
 
-Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels)
+Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory,
+                       std::shared_ptr<Arena> weights)
     : spec_(spec),
       parallel_(parallel),
       kernels_(kernels),
-      weights_("weights", static_cast<size_t>(spec.weightsBytes)),
-      gradients_("gradients", static_cast<size_t>(spec.gradientBytes)),
-      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes)),
+      shared_(weights != nullptr ? std::move(weights)
+                                 : std::make_shared<Arena>("weights", static_cast<size_t>(spec.weightsBytes), &memory)),
+      weights_(*shared_),
+      gradients_("gradients", static_cast<size_t>(spec.gradientBytes), &memory),
+      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &memory),
       wholeWeights_(spec.tensors.size()),
       wholeGradients_(spec.tensors.size()) {
   for (size_t i = 0; i < spec.tensors.size(); ++i) {

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -42,8 +43,11 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps references. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan puts it.
-  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels);
+  // Keeps references; the arenas count in `memory`. `weights`: the arena in which the compute weights lie, shared with
+  // whoever else uses it; null: one of its own. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan
+  // puts it.
+  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory,
+             std::shared_ptr<Arena> weights = nullptr);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -100,9 +104,9 @@ class Parameters {
   void step(Queue&, const StepOptions&, double norm);
   void clearGradients();
 
-  const Arena& weights() const { return weights_; }
-  const Arena& gradients() const { return gradients_; }
-  const Arena& optimizer() const { return optimizer_; }
+  Arena& weights() { return weights_; }
+  Arena& gradients() { return gradients_; }
+  Arena& optimizer() { return optimizer_; }
 
  private:
   const TensorSpec& tensor(const std::string& name) const;
@@ -122,7 +126,9 @@ class Parameters {
   const Spec& spec_;
   const Parallel& parallel_;
   const kernels::Kernels& kernels_;
-  mutable Arena weights_, gradients_, optimizer_;
+  std::shared_ptr<Arena> shared_;
+  Arena& weights_;
+  mutable Arena gradients_, optimizer_;
   std::unordered_map<std::string, size_t> index_;
   // By tensor.
   std::vector<Held> held_;

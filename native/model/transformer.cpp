@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/work_clock.h"
 
 namespace lockstep::model {
 
@@ -147,8 +148,12 @@ void Transformer::embed(const Batch& batch, View<float> x) {
 }
 
 void Transformer::forward(std::span<Pass> passes, Keep what) {
+  for (const Pass& pass : passes) receive(pass);
+  if (what != Keep::kCache) WorkClock::begin();  // a generation is one work of many passes
   weights_.enter(0);
-  for (const Pass& pass : passes) begin(pass);
+  for (const Pass& pass : passes) {
+    if (parallel_.firstStage()) embed(pass.batch, pass.workspace.f32("x", 0, pass.rows(), spec_.shape.width));
+  }
   for (int64_t l = 0; l < spec_.shape.layers; ++l) {
     weights_.enter(static_cast<size_t>(l) + 1);
     for (const Pass& pass : passes) blockForward(pass, l, layer(pass, l, what));
@@ -157,11 +162,9 @@ void Transformer::forward(std::span<Pass> passes, Keep what) {
   for (Pass& pass : passes) finish(pass, what);
 }
 
-void Transformer::begin(const Pass& pass) {
-  const View<float> x = pass.workspace.f32("x", 0, pass.rows(), spec_.shape.width);
-  if (!parallel_.firstStage()) return link_.receive(x, -1, "activations");
-  flush();
-  embed(pass.batch, x);
+void Transformer::receive(const Pass& pass) {
+  if (parallel_.firstStage()) return flush();
+  link_.receive(pass.workspace.f32("x", 0, pass.rows(), spec_.shape.width), -1, "activations");
 }
 
 void Transformer::finish(Pass& pass, Keep what) {
@@ -170,6 +173,7 @@ void Transformer::finish(Pass& pass, Keep what) {
   const View<float> last = w.f32("x", s.layers, pass.rows(), s.width);
   if (!parallel_.lastStage()) {
     link_.send(last, +1);
+    if (what == Keep::kNothing) WorkClock::end();
     if (what != Keep::kActivations) flush();
     return;
   }
@@ -252,8 +256,12 @@ void Transformer::backward(std::span<Pass> passes, std::span<const OutputGradien
     for (size_t i = 0; i < passes.size(); ++i) each(i);
     gradients_.leave(unit);
   };
+  for (const Pass& pass : passes) receiveGradients(pass);
+  WorkClock::begin();
   weights_.enter(headUnit());
-  visit(headUnit(), [&](size_t i) { beginBackward(passes[i], d[i]); });
+  visit(headUnit(), [&](size_t i) {
+    if (parallel_.lastStage()) beginBackward(passes[i], d[i]);
+  });
   for (int64_t l = spec_.shape.layers - 1; l >= 0; --l) {
     const auto unit = static_cast<size_t>(l) + 1;
     weights_.enter(unit);
@@ -272,13 +280,16 @@ void Transformer::backward(std::span<Pass> passes, std::span<const OutputGradien
 void Transformer::beginBackward(Pass& pass, const OutputGradients& d) {
   const Shape& s = spec_.shape;
   const Workspace& w = pass.workspace;
-  if (!parallel_.lastStage()) return link_.receive(dx(pass), +1, "gradients");
-  flush();
   const View<float> dHidden = w.f32("wide", kAbsent, pass.rows(), s.width);
   headBackward(pass, d, dHidden);
   std::fill_n(dx(pass).data, pass.rows() * s.width, 0.0f);
   normBackward("finalNorm", w.f32("x", s.layers, pass.rows(), s.width),
                w.f32("hiddenStat", kAbsent, pass.rows(), s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx(pass));
+}
+
+void Transformer::receiveGradients(const Pass& pass) {
+  if (parallel_.lastStage()) return flush();
+  link_.receive(dx(pass), +1, "gradients");
 }
 
 void Transformer::finishBackward(const Pass& pass) {

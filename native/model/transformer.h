@@ -87,13 +87,14 @@ class Transformer {
 
  private:
   LayerBuffers layer(const Pass&, int64_t l, Keep) const;
-  void begin(const Pass&);
+  void receive(const Pass&);
   void finish(Pass&, Keep);
   void blockForward(const Pass&, int64_t l, const LayerBuffers&);
   // Sums over the tensor group what its ranks have of y.
   void sumOverTensor(View<float> y, const std::string& site);
   // The ranks that share a key/value head sum its gradients; they stay with the first, the others get zeros.
   void shareKeyValueGradients(const Workspace&, const kernels::QkvLayout&, View<float> dqkv);
+  void receiveGradients(const Pass&);
   void beginBackward(Pass&, const OutputGradients&);
   void finishBackward(const Pass&);
   void blockBackward(const Pass&, int64_t l, const LayerBuffers&);

@@ -1,17 +1,44 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
 import { LockstepError } from '../errors.js';
-import { loadNative, type NativeDevice, requestedInstructionSet } from './native.js';
+import { loadNative, type NativeDevice, requestedInstructionSet, type Timed, type WorkTimes } from './native.js';
 
 export interface DeviceOptions {
   /** Threads that compute, the rank's own included; default: the cores there are. */
   threads?: number;
   /** Budget of everything the device holds; default 8 GiB. */
   memoryBytes?: number;
+  /** Budget of the state that is moved to host memory; default 16 GiB. */
+  hostBytes?: number;
+  /** Where state is moved to files; default: the current directory. They have no name while they exist. */
+  offloadFolder?: string;
   /** `reference` computes with plain loops: the oracle, very slow. */
   implementation?: 'cpu' | 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
   poison?: boolean;
+  /** Told of every work that its thread has done, in that order. */
+  onWork?: (work: Work) => void;
+}
+
+/** What a rank's thread did for a model. */
+export interface Work extends WorkTimes {
+  operation:
+    | 'join'
+    | 'load'
+    | 'save'
+    | 'snapshot'
+    | 'transition'
+    | 'forward'
+    | 'backward'
+    | 'step'
+    | 'reduce'
+    | 'generate'
+    | 'read'
+    | 'write'
+    | 'clear'
+    | 'publish';
+  /** Of a forward or backward: which of the replica's micro-batches, when several ranks accumulate. */
+  microBatch?: number;
 }
 
 /** Scratch of one thread inside an operation: packed operands and tiles. Touched as far as an operation needs it. */
@@ -20,14 +47,22 @@ const scratchBytes = 64 << 20;
 export class Device implements AsyncDisposable {
   readonly threads: number;
   readonly memoryBytes: number;
+  readonly offloadFolder: string;
   readonly native: NativeDevice;
   private readonly held = new Map<object, number>();
+  /** Of moves under way: it counts until it has left. */
+  private leavingBytes = 0;
+  /** The largest workspace that a call has asked for: the native one is never smaller than what it holds. */
+  private workspaceSeen = 0;
+  private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
   /** @throws LockstepError NATIVE_NOT_BUILT, ISA_UNSUPPORTED, ISA_INVALID, THREADS_INVALID. */
   constructor(options: DeviceOptions = {}) {
     this.threads = options.threads ?? availableParallelism();
     this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
+    this.offloadFolder = options.offloadFolder ?? '.';
+    this.onWork = options.onWork;
     if (!Number.isInteger(this.threads) || this.threads < 1 || this.threads > 256) {
       throw new LockstepError('THREADS_INVALID', `threads: expected an integer in 1..256, received ${this.threads}.`);
     }
@@ -39,6 +74,7 @@ export class Device implements AsyncDisposable {
           implementation: options.implementation ?? 'cpu',
           isa: requestedInstructionSet(),
           poison: options.poison ?? false,
+          hostBytes: options.hostBytes ?? 16 * 2 ** 30,
         }),
     );
   }
@@ -50,6 +86,10 @@ export class Device implements AsyncDisposable {
 
   /** Bytes that the models of this device hold for good. */
   get heldBytes(): number {
+    return this.settledBytes + this.leavingBytes;
+  }
+
+  private get settledBytes(): number {
     let sum = 0;
     for (const bytes of this.held.values()) sum += bytes;
     return sum;
@@ -76,14 +116,69 @@ export class Device implements AsyncDisposable {
     this.held.delete(owner);
   }
 
+  /**
+   * Books an exchange that ends with `held` bytes for each owner: what comes counts from now on, what leaves until `end`. With
+   * `workspaceBytes` the workspace must first give back what it has beyond them.
+   * @throws LockstepError MEMORY_BUDGET with the arithmetic
+   */
+  rehold(held: ReadonlyMap<object, number>): Booking {
+    const before = this.settledBytes;
+    let after = before;
+    for (const [owner, bytes] of held) after += bytes - (this.held.get(owner) ?? 0);
+    if (after > this.memoryBytes) {
+      throw new LockstepError(
+        'MEMORY_BUDGET',
+        `Moving state to the device would make its models hold ${mebibytes(after)}, more than the device's ${mebibytes(this.memoryBytes)}; ` +
+          `they hold ${mebibytes(before)}. Move other state away first, or raise memory.device.`,
+        { bytes: after - before, held: before, budget: this.memoryBytes },
+      );
+    }
+    for (const [owner, bytes] of held) this.held.set(owner, bytes);
+    const leaving = Math.max(0, before - after);
+    this.leavingBytes += leaving;
+    const end = (): void => {
+      this.leavingBytes -= leaving;
+    };
+    const room = Math.max(0, this.workspaceBytes);
+    if (this.workspaceSeen <= room) return { end };
+    this.workspaceSeen = room;
+    return { workspaceBytes: room, end };
+  }
+
+  /** What an owner really holds after an exchange that failed. */
+  correct(owner: object, bytes: number): void {
+    this.held.set(owner, bytes);
+  }
+
   /** @throws LockstepError MEMORY_BUDGET when a call's buffers do not fit beside the models. */
   requireWorkspace(bytes: number, what: string): void {
-    if (bytes <= this.workspaceBytes) return;
+    if (bytes <= this.workspaceBytes) {
+      this.workspaceSeen = Math.max(this.workspaceSeen, bytes);
+      return;
+    }
     throw new LockstepError(
       'MEMORY_BUDGET',
       `${what} needs ${mebibytes(bytes)} of workspace; the device has ${mebibytes(this.memoryBytes)}, of which its models hold ${mebibytes(this.heldBytes)}. Raise memory.device or lower batch.microTokens.`,
       { bytes, held: this.heldBytes, budget: this.memoryBytes },
     );
+  }
+
+  /** Bytes that all arenas of the device, and what was moved to host memory, hold now and held at most. */
+  spaces(): ReturnType<NativeDevice['spaces']> {
+    return this.native.spaces();
+  }
+
+  /** After a hold: the workspace gives back what it has beyond what is left for it. */
+  async shrinkWorkspace(): Promise<void> {
+    this.workspaceSeen = Math.min(this.workspaceSeen, this.workspaceBytes);
+    await untimed(() => this.native.limitWorkspace(this.workspaceBytes));
+  }
+
+  /** Runs a native call of a model, and tells of it. */
+  async run<T>(operation: Work['operation'], call: () => Promise<Timed<T>>, microBatch?: number): Promise<T> {
+    const { value, ...times } = await rethrowAsync(call);
+    this.onWork?.({ operation, ...(microBatch === undefined ? {} : { microBatch }), ...times });
+    return value;
   }
 
   memory(): ReturnType<NativeDevice['memory']> {
@@ -100,6 +195,12 @@ export class Device implements AsyncDisposable {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
+}
+
+/** An exchange of state that was booked: see `Device.rehold`. */
+export interface Booking {
+  workspaceBytes?: number;
+  end(): void;
 }
 
 const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
@@ -127,10 +228,15 @@ export function awaitedLater<T>(promise: Promise<T>): Promise<T> {
 }
 
 /** `run` may throw at once (a closed model) or reject. */
-export async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
+async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
   try {
     return await run();
   } catch (error) {
     throw toLockstepError(error);
   }
+}
+
+/** Of a native call of which nobody is told when it ran. */
+export async function untimed<T>(call: () => Promise<Timed<T>>): Promise<T> {
+  return (await rethrowAsync(call)).value;
 }

@@ -8,6 +8,8 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { ModelState } from './model-state.js';
+import type { TransitionReport } from './transition.js';
 
 export type Dtype = 'float32' | 'bfloat16';
 
@@ -144,8 +146,14 @@ export interface Engine extends AsyncDisposable {
   readonly parts: number;
   /** Data-parallel degree: replicas of the model that learn together. */
   readonly replicas: number;
+  /** Called after each way to the generation layout of a model that has one. */
+  onTransition?: ((report: TransitionReport) => void) | undefined;
+  /** The state of each rank, for `moveState`; absent when it stays where it is. */
+  readonly states?: readonly ModelState[];
 
   forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult>;
+  /** The same of each batch, without keeping: all are under way together, so that no stage of a pipeline waits for one's end. */
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]>;
   /** Adds the gradients of the last `forward` with `keep` to the accumulators, and releases its activations. */
   backward(gradients: TokenGradients): Promise<void>;
   /**

@@ -19,7 +19,7 @@ import { type ShardTensor, shardTable } from '../layout/shards.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { type ParameterUnit, parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import { accumulateInTurn } from './accumulate.js';
-import { awaitedLater, type Device, rethrow, rethrowAsync } from './device.js';
+import { awaitedLater, type Device, rethrow, untimed } from './device.js';
 import type {
   AccumulateOptions,
   Dtype,
@@ -42,6 +42,7 @@ import type {
   TokenGradients,
 } from './engine.js';
 import { slicesToLoad, slicesToSave } from './file-slices.js';
+import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
   type KeptGradients,
   loadNative,
@@ -50,29 +51,9 @@ import {
   type NativeModel,
   type NativePieces,
   type NativeTraffic,
-  type NativeWorld,
 } from './native.js';
 import { nativeSpec } from './native-spec.js';
-
-export interface EngineOptions {
-  shape: ModelShape;
-  device: Device;
-  dtype: Dtype;
-  /** Gradients, moments and masters are held too. Default false. */
-  train?: boolean;
-  /** numerics.parts; default: the rule of DESIGN §2. */
-  parts?: number | 'auto';
-  /** Layers keep only their input for backward and are computed again. Default false. */
-  recompute?: boolean;
-  /** One of several ranks, which ParallelEngine makes work together. Default: alone. */
-  rank?: RankOfWorld;
-  /** Of ranks with replicas: ZeRO stage (layout/zero.ts), default 0. */
-  zero?: number;
-  /** Bytes of gradients that are reduced together. Default: `defaultBucketBytes`. */
-  bucketBytes?: number;
-  /** What replicas exchange goes on behind the computation. Default true. */
-  overlap?: boolean;
-}
+import type { EngineOptions } from './rank-options.js';
 
 /** Forwards whose activations stay, among others that are under way. */
 export interface Kept {
@@ -82,12 +63,6 @@ export interface Kept {
   first: boolean;
   /** The rank has another operation of these micro-batches to do. */
   more: boolean;
-}
-
-export interface RankOfWorld {
-  degrees: Degrees;
-  rank: number;
-  world: NativeWorld;
 }
 
 const alone: Degrees = { pipeline: 1, tensor: 1, data: 1 };
@@ -130,6 +105,8 @@ export class NativeEngine implements Engine {
   readonly share: RankShare;
   readonly table: readonly ShardTensor[];
   readonly replicas = 1;
+  /** Its state, which can leave the device. */
+  readonly state: ModelState;
   lastGeneration: GenerationStatistics | undefined;
   /** Among those of its world. */
   private readonly device: Device;
@@ -149,24 +126,29 @@ export class NativeEngine implements Engine {
     this.train = options.train ?? false;
     this.recompute = options.recompute ?? false;
     this.parts = resolveParts(options.shape, options.parts);
-    const { rank } = options;
+    const { rank, weights } = options;
     this.degrees = rank?.degrees ?? alone;
     this.rank = rank?.rank ?? 0;
     this.zero = options.zero ?? 0;
-    this.share = rankShare(this.shape, this.parts, this.degrees, this.rank);
-    this.table = shardTable(this.shape, this.parts, this.degrees, this.rank);
+    this.share = rankShare(this.shape, this.parts, this.degrees, this.rank, rank?.stages);
+    this.table = shardTable(this.shape, this.parts, this.degrees, this.rank, rank?.stages);
     this.units = parameterUnits(this.table, this.share.shape.layers, options.bucketBytes);
     const { dataRank, dataRanks } = this.share;
     const plan = planModel(this.table, this.dtype, this.train, { stage: this.zero, rank: dataRank, ranks: dataRanks });
-    this.device.hold(this, plan.weightsBytes + plan.gradientBytes + plan.optimizerBytes, 'The model');
+    const { gradientBytes: gradients, optimizerBytes: optimizer } = plan;
+    const parameters = weights ? 0 : plan.weightsBytes;
+    this.device.hold(this, parameters + gradients + optimizer, 'The model');
     const { overlap = true } = options;
     const { shape, dtype, parts, share, table, units, degrees, train, recompute } = this;
     const spec = nativeSpec({
       ...{ shape, dtype, parts, share, table, units, plan, degrees, train, recompute, overlap },
       rank: this.rank,
       zero: this.zero,
+      ...(weights ? { weights: weights.places } : {}),
     });
-    this.native = rethrow(() => new (loadNative().Model)(this.device.native, spec, rank));
+    this.native = rethrow(() => new (loadNative().Model)(this.device.native, spec, rank, weights?.memory));
+    // What others use as well stays where it is.
+    this.state = new ModelState(this.device, this, this.native, { parameters, gradients, optimizer });
     for (const [index, spec] of this.table.entries()) {
       for (const source of spec.sources) {
         const homes = this.homes.get(source.name) ?? [];
@@ -179,27 +161,45 @@ export class NativeEngine implements Engine {
   /** Forms the groups of a rank with others; all of them at the same time. */
   async join(): Promise<void> {
     const { keyValueRanks } = this.share;
-    await rethrowAsync(() => this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }));
+    await this.device.run('join', () =>
+      this.native.join({ ...this.degrees, keyValueRanks, tiedEnds: this.shape.tied }),
+    );
   }
 
   async load(tensors: readonly FileTensor[]): Promise<void> {
-    await rethrowAsync(() => this.native.load(slicesToLoad(this.table, tensors)));
+    await this.device.run('load', () => this.native.load(slicesToLoad(this.table, tensors)));
   }
 
   async save(tensors: readonly FileTensor[], { copy = false }: { copy?: boolean } = {}): Promise<Saving> {
     const slices = slicesToSave(this.table, this.rank, tensors);
     if (!copy) {
-      await rethrowAsync(() => this.native.save(slices));
+      await this.device.run('save', () => this.native.save(slices));
       return { copiedBytes: 0, written: Promise.resolve() };
     }
-    const snapshot = await rethrowAsync(() => this.native.snapshot(slices));
-    const written = awaitedLater(rethrowAsync(() => this.native.save(slices, snapshot.copy)));
+    const snapshot = await this.device.run('snapshot', () => this.native.snapshot(slices));
+    const written = awaitedLater(untimed(() => this.native.save(slices, snapshot.copy)));
     return { copiedBytes: snapshot.bytes, written };
+  }
+
+  get states(): readonly ModelState[] {
+    return [this.state];
+  }
+
+  /**
+   * Moves groups of the state; see `moveState`.
+   * @throws LockstepError MEMORY_BUDGET, STATE_MOVE_INVALID, GRADIENTS_LIVE, OFFLOAD_FILE
+   */
+  move(places: StatePlaces): Promise<void> {
+    return moveState([{ state: this.state, places }]);
   }
 
   async forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult> {
     const [result] = await this.runForward(this.planForward([batch], options));
     return result!;
+  }
+
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return Promise.all(batches.map((batch) => this.forward(batch, options)));
   }
 
   /**
@@ -209,6 +209,7 @@ export class NativeEngine implements Engine {
    * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET
    */
   planForward(batches: readonly TokenBatch[], options: ForwardOptions, kept?: Kept): NativeForward {
+    this.state.require(['parameters'], 'A forward pass');
     if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
@@ -247,9 +248,9 @@ export class NativeEngine implements Engine {
     return planUnits(this.table, this.units, this.dtype, this.zero, use);
   }
 
-  /** Of each micro-batch. */
-  runForward(call: NativeForward): Promise<ForwardResult[]> {
-    return rethrowAsync(() => this.native.forward(call));
+  /** Of each micro-batch; `microBatch` is the number of the only one. */
+  runForward(call: NativeForward, microBatch?: number): Promise<ForwardResult[]> {
+    return this.device.run('forward', () => this.native.forward(call), microBatch);
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -257,8 +258,13 @@ export class NativeEngine implements Engine {
   }
 
   /** `last`: no other backward follows before the step, so that replicas reduce the gradients. */
-  runBackward(passes: readonly KeptGradients[], options: { more: boolean; last: boolean }): Promise<void> {
-    return rethrowAsync(() => this.native.backward({ passes, ...options }));
+  runBackward(
+    passes: readonly KeptGradients[],
+    options: { more: boolean; last: boolean },
+    microBatch?: number,
+  ): Promise<void> {
+    this.state.require(['parameters', 'gradients'], 'A backward pass');
+    return this.device.run('backward', () => this.native.backward({ passes, ...options }), microBatch);
   }
 
   async accumulate([own = []]: MicroBatches, options: AccumulateOptions, gradientsOf: GradientsOf): Promise<void> {
@@ -272,18 +278,18 @@ export class NativeEngine implements Engine {
 
   /** All ranks together: gradients become those of all replicas, or the rank's pieces of them. */
   async reduceGradients(): Promise<void> {
-    await rethrowAsync(() => this.native.reduceGradients());
+    await this.device.run('reduce', () => this.native.reduceGradients());
   }
 
   async clearGradients(): Promise<void> {
-    await rethrowAsync(() => this.native.clearGradients());
+    await this.device.run('clear', () => this.native.clearGradients());
   }
 
   async step(options: StepOptions): Promise<StepResult> {
+    this.state.require(['parameters', 'gradients', 'optimizer'], 'An optimizer step');
     const { betas, ...rest } = options;
-    return {
-      gradientNorm: await rethrowAsync(() => this.native.step({ ...rest, beta1: betas[0], beta2: betas[1] })),
-    };
+    const call = { ...rest, beta1: betas[0], beta2: betas[1] };
+    return { gradientNorm: await this.device.run('step', () => this.native.step(call)) };
   }
 
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
@@ -314,7 +320,7 @@ export class NativeEngine implements Engine {
     const abort = (): void => handle.abort();
     options.signal?.addEventListener('abort', abort, { once: true });
     try {
-      const { results, ...statistics } = await rethrowAsync(() => handle.promise);
+      const { results, ...statistics } = await this.device.run('generate', () => handle.promise);
       if (thrown) throw thrown.error;
       options.signal?.throwIfAborted();
       this.lastGeneration = statistics;
@@ -327,11 +333,12 @@ export class NativeEngine implements Engine {
   /** Another rank: it does as that one says. */
   async followGeneration(call: NativeGenerate): Promise<Generated[]> {
     const { promise } = rethrow(() => this.native.generate(call));
-    return (await rethrowAsync(() => promise)).results;
+    return (await this.device.run('generate', () => promise)).results;
   }
 
   /** @throws LockstepError PROMPT_TOO_LONG */
   generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
+    this.state.require(['parameters'], 'Generation');
     const { shape } = this;
     const native = requests.map((request, i) => {
       const room = shape.maxPositions - request.prompt.length;
@@ -404,12 +411,21 @@ export class NativeEngine implements Engine {
   }
 
   /** Rows as `pieces` says, of one tensor of the table. */
-  readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
-    return rethrowAsync(() => this.native.readRows({ space, columns, pieces }));
+  async readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
+    this.state.require(this.groupsOf(space), 'Reading a tensor');
+    return this.device.run('read', () => this.native.readRows({ space, columns, pieces }));
   }
 
-  writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
-    return rethrowAsync(() => this.native.writeRows({ space, columns, pieces, data }));
+  async writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
+    this.state.require(this.groupsOf(space), 'Writing a tensor');
+    return this.device.run('write', () => this.native.writeRows({ space, columns, pieces, data }));
+  }
+
+  /** In bfloat16 the weights that tensors are read from are the masters, which lie with the optimizer's state. */
+  private groupsOf(space: ParameterSpace): StateGroup[] {
+    if (space === 'gradients') return ['gradients'];
+    if (space !== 'weights') return ['optimizer'];
+    return this.train && this.dtype === 'bfloat16' ? ['parameters', 'optimizer'] : ['parameters'];
   }
 
   async readTensor(name: string, space: ParameterSpace = 'weights'): Promise<Float32Array> {
@@ -425,7 +441,8 @@ export class NativeEngine implements Engine {
   }
 
   async publish(): Promise<void> {
-    await rethrowAsync(() => this.native.publish());
+    this.state.require(['parameters', 'optimizer'], 'Publishing the weights');
+    await this.device.run('publish', () => this.native.publish());
   }
 
   /** Of what its replicas exchange behind the computation. */

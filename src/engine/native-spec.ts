@@ -1,4 +1,5 @@
 /** What the addon is told of a rank's model: Spec of native/model/spec.h. */
+import type { WeightPlace } from '../layout/generation-view.js';
 import type { Dtype, ModelPlan } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import { coordinatesOf, type Degrees } from '../layout/parallel.js';
@@ -25,9 +26,12 @@ export interface SpecOptions {
   table: readonly ShardTensor[];
   units: readonly ParameterUnit[];
   plan: ModelPlan;
+  /** Of compute weights in a memory that others use too. */
+  weights?: readonly WeightPlace[];
 }
 
-export function nativeSpec({ shape, share, table, plan, parts, degrees, rank, ...rest }: SpecOptions): object {
+export function nativeSpec(options: SpecOptions): object {
+  const { shape, share, table, plan, parts, degrees, rank, weights = [], ...rest } = options;
   const rope = shape.positions.type === 'rope' ? ropeTables(shape, shape.maxPositions) : undefined;
   return {
     ...rest,
@@ -47,8 +51,10 @@ export function nativeSpec({ shape, share, table, plan, parts, degrees, rank, ..
       return {
         ...{ name, kind, out, in: columns, split, sizes, elements, decay },
         ...plan.places[i],
+        ...weights[i],
         ...sharing(tensor, degrees, rank),
-        pieces: pieceBoundaries(tensor, share.dataRanks),
+        // Parts that lie apart are those of a model that generates and has no replicas.
+        pieces: share.dataRanks > 1 ? pieceBoundaries(tensor, share.dataRanks) : [0, weights[i]?.elements ?? elements],
       };
     }),
     weightsBytes: plan.weightsBytes,

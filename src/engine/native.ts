@@ -8,6 +8,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LockstepError } from '../errors.js';
 import type { CallPlan } from '../layout/memory-plan.js';
+import type { StateGroup } from '../layout/rotation.js';
 import type {
   FileTensor,
   ForwardOutput,
@@ -18,13 +19,41 @@ import type {
   TokenGradients,
 } from './engine.js';
 
+/** When the rank's thread ran a call, in seconds; begin and end are of the clock of process.hrtime(). */
+export interface WorkTimes {
+  /** When its input was there: what a stage of a pipeline waits for the one before, or after, lies before. */
+  begin: number;
+  /** Before its output is handed on to another stage. */
+  end: number;
+  /** In calls of communicators, waits included. */
+  communicating: number;
+  /** In those, for ranks that had not come yet. */
+  waiting: number;
+}
+
+/** How every call of a rank resolves. */
+export interface Timed<T> extends WorkTimes {
+  value: T;
+}
+
 export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
   readonly kernels: string;
   memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
+  /** Bytes of all models and the workspace, and of what they keep in host memory. */
+  spaces(): Record<'device' | 'host', { used: number; highWater: number }>;
+  /** One exchange on the transfer thread, after the calls made so far and before later ones; first the workspace gives back what it has beyond `workspaceBytes`. */
+  move(call: {
+    moves: NativeMove[];
+    chunkBytes: number;
+    folder: string;
+    workspaceBytes?: number;
+  }): Promise<Timed<void>>;
+  /** What the workspace has beyond so many bytes goes back to the system. */
+  limitWorkspace(bytes: number): Promise<Timed<void>>;
   close(): void;
   /** Times one operation beside its ceiling, verified first (bench/). */
-  bench(call: NativeBench): Promise<NativeBenchResult>;
+  bench(call: NativeBench): Promise<Timed<NativeBenchResult>>;
 }
 
 export type NativeBench = { runs: number } & (
@@ -153,31 +182,96 @@ export interface NativeStep {
   step: number;
 }
 
+export interface NativeMove {
+  model: NativeModel;
+  group: StateGroup;
+  place: NativeStateGroup['place'];
+}
+
+/** Where a group is, and what moving it has cost so far. */
+export interface NativeStateGroup {
+  place: 'device' | 'host' | 'file' | 'dropped';
+  absentBytes: number;
+  offloadBytes: number;
+  restoreBytes: number;
+  droppedBytes: number;
+  offloadSeconds: number;
+  restoreSeconds: number;
+}
+
 /** Ranks of this process that communicate; each model of several ranks takes one handle. */
 export interface NativeWorld {
   readonly __world?: never;
 }
 
+/** An arena by itself, which models and transfers of a rank share. */
+export interface NativeMemory {
+  /** Bytes reserved, largest end used, and bytes of whole pages that the system keeps in memory now. */
+  marks(): { planned: number; highWater: number; resident: number };
+  /** Pairs of offset and bytes, given back to the system on the device's thread: they read as zeros afterwards. */
+  discard(device: NativeDevice, ranges: number[]): Promise<Timed<void>>;
+  /** Tests and benches. */
+  read(offset: number, bytes: number): Uint8Array;
+  write(offset: number, data: Uint8Array): void;
+  close(): void;
+}
+
+/** One rank's part of a list of slices between the memories of a group (native/transfer/slices.h). */
+export interface NativeTransferOptions {
+  source: NativeMemory;
+  destination: NativeMemory;
+  /** Absent: a group of one. */
+  group?: { world: NativeWorld; rank: number };
+  /** Global ranks of the group, for messages. */
+  ranks: number[];
+  tensors: string[];
+  /** Flat: tensor, from, to (ranks of the group), source offset, destination offset, bytes, runs, and their distances on both sides. */
+  slices: number[];
+}
+
+export interface NativeTransferResult {
+  receivedBytes: number;
+  sentBytes: number;
+  moveSeconds: number;
+  checkSeconds: number;
+}
+
+export interface NativeTransfer {
+  /** It runs as one all-gather. */
+  readonly gathers: boolean;
+  /** All ranks of the group together; `check` sums what is sent and what arrives. */
+  run(check: boolean): Promise<Timed<NativeTransferResult>>;
+  /** Rejects when what the last checked run sent has changed since. */
+  verify(): Promise<Timed<void>>;
+  close(): void;
+}
+
 export interface NativeModel {
   /** Resolves when all ranks of the world have called it. */
-  join(degrees: NativeDegrees): Promise<void>;
-  load(slices: NativeSlice[]): Promise<void>;
-  snapshot(slices: NativeSlice[]): Promise<NativeSnapshot>;
-  save(slices: NativeSlice[], copy?: object): Promise<void>;
+  join(degrees: NativeDegrees): Promise<Timed<void>>;
+  load(slices: NativeSlice[]): Promise<Timed<void>>;
+  snapshot(slices: NativeSlice[]): Promise<Timed<NativeSnapshot>>;
+  save(slices: NativeSlice[], copy?: object): Promise<Timed<void>>;
   /** Of each pass. */
-  forward(call: NativeForward): Promise<ForwardResult[]>;
-  backward(call: NativeBackward): Promise<void>;
-  step(options: NativeStep): Promise<number>;
+  forward(call: NativeForward): Promise<Timed<ForwardResult[]>>;
+  backward(call: NativeBackward): Promise<Timed<void>>;
+  step(options: NativeStep): Promise<Timed<number>>;
   generate(
     call: NativeGenerate,
     onProgress?: (progress: GenerateProgress) => number[] | undefined,
-  ): { promise: Promise<NativeGenerated>; abort(): void };
-  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Float32Array>;
-  writeRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces; data: Float32Array }): Promise<void>;
-  reduceGradients(): Promise<void>;
-  clearGradients(): Promise<void>;
-  publish(): Promise<void>;
+  ): { promise: Promise<Timed<NativeGenerated>>; abort(): void };
+  readRows(call: { space: ParameterSpace; columns: number; pieces: NativePieces }): Promise<Timed<Float32Array>>;
+  writeRows(call: {
+    space: ParameterSpace;
+    columns: number;
+    pieces: NativePieces;
+    data: Float32Array;
+  }): Promise<Timed<void>>;
+  reduceGradients(): Promise<Timed<void>>;
+  clearGradients(): Promise<Timed<void>>;
+  publish(): Promise<Timed<void>>;
   traffic(): NativeTraffic;
+  state(): Record<StateGroup, NativeStateGroup>;
   memory(): Record<'weights' | 'gradients' | 'optimizer', { planned: number; highWater: number }>;
   close(): void;
 }
@@ -189,9 +283,17 @@ export interface NativeAddon {
     implementation: 'cpu' | 'reference';
     isa: string;
     poison: boolean;
+    hostBytes: number;
   }) => NativeDevice;
   World: new (options: { ranks: number; timeoutSeconds: number }) => NativeWorld;
-  Model: new (device: NativeDevice, spec: object, ranks?: { world: NativeWorld; rank: number }) => NativeModel;
+  Model: new (
+    device: NativeDevice,
+    spec: object,
+    ranks?: { world: NativeWorld; rank: number },
+    weights?: NativeMemory,
+  ) => NativeModel;
+  Memory: new (options: { name: string; bytes: number }) => NativeMemory;
+  Transfer: new (device: NativeDevice, options: NativeTransferOptions) => NativeTransfer;
   /** The kernels that a name ('' for the best) resolves to on this CPU, after their self-check. */
   instructionSet(name: string): string;
 }

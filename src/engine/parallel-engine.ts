@@ -5,9 +5,9 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
-import { pagePositions } from '../layout/memory-plan.js';
+import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import { type Degrees, worldSize } from '../layout/parallel.js';
+import { type Degrees, type GenerationDegrees, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
 import type { ScheduleName } from '../layout/pipeline-schedule.js';
 import { rankShare } from '../layout/rank-share.js';
@@ -32,8 +32,11 @@ import type {
   StepResult,
   TokenGradients,
 } from './engine.js';
-import { loadNative, type NativeGenerate } from './native.js';
+import { HybridEngine } from './hybrid-engine.js';
+import type { ModelState } from './model-state.js';
+import { loadNative } from './native.js';
 import { NativeEngine } from './native-engine.js';
+import { checkTokens, generateOver, Replica } from './replica.js';
 import { readShards, writeShards } from './shard-access.js';
 import { together } from './together.js';
 import { cutGradients, cutRows, joinResults } from './token-shards.js';
@@ -65,6 +68,10 @@ export interface ParallelOptions {
   parts?: number | 'auto';
   /** A rank for which others wait so long without a sign of life is taken for dead. Default 300. */
   timeoutSeconds?: number;
+  /** Generates in this layout: replicas of pipeline x tensor ranks. Default: in the training layout. */
+  generation?: GenerationDegrees;
+  /** How weights come from one layout to the other. Default hybridflow. */
+  transition?: TransitionEngine;
 }
 
 export class ParallelEngine implements Engine {
@@ -74,6 +81,8 @@ export class ParallelEngine implements Engine {
   readonly degrees: Degrees;
   readonly replicas: number;
   readonly ranks: readonly NativeEngine[];
+  /** The generation layout, where it is another. */
+  readonly hybrid: HybridEngine | undefined;
   private readonly stages: readonly Stages[];
   private readonly schedule: ScheduleName;
   private readonly zero: number;
@@ -82,13 +91,19 @@ export class ParallelEngine implements Engine {
   /** The gradients are those of all replicas, or pieces of them: nothing can be added before the step. */
   private reduced = false;
 
-  private constructor(options: ParallelOptions, degrees: Degrees, ranks: readonly NativeEngine[]) {
+  private constructor(
+    options: ParallelOptions,
+    degrees: Degrees,
+    ranks: readonly NativeEngine[],
+    hybrid: HybridEngine | undefined,
+  ) {
     this.shape = options.shape;
     this.dtype = options.dtype;
     this.parts = resolveParts(options.shape, options.parts);
     this.degrees = degrees;
     this.replicas = degrees.data;
     this.ranks = ranks;
+    this.hybrid = hybrid;
     this.schedule = options.schedule ?? '1f1b';
     this.zero = stageOf(options);
     const { pipeline, tensor, data } = degrees;
@@ -104,6 +119,7 @@ export class ParallelEngine implements Engine {
    */
   static async create(options: ParallelOptions): Promise<ParallelEngine> {
     const { shape, devices, dtype, train = false, recompute = false, overlap = true, timeoutSeconds = 300 } = options;
+    const { generation, transition: engine = 'hybridflow' } = options;
     const parts = resolveParts(shape, options.parts);
     const degrees: Degrees = { data: 1, ...options.degrees };
     checkDegrees(shape, parts, degrees, devices.length);
@@ -111,27 +127,31 @@ export class ParallelEngine implements Engine {
     const sharing = { zero, overlap, ...(options.bucketBytes ? { bucketBytes: options.bucketBytes } : {}) };
     const world = rethrow(() => new (loadNative().World)({ ranks: devices.length, timeoutSeconds }));
     const ranks: NativeEngine[] = [];
+    const hybrid =
+      generation &&
+      (await HybridEngine.create({ shape, parts, dtype, train: degrees, generation, engine, devices, timeoutSeconds }));
     try {
       for (const [rank, device] of devices.entries()) {
-        ranks.push(
-          new NativeEngine({
-            shape,
-            device,
-            dtype,
-            train,
-            recompute,
-            ...sharing,
-            parts,
-            rank: { degrees, rank, world },
-          }),
-        );
+        const common = { shape, device, dtype, train, recompute, parts, ...sharing };
+        const weights = hybrid ? { weights: hybrid.trainingWeights(rank) } : {};
+        ranks.push(new NativeEngine({ ...common, rank: { degrees, rank, world }, ...weights }));
       }
       await together(ranks.map((rank) => rank.join()));
     } catch (error) {
       for (const rank of ranks) await rank.close();
+      await hybrid?.close();
       throw error;
     }
-    return new ParallelEngine(options, degrees, ranks);
+    return new ParallelEngine(options, degrees, ranks, hybrid);
+  }
+
+  set onTransition(report: Engine['onTransition']) {
+    if (this.hybrid) this.hybrid.onTransition = report;
+  }
+
+  /** The state of every rank, in their order. */
+  get states(): readonly ModelState[] {
+    return this.ranks.map((rank) => rank.state);
   }
 
   /** With several replicas each takes its share of the rows. */
@@ -149,23 +169,19 @@ export class ParallelEngine implements Engine {
     return joinResults(results.filter((_, i) => leaders.has(calls[i]!.rank)).flat());
   }
 
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return together(batches.map((batch) => this.forward(batch, options)));
+  }
+
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
   private checkBatch({ tokens, lengths }: TokenBatch): void {
     const { maxPositions } = this.shape;
-    this.checkTokens(tokens, 'the batch');
+    checkTokens(this.shape, tokens, 'the batch');
     const wrong = lengths.findIndex((length) => length < 1 || length > maxPositions);
     if (wrong >= 0) {
       const message = `Sequence ${wrong} has ${lengths[wrong]} tokens; the model takes 1..${maxPositions}.`;
       throw new LockstepError('SEQUENCE_TOO_LONG', message, { sequence: wrong, tokens: lengths[wrong] });
     }
-  }
-
-  private checkTokens(tokens: Int32Array, where: string): void {
-    const { vocabulary } = this.shape;
-    const outside = tokens.findIndex((token) => token < 0 || token >= vocabulary);
-    if (outside < 0) return;
-    const message = `Token id ${tokens[outside]} at position ${outside} of ${where} is outside the model's vocabulary 0..${vocabulary - 1}.`;
-    throw new LockstepError('TOKEN_OUT_OF_RANGE', message, { position: outside, token: tokens[outside] });
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -231,64 +247,15 @@ export class ParallelEngine implements Engine {
     return result!;
   }
 
-  /** All ranks of a replica run the same program, with as many pages as the one with the least room has. */
+  /** In the generation layout, where there is one: there, and back afterwards. */
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
     options.signal?.throwIfAborted();
-    const size = Math.ceil(requests.length / this.replicas);
-    const shards = this.stages.map((stages, replica) => {
-      const begin = replica * size;
-      return { ranks: stages.flat(), leader: stages.at(-1)![0]!, begin, own: requests.slice(begin, begin + size) };
-    });
-    const failure = new AbortController();
-    const signal = options.signal ? AbortSignal.any([options.signal, failure.signal]) : failure.signal;
+    if (requests.length === 0) return [];
+    if (this.hybrid) return this.hybrid.generate(requests, options);
+    const leader = (this.degrees.pipeline - 1) * this.degrees.tensor;
+    const replicas = this.stages.map((stages) => new Replica(stages.flat(), leader));
     // With divided weights all replicas gather them, whether they have requests or not.
-    const busy = shards.filter(({ own }) => own.length > 0 || this.zero >= 3);
-    const plans = busy.map((shard) => ({ ...shard, calls: this.planReplica(shard.ranks, shard.own, options) }));
-    const totals = plans.map(() => 0);
-    const results = await together(
-      plans.map(async ({ ranks, leader, begin, calls }, i) => {
-        const onProgress = options.onProgress && progressOf(options.onProgress, begin, totals, i);
-        const own = { ...options, signal, ...(onProgress ? { onProgress } : {}) };
-        try {
-          const answers = await together(
-            ranks.map((rank, r) =>
-              rank === leader ? rank.runGeneration(calls[r]!, own) : rank.followGeneration(calls[r]!),
-            ),
-          );
-          return answers[ranks.indexOf(leader)]!;
-        } catch (error) {
-          failure.abort(error);
-          throw error;
-        }
-      }),
-    );
-    return results.flat();
-  }
-
-  private planReplica(
-    ranks: readonly NativeEngine[],
-    requests: readonly GenerateRequest[],
-    options: GenerateOptions,
-  ): NativeGenerate[] {
-    const needs = ranks[0]!.generationNeeds(requests, options);
-    const pages = Math.min(...ranks.map((rank) => rank.pagesFor(needs)));
-    for (const [i, request] of needs.requests.entries()) this.checkRequest(request, i, pages);
-    return ranks.map((rank) => rank.planGeneration(needs, pages));
-  }
-
-  private checkRequest(
-    { prompt, maxNewTokens }: NativeGenerate['requests'][number],
-    index: number,
-    pages: number,
-  ): void {
-    this.checkTokens(prompt, `prompt ${index}`);
-    const positions = prompt.length + maxNewTokens;
-    const needed = Math.ceil(positions / pagePositions);
-    if (needed <= pages) return;
-    const message =
-      `Request ${index} needs ${needed} pages of keys and values (${positions} positions), the smallest budget of a rank holds ${pages}; ` +
-      'raise memory.device or lower the number of new tokens.';
-    throw new LockstepError('KV_BUDGET', message, { request: index, needed, pages });
+    return generateOver(replicas, requests, options, this.zero >= 3);
   }
 
   /** Reading gradients reduces them: nothing can be added before the step. */
@@ -336,6 +303,7 @@ export class ParallelEngine implements Engine {
   /** Frees the models; the devices end the work that still runs when they are closed. */
   async close(): Promise<void> {
     for (const rank of this.ranks) await rank.close();
+    await this.hybrid?.close();
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -370,19 +338,4 @@ function checkDegrees(shape: ModelShape, parts: number, degrees: Degrees, device
   const { pipeline, tensor, data } = degrees;
   const message = `pipeline ${pipeline} x tensor ${tensor} x data ${data} takes ${world} devices, one per rank; received ${devices}.`;
   throw new LockstepError('RANKS_INVALID', message, { expected: world, received: devices });
-}
-
-/** The indices of one replica's requests become those of the caller's, and its total that of all replicas. */
-function progressOf(
-  onProgress: NonNullable<GenerateOptions['onProgress']>,
-  begin: number,
-  totals: number[],
-  replica: number,
-): NonNullable<GenerateOptions['onProgress']> {
-  return ({ requests, tokens, total }) => {
-    totals[replica] = total;
-    const all = totals.reduce((sum, each) => sum + each, 0);
-    const ended = onProgress({ requests: requests.map((index) => index + begin), tokens, total: all });
-    return ended?.map((index) => index - begin).filter((index) => index >= 0);
-  };
 }

@@ -38,7 +38,8 @@ export function planPipeline(
       await together(stages.flat().map((rank) => rank.runBackward([], { more: false, last: final })));
     };
   }
-  const operations = pipelineSchedules[schedule](stages.length, microBatches.length);
+  // Without a pipeline a micro-batch ends before the next begins.
+  const operations = pipelineSchedules[stages.length > 1 ? schedule : '1f1b'](stages.length, microBatches.length);
   const slotCounts = microBatchesInFlight(operations);
   const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths));
   const slots = slotCounts.map((count) => ({ count, sizes }));
@@ -60,14 +61,17 @@ export function planPipeline(
   return async (gradientsOf) => {
     const running: Promise<unknown>[] = [];
     const forward = (stage: number, index: number): Promise<ForwardResult> => {
-      const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!));
+      const { microBatch } = operations[stage]![index]!;
+      const calls = stages[stage]!.map((rank, r) => rank.runForward(forwards[stage]![index]![r]!, microBatch));
       running.push(...calls);
       return calls[0]!.then(([result]) => result!);
     };
     const backward = (stage: number, index: number, gradients: TokenGradients): void => {
-      const passes = [{ slot: slotOf(stage, operations[stage]![index]!), ...gradients }];
+      const operation = operations[stage]![index]!;
+      const passes = [{ slot: slotOf(stage, operation), ...gradients }];
       const last = isLast(stage, index);
-      running.push(...stages[stage]!.map((rank) => rank.runBackward(passes, { more: !last, last: last && final })));
+      const how = { more: !last, last: last && final };
+      running.push(...stages[stage]!.map((rank) => rank.runBackward(passes, how, operation.microBatch)));
     };
     const end = stages.length - 1;
     for (let stage = 0; stage < end; stage++) {

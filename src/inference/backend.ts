@@ -1,6 +1,8 @@
 /** What runs models: a device and engines on it, loaded from checkpoints. Tests put a table in its place. */
 import type { Checkpoint } from '../checkpoints/hugging-face.js';
+import type { DeviceOptions, Work } from '../engine/device.js';
 import type { Dtype, Engine } from '../engine/engine.js';
+import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { Head } from '../layout/model-shape.js';
 import type { ScheduleName } from '../layout/pipeline-schedule.js';
 
@@ -8,8 +10,13 @@ export interface DeviceSettings {
   threads: number;
   /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
   memoryBytes: number;
+  /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */
+  hostBytes?: number;
+  offloadFolder?: string;
   /** Over which ranks models run. Default: one. */
   layout?: LayoutSettings;
+  /** Told of every work of a rank, each rank's in their order. */
+  onWork?: (work: Work, rank: number) => void;
 }
 
 /** Ranks of a model: replicas x stages of the pipeline x ranks that share a stage. Degrees are 1 by default. */
@@ -23,6 +30,13 @@ export interface LayoutSettings {
   schedule?: ScheduleName;
 }
 
+/** The layout in which a model over ranks generates; default: the one that it is in. */
+export interface GenerationSettings {
+  pipeline: number;
+  tensor: number;
+  transition: TransitionEngine;
+}
+
 export interface EngineSettings {
   /** Default: the checkpoint's. A value or score head that the checkpoint lacks starts at zero. */
   head?: Head;
@@ -31,6 +45,8 @@ export interface EngineSettings {
   parts?: number | 'auto';
   /** Layers keep only their input for backward and are computed again. */
   recompute?: boolean;
+  /** For a model over ranks. */
+  generation?: GenerationSettings;
 }
 
 export interface BackendDevice {
@@ -48,7 +64,7 @@ export const nativeBackend: Backend = {
   async openDevice({ layout = {}, ...settings }) {
     const { createDevice, createEngine } = await import('../checkpoints/load-model.js');
     if (ranksOf(layout) > 1) return openRanks(layout, settings);
-    const device = createDevice(settings);
+    const device = createDevice(deviceOf(settings, 0));
     return {
       createEngine: (checkpoint, options) => createEngine({ ...options, model: checkpoint, device }),
       close: () => device.close(),
@@ -73,17 +89,28 @@ export async function openEach<T extends { close(): Promise<void> }>(
 
 const ranksOf = ({ pipeline = 1, tensor = 1, data = 1 }: LayoutSettings): number => pipeline * tensor * data;
 
+const deviceOf = ({ threads, memoryBytes, onWork }: DeviceSettings, rank: number): DeviceOptions => ({
+  ...{ threads, memoryBytes },
+  ...(onWork ? { onWork: (work) => onWork(work, rank) } : {}),
+});
+
 /** A device for each rank, with its share of the threads, at least one, and a budget of its own. */
-async function openRanks(layout: LayoutSettings, { threads, memoryBytes }: DeviceSettings): Promise<BackendDevice> {
+async function openRanks(layout: LayoutSettings, { threads, ...settings }: DeviceSettings): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
   const { pipeline = 1, tensor = 1, data = 1, ...how } = layout;
   const ranks = ranksOf(layout);
   const devices = await openEach(ranks, (rank) =>
-    createDevice({ threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)), memoryBytes }),
+    createDevice(
+      deviceOf({ ...settings, threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)) }, rank),
+    ),
   );
   return {
-    createEngine: (checkpoint, settings) =>
-      createParallelEngine({ model: checkpoint, devices, degrees: { pipeline, tensor, data }, ...how, ...settings }),
+    createEngine: (checkpoint, { generation, ...settings }) => {
+      const degrees = { pipeline, tensor, data };
+      const other = generation && (generation.pipeline !== pipeline || generation.tensor !== tensor);
+      const generating = other ? { generation, transition: generation.transition } : {};
+      return createParallelEngine({ model: checkpoint, devices, degrees, ...how, ...settings, ...generating });
+    },
     close: async () => {
       for (const device of devices) await device.close();
     },

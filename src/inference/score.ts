@@ -99,20 +99,20 @@ async function scoreSequences(
   first: number,
   temperature: number,
 ): Promise<Scored[]> {
-  const results: Scored[] = [];
   const { head, padToken } = engine.shape;
   const lengths = sequences.map((sequence) => sequence.length);
-  for (const { begin, end } of microBatches(lengths, microTokens)) {
-    const batch = packBatch(sequences.slice(begin, end));
-    const forward = await engine.forward(batch, { outputs: outputsOf[head], temperature });
+  const batches = microBatches(lengths, microTokens).map(({ begin, end }) => sequences.slice(begin, end));
+  const forwards = await engine.forwardEach(batches.map(packBatch), { outputs: outputsOf[head], temperature });
+  let index = first;
+  return batches.flatMap((batch, i) => {
     let at = 0;
-    for (let row = begin; row < end; row++) {
-      const tokens = sequences[row]!;
-      results.push({ index: first + row, tokens, ...read(forward, at, tokens, head, padToken) });
+    return batch.map((tokens) => {
+      const scored = { index, tokens, ...read(forwards[i]!, at, tokens, head, padToken) };
+      index++;
       at += tokens.length;
-    }
-  }
-  return results;
+      return scored;
+    });
+  });
 }
 
 function read(

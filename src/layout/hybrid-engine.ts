@@ -87,6 +87,17 @@ export function generationGroups(train: Degrees, generation: GenerationDegrees, 
   };
 }
 
+/** Layers of each generation stage: those of the training stages that it joins. */
+export function generationStages(layers: number, train: Degrees, generation: GenerationDegrees): Range[] {
+  microReplicas(train, generation);
+  const stages = stageLayers(layers, train.pipeline);
+  const m = train.pipeline / generation.pipeline;
+  return Array.from({ length: generation.pipeline }, (_, stage) => ({
+    begin: (stages[stage * m] as Range).begin,
+    end: (stages[stage * m + m - 1] as Range).end,
+  }));
+}
+
 /** What of the model a rank holds in training. */
 export function trainingRegion(rank: number, train: Degrees, layers: number): Region {
   const { pipeline, tensor } = coordinatesOf(rank, train);
@@ -103,12 +114,9 @@ export function generationRegion(
   layers: number,
 ): Region {
   const { pipeline, tensor } = placeInGeneration(rank, train, generation, grouping);
-  const stages = stageLayers(layers, train.pipeline);
-  const m = train.pipeline / generation.pipeline;
   const k = train.tensor / generation.tensor;
   return {
-    begin: (stages[pipeline * m] as Range).begin,
-    end: (stages[pipeline * m + m - 1] as Range).end,
+    ...(generationStages(layers, train, generation)[pipeline] as Range),
     firstSlice: tensor * k,
     endSlice: (tensor + 1) * k,
   };

@@ -65,11 +65,15 @@ export const pipelineSchedules = { gpipe, '1f1b': oneForwardOneBackward };
 export type ScheduleName = keyof typeof pipelineSchedules;
 
 /**
- * Start times when transfers take none. A forward waits for the same forward on the stage before, a backward for the same
+ * Start times when transfers take none, of equal operations or of such as `times` says of each. A forward waits for the same forward on the stage before, a backward for the same
  * backward on the stage after, on the last stage for its forward.
  * @throws SCHEDULE_INVALID when an operation waits for ever
  */
-export function simulateSchedule(schedule: PipelineSchedule, times: OperationTimes): ScheduleTimes {
+export function simulateSchedule(
+  schedule: PipelineSchedule,
+  times: OperationTimes | ((stage: number, operation: PipelineOperation) => number),
+): ScheduleTimes {
+  const timeOf = typeof times === 'function' ? times : (_: number, { kind }: PipelineOperation) => times[kind];
   const stages = schedule.length;
   const done = new Map<string, number>();
   const key = (stage: number, { kind, microBatch }: PipelineOperation): string => `${stage} ${kind} ${microBatch}`;
@@ -90,8 +94,9 @@ export function simulateSchedule(schedule: PipelineSchedule, times: OperationTim
       if (ready === undefined) break;
       const begin = Math.max(ready, free[stage] as number);
       begins.push(begin);
-      free[stage] = begin + times[operation.kind];
-      busy += times[operation.kind];
+      const time = timeOf(stage, operation);
+      free[stage] = begin + time;
+      busy += time;
       done.set(key(stage, operation), free[stage] as number);
     }
     return begins.length > before;

@@ -28,12 +28,18 @@ export interface RankShare {
   lastStage: boolean;
 }
 
-/** @throws PARALLEL_INVALID, RANK_INVALID */
-export function rankShare(shape: ModelShape, parts: number, degrees: Degrees, rank: number): RankShare {
+/** `stages` as of `shardTable`. @throws PARALLEL_INVALID, RANK_INVALID */
+export function rankShare(
+  shape: ModelShape,
+  parts: number,
+  degrees: Degrees,
+  rank: number,
+  stages: readonly Range[] = stageLayers(shape.layers, degrees.pipeline),
+): RankShare {
   const at = coordinatesOf(rank, degrees);
   const { tensor } = degrees;
   const held = rankParts(parts, tensor, at.tensor);
-  const layers = stageLayers(shape.layers, degrees.pipeline)[at.pipeline] as Range;
+  const layers = stages[at.pipeline] as Range;
   const sizes = vocabularyParts(shape.vocabulary, parts);
   const rows = (begin: number, end: number) => sizes.slice(begin, end).reduce((sum, size) => sum + size, 0);
   return {

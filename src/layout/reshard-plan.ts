@@ -46,7 +46,8 @@ interface Home {
 }
 
 const rangeKey = ({ begin, end }: Range): string => `${begin}-${end}`;
-const blockKey = (block: Block): string => `${block.rows.map(rangeKey).join(' ')} of ${rangeKey(block.columns)}`;
+/** Equal for blocks that hold the same of a tensor. */
+export const blockKey = (block: Block): string => `${block.rows.map(rangeKey).join(' ')} of ${rangeKey(block.columns)}`;
 
 function homesOf({ tensors }: PlacedShard, rank: number): Home[] {
   return tensors.flatMap((placed) => {

@@ -82,10 +82,11 @@ class ShardBuilder {
     private readonly parts: number,
     private readonly degrees: Degrees,
     rank: number,
+    stages: readonly Range[],
   ) {
     this.at = coordinatesOf(rank, degrees);
     this.held = rankParts(parts, degrees.tensor, this.at.tensor);
-    this.layers = stageLayers(shape.layers, degrees.pipeline)[this.at.pipeline] as Range;
+    this.layers = stages[this.at.pipeline] as Range;
     this.group = Array.from({ length: degrees.tensor }, (_, tensor) => rankOf({ ...this.at, tensor }, degrees));
   }
 
@@ -209,9 +210,15 @@ function selectColumns(source: TensorSource, { begin, end }: Range, whole: numbe
 
 /**
  * The tensors of one rank, in the order of the forward pass. `parts` comes from `resolveParts`; ranks of different data
- * coordinates hold the same.
+ * coordinates hold the same. `stages`: the layers of each stage, those of `stageLayers` unless given.
  * @throws PARALLEL_INVALID when t is not a power of two up to `parts` or p exceeds the layers; RANK_INVALID
  */
-export function shardTable(shape: ModelShape, parts: number, degrees: Degrees, rank: number): ShardTensor[] {
-  return new ShardBuilder(shape, parts, degrees, rank).build();
+export function shardTable(
+  shape: ModelShape,
+  parts: number,
+  degrees: Degrees,
+  rank: number,
+  stages: readonly Range[] = stageLayers(shape.layers, degrees.pipeline),
+): ShardTensor[] {
+  return new ShardBuilder(shape, parts, degrees, rank, stages).build();
 }

@@ -61,7 +61,8 @@ export interface TransitionBytes {
 }
 
 const alignment = 64;
-const groupings: Record<TransitionEngine, Grouping> = {
+/** How each engine lays its generation groups. */
+export const groupings: Record<TransitionEngine, Grouping> = {
   'ds-chat': 'vanilla',
   'hybridflow-v': 'vanilla',
   hybridflow: 'hybridflow',

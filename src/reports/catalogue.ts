@@ -110,10 +110,18 @@ const definitions: readonly ChartDefinition[] = [
     fromZero: true,
     unit: 'tokens',
   },
+  {
+    title: 'State moved per step',
+    note: 'Models that take turns on the device: what left it, came back, and was dropped without being copied.',
+    metrics: { 'bytes.offload': 'offloaded', 'bytes.restore': 'restored', 'bytes.dropped': 'dropped' },
+    fromZero: true,
+    exact: true,
+    unit: 'bytes',
+  },
 ];
 
 /** `seconds.*` that run over other phases and would be counted twice in a stack. */
-const overlapping = new Set(['step', 'native', 'total']);
+const overlapping = new Set(['step', 'native', 'transfer', 'total']);
 
 /**
  * Seconds by phase, the longest phase first. What phases leave of `seconds.step` is a phase of its own; a run whose models

@@ -37,10 +37,12 @@ export async function beginSaving(task: Task, config: Config, step: number, dire
   const copy = config.checkpoint.async;
   const savings: Saving[] = [];
   const begin = async () => {
-    for (const { role, engine } of task.trained) {
+    for (const { role, engine, hold } of task.trained) {
       const { directory: tokenizerFrom, config: configJson } = role.checkpoint;
-      savings.push(await beginSavingModel(engine, join(directory, role.folder), { configJson, tokenizerFrom, copy }));
-      savings.push(await beginSavingOptimizerState(engine, join(directory, 'trainer', role.name), { copy }));
+      await hold(async () => {
+        savings.push(await beginSavingModel(engine, join(directory, role.folder), { configJson, tokenizerFrom, copy }));
+        savings.push(await beginSavingOptimizerState(engine, join(directory, 'trainer', role.name), { copy }));
+      });
     }
     await writeFile(
       join(directory, 'trainer', 'state.json'),
@@ -74,8 +76,8 @@ function stateOf(task: Task, config: Config, step: number): TrainerState {
 
 /** Gives a task, whose models were loaded from `directory`, the rest of its state. */
 export async function restoreCheckpoint(task: Task, directory: string): Promise<void> {
-  for (const { role, engine } of task.trained) {
-    await loadOptimizerState(engine, join(directory, 'trainer', role.name));
+  for (const { role, engine, hold } of task.trained) {
+    await hold(() => loadOptimizerState(engine, join(directory, 'trainer', role.name)));
   }
   const state = await readState(directory);
   const difference = firstDifference(state.parts, partsOf(task), 'numerics.parts');

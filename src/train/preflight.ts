@@ -1,89 +1,133 @@
 /** What a run needs of its device, added up before anything is allocated, and refused with the arithmetic shown. */
-import { generationRows, generationSequences } from '../engine/native-engine.js';
 import { LockstepError } from '../errors.js';
-import {
-  largestCall,
-  pagePositions,
-  planGeneration,
-  planModel,
-  planScoring,
-  planTraining,
-  snapshotBytes,
-} from '../layout/memory-plan.js';
-import { resolveParts } from '../layout/parts.js';
-import { tensorTable } from '../layout/tensor-table.js';
+import { snapshotBytes } from '../layout/memory-plan.js';
+import { largestPhase, RotationPlan, stateGroups } from '../layout/rotation.js';
 import { type Config, parseBytes } from './config.js';
 import type { MemoryLine, MemoryTable } from './events.js';
+import { mostOf, phasesOf, type RunPhase, statesOf } from './phases.js';
 import type { Role } from './roles.js';
 
+interface HostLine extends MemoryLine {
+  advice: string;
+}
+
+/** The arithmetic, and with `memory.offload` the plan that the run follows. */
+export interface Preflight {
+  memory: MemoryTable;
+  rotation?: RotationPlan;
+}
+
 /**
- * The models' weights, gradients and optimizer state, and the largest of the calls that use the workspace in turn.
+ * Without offload the models' weights, gradients and optimizer state, and the largest of the calls that use the workspace in
+ * turn; with it what the call that needs most has on the device.
  *
- * @throws LockstepError MEMORY_BUDGET when they exceed `memory.device`, or copies of checkpoints `memory.host`.
+ * @throws LockstepError MEMORY_BUDGET when they exceed `memory.device`, or what leaves the device or is copied for checkpoints
+ * exceeds `memory.host`.
  */
-export function preflight(roles: readonly Role[], config: Config): MemoryTable {
-  if (config.checkpoint.async) checkCopies(roles, config);
+export function preflight(roles: readonly Role[], config: Config): Preflight {
+  const { offload } = config.memory;
   const budgetBytes = parseBytes(config.memory.device);
-  const workspace = roles.flatMap((role) => calls(role, config)).reduce((a, b) => (b.bytes > a.bytes ? b : a));
-  const lines = [...roles.flatMap((role) => modelLines(role, config)), workspace];
+  const lines = offload === 'none' ? allLines(roles, config) : largestLines(roles, config);
   const totalBytes = lines.reduce((sum, line) => sum + line.bytes, 0);
-  const table = { lines, totalBytes, budgetBytes };
-  if (totalBytes <= budgetBytes) return table;
-  throw new LockstepError(
+  const memory = { lines, totalBytes, budgetBytes };
+  if (totalBytes > budgetBytes) throw tooLarge(memory, roles, config);
+  const rotation = offload === 'none' ? undefined : new RotationPlan(rotationSettings(roles, config));
+  checkHost(hostLines(roles, config, rotation), config);
+  return { memory, ...(rotation ? { rotation } : {}) };
+}
+
+function rotationSettings(roles: readonly Role[], config: Config) {
+  return {
+    models: statesOf(roles, config),
+    phases: phasesOf(roles, config),
+    budgetBytes: parseBytes(config.memory.device),
+  };
+}
+
+function tooLarge(memory: MemoryTable, roles: readonly Role[], config: Config): LockstepError {
+  const { lines, totalBytes, budgetBytes } = memory;
+  return new LockstepError(
     'MEMORY_BUDGET',
     `the run needs ${mebibytes(totalBytes)}, more than memory.device (${mebibytes(budgetBytes)}):\n` +
       lines.map(({ what, bytes }) => `  ${mebibytes(bytes).padStart(12)}  ${what}`).join('\n') +
-      '\nraise memory.device, lower batch.microTokens, or set memory.recompute',
-    { ...table },
+      `\nraise memory.device, lower batch.microTokens, or set memory.recompute${offloadAdvice(roles, config)}`,
+    { ...memory },
   );
 }
 
-/** What `checkpoint.async` copies of all trained models. */
-function checkCopies(roles: readonly Role[], config: Config): void {
+/** Whether the models would fit in turn. */
+function offloadAdvice(roles: readonly Role[], config: Config): string {
+  if (config.memory.offload !== 'none') return '';
+  const settings = rotationSettings(roles, config);
+  const { bytes, phase } = largestPhase(settings);
+  if (bytes > settings.budgetBytes) return '';
+  const rotation = new RotationPlan(settings);
+  const { hostBytes } = rotation;
+  const inHost = { ...config, memory: { ...config.memory, offload: 'host' as const } };
+  const allBytes = hostLines(roles, inHost, rotation).reduce((sum, line) => sum + line.bytes, 0);
+  const place = allBytes <= parseBytes(config.memory.host) ? 'host' : 'file';
+  return (
+    `; memory.offload: ${place} would fit: in turn the models need ${mebibytes(bytes)} of the device (${phase.name}) and ` +
+    `${mebibytes(hostBytes)} of ${place === 'host' ? 'host memory' : 'the disk'}`
+  );
+}
+
+/** What leaves the device, and what a checkpoint is written from behind the steps. */
+function hostLines(roles: readonly Role[], config: Config, rotation: RotationPlan | undefined): HostLine[] {
   const trained = roles.filter((role) => role.trained);
-  const bytes = trained.reduce((sum, role) => sum + snapshotBytes(tableOf(role, config)), 0);
-  const budgetBytes = parseBytes(config.memory.host);
-  if (bytes <= budgetBytes) return;
-  throw new LockstepError(
-    'MEMORY_BUDGET',
-    `a checkpoint of ${trained.map(({ name }) => name).join(' and ')} is copied into ${mebibytes(bytes)} of host memory, more than ` +
-      `memory.host (${mebibytes(budgetBytes)}); raise it, or set checkpoint.async to false`,
-    { bytes, budgetBytes },
-  );
-}
-
-const tableOf = ({ shape }: Role, { numerics }: Config) => tensorTable(shape, resolveParts(shape, numerics.parts));
-
-function modelLines(role: Role, config: Config): MemoryLine[] {
-  const { name, trained } = role;
-  const plan = planModel(tableOf(role, config), config.dtype, trained);
+  const copied = trained.reduce((sum, role) => sum + mostOf(role, config, ({ table }) => snapshotBytes(table)), 0);
+  const names = trained.map(({ name }) => name).join(' and ');
   return [
-    { what: `${name}: weights`, bytes: plan.weightsBytes },
-    ...(trained
-      ? [
-          { what: `${name}: gradients`, bytes: plan.gradientBytes },
-          { what: `${name}: optimizer`, bytes: plan.optimizerBytes },
-        ]
+    ...(config.memory.offload === 'host' && rotation
+      ? [{ what: 'models off the device', bytes: rotation.hostBytes, advice: 'set memory.offload: file' }]
+      : []),
+    ...(config.checkpoint.async
+      ? [{ what: `a checkpoint's copy of ${names}`, bytes: copied, advice: 'set checkpoint.async: false' }]
       : []),
   ];
 }
 
-/** The largest calls of a model. Generation takes as many pages as there are; it needs those of one sequence. */
-function calls({ name, shape, trained, generates }: Role, { dtype, batch, rollout, memory }: Config): MemoryLine[] {
-  const rows = batch.microTokens;
-  const size = largestCall(rows, batch.sequences);
-  const scoring = planScoring(shape, dtype, size).total;
-  const training = trained ? planTraining(shape, dtype, size, { recompute: memory.recompute }).total : 0;
-  const pages = Math.ceil(Math.min(shape.maxPositions, rows + rollout.maxNewTokens) / pagePositions) + 1;
-  const sequences = Math.min(batch.sequences, generationSequences);
-  const generation = { rows: Math.max(sequences, generationRows), sequences, pages };
-  const generating = generates ? planGeneration(shape, dtype, generation).total : 0;
-  return [
-    { what: `workspace: ${name}, forward of ${rows} tokens`, bytes: scoring },
-    { what: `workspace: ${name}, training on ${rows} tokens`, bytes: training },
-    { what: `workspace: ${name}, generation`, bytes: generating },
-  ];
+function checkHost(lines: readonly HostLine[], config: Config): void {
+  const hostBytes = lines.reduce((sum, { bytes }) => sum + bytes, 0);
+  const budgetBytes = parseBytes(config.memory.host);
+  if (hostBytes <= budgetBytes) return;
+  const parts = lines.map(({ what, bytes }) => `${mebibytes(bytes)} for ${what}`).join(' and ');
+  throw new LockstepError(
+    'MEMORY_BUDGET',
+    `the run needs ${parts} in host memory, more than memory.host (${mebibytes(budgetBytes)}); ` +
+      ['raise memory.host', ...lines.map(({ advice }) => advice)].join(', or '),
+    { hostBytes, budgetBytes },
+  );
 }
+
+function allLines(roles: readonly Role[], config: Config): MemoryLine[] {
+  const workspace = phasesOf(roles, config).reduce((a, b) => (b.workspaceBytes > a.workspaceBytes ? b : a));
+  return [...modelLines(roles, config, () => true), workspaceLine(workspace)];
+}
+
+function largestLines(roles: readonly Role[], config: Config): MemoryLine[] {
+  const { phase } = largestPhase({ models: statesOf(roles, config), phases: phasesOf(roles, config) });
+  const { model, groups } = phase;
+  const lines = modelLines(roles, config, (name, group) => name === model && groups.includes(group));
+  return [...lines, workspaceLine(phase as RunPhase)];
+}
+
+function modelLines(
+  roles: readonly Role[],
+  config: Config,
+  counts: (model: string, group: (typeof stateGroups)[number]) => boolean,
+): MemoryLine[] {
+  return statesOf(roles, config).flatMap(({ name, bytes }) =>
+    stateGroups
+      .filter((group) => bytes[group] > 0 && counts(name, group))
+      .map((group) => ({
+        what: `${name}: ${group === 'parameters' ? 'weights' : group}`,
+        bytes: bytes[group],
+      })),
+  );
+}
+
+const workspaceLine = ({ what, workspaceBytes }: RunPhase): MemoryLine => ({ what, bytes: workspaceBytes });
 
 function mebibytes(bytes: number): string {
   return `${(bytes / 2 ** 20).toFixed(1)} MiB`;

@@ -15,7 +15,7 @@ import { openRewards } from './rewards.js';
 import { openEngine, type Role } from './roles.js';
 import { samplesOf, unknownMetric } from './samples.js';
 import { evaluation, openSources } from './sources.js';
-import { learnerSettings, type Outcome, ofEvaluation, type Task, type Workshop } from './task.js';
+import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
 
 export async function ppoTask(config: PpoConfig, workshop: Workshop): Promise<Task> {
   const { roles, tokenizer } = workshop;
@@ -34,8 +34,8 @@ export async function ppoTask(config: PpoConfig, workshop: Workshop): Promise<Ta
     rowsPerStep,
     skipped: sources.train.skipped,
     trained: [
-      { role: named.policy!, engine: engines.policy! },
-      { role: named.critic!, engine: engines.critic! },
+      trainedModel(named.policy!, engines.policy!, workshop),
+      trainedModel(named.critic!, engines.critic!, workshop),
     ],
     step: async (step): Promise<Outcome> => {
       const rows = await workshop.recorder.phase('data', () =>

@@ -12,6 +12,7 @@ import type { Head, ModelShape } from '../layout/model-shape.js';
 import type { Closable } from './closing.js';
 import type { Config, PpoConfig } from './config.js';
 import type { Recorder } from './recorder.js';
+import type { Turns } from './turns.js';
 
 export interface Role {
   name: 'policy' | 'critic' | 'reference' | 'reward';
@@ -97,6 +98,7 @@ export interface EngineContext {
   config: Config;
   device: BackendDevice;
   recorder: Recorder;
+  turns: Turns;
   /** The run's checkpoint to continue from. */
   from?: string | undefined;
   /** Has a resource closed when the run ends, however it ends. */
@@ -105,22 +107,42 @@ export interface EngineContext {
 
 /** An engine for a role, with the weights of the checkpoint that the run continues or of the role's start. */
 export async function openEngine(role: Role, context: EngineContext): Promise<Engine> {
-  const { config, device, recorder, from } = context;
+  const { config, device, recorder, turns, from } = context;
   const saved = role.trained && from !== undefined;
-  const created = await device.createEngine(saved ? await openCheckpoint(join(from, role.folder)) : role.checkpoint, {
-    head: role.head,
-    dtype: config.dtype,
-    train: role.trained,
-    parts: config.numerics.parts,
-    recompute: config.memory.recompute,
-  });
-  const engine = context.own(created);
+  const create = async () =>
+    device.createEngine(saved ? await openCheckpoint(join(from, role.folder)) : role.checkpoint, {
+      head: role.head,
+      dtype: config.dtype,
+      train: role.trained,
+      parts: config.numerics.parts,
+      recompute: config.memory.recompute,
+      ...(role.generates && config.generation ? { generation: config.generation } : {}),
+    });
+  const engine = context.own(await (turns.rotation ? turns.rotation.open(role.name, create) : create()));
   if (role.trained && !saved && role.head === 'score' && role.checkpoint.shape.head !== 'score') {
     await engine.writeTensor('score.weight', initialScoreHead(role.shape.width, config.seed));
     await engine.publish();
   }
-  const calls = { forward: 'forward', backward: 'backward', step: 'optimizer', generate: 'generate' } as const;
+  countTransitions(engine, recorder);
+  const calls = {
+    forward: 'forward',
+    forwardEach: 'forward',
+    backward: 'backward',
+    step: 'optimizer',
+    generate: 'generate',
+  } as const;
   return recorder.wrap(engine, calls, 'native');
+}
+
+/** Bytes and seconds of the ways to the generation layout, in the metrics of the step that they are made in. */
+function countTransitions(engine: Engine, recorder: Recorder): void {
+  engine.onTransition = ({ receivedBytes, seconds }) => {
+    recorder.add(
+      'bytes.transition',
+      receivedBytes.reduce((sum, bytes) => sum + bytes, 0),
+    );
+    recorder.add('seconds.transition', seconds);
+  };
 }
 
 /** Normal numbers of standard deviation 1/sqrt(D + 1) (Huang et al. 2024, arXiv:2403.17031), a function of the seed. */

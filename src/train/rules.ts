@@ -22,9 +22,19 @@ const commonRules: Rule<Config>[] = [
           `${parallel.zero} divides state among data-parallel ranks, and parallel.data is 1; set zero to 0 or raise data`,
         )
       : undefined,
-  ({ parallel }) =>
-    parallel.zero > 1
-      ? unsupported('parallel.zero', parallel.zero, 'it divides the optimizer state only; set it to 1')
+  ({ parallel: { zero, pipeline } }) =>
+    zero > 1 && pipeline > 1
+      ? contradiction(
+          'parallel.zero',
+          `${zero} needs all micro-batches to pass a layer at once, and a pipeline of ${pipeline} stages takes one after the other; set zero to 1 or pipeline to 1`,
+        )
+      : undefined,
+  ({ parallel, generation }) =>
+    parallel.zero > 2 && generation
+      ? contradiction(
+          'generation',
+          `weights that are divided among replicas (parallel.zero ${parallel.zero}) are no shards to generate from; set zero to 2 or leave out generation`,
+        )
       : undefined,
   ({ parallel, batch }) =>
     batch.sequences < parallel.data
@@ -33,9 +43,31 @@ const commonRules: Rule<Config>[] = [
           `${batch.sequences} rows leave some of the ${parallel.data} data-parallel ranks without any; raise it or lower parallel.data`,
         )
       : undefined,
-  ({ generation }) =>
-    generation.pipeline > 1 || generation.tensor > 1
-      ? unsupported('generation', generation, 'it generates in the layout that trains; set pipeline and tensor to 1')
+  ...(['pipeline', 'tensor'] as const).map(
+    (axis) =>
+      ({ parallel, generation }: Config) =>
+        generation && parallel[axis] % generation[axis] !== 0
+          ? contradiction(
+              `generation.${axis}`,
+              `${generation[axis]} does not divide parallel.${axis} (${parallel[axis]}): a rank generates with whole training shards; use a divisor of it`,
+            )
+          : undefined,
+  ),
+  ({ generation, parallel }) =>
+    generation?.transition === 'ds-chat' && parallel.data > 1
+      ? unsupported(
+          'generation.transition',
+          'ds-chat',
+          'it gathers from data-parallel pieces that no model trains on; use hybridflow',
+        )
+      : undefined,
+  ({ generation, memory }) =>
+    generation && memory.offload !== 'none'
+      ? unsupported(
+          'memory.offload',
+          memory.offload,
+          'it does not move weights that two layouts share; leave out generation',
+        )
       : undefined,
   ({ placement }) =>
     placement !== 'colocated'

@@ -27,7 +27,7 @@ export class Saver {
     });
     const waitedSeconds = since();
     // The row of this step is written before the checkpoint, so its time is in the event and the trace only.
-    recorder.take();
+    recorder.forgetSeconds();
     await recorder.flush();
     const event = recorder
       .phase('checkpoint files', () => written, 'background')

@@ -72,17 +72,31 @@ const common = {
     pipeline: count.default(1),
     tensor: count.default(1),
     data: count.default(1),
-    /** ZeRO stage: 1 divides the optimizer state among the data-parallel ranks. */
+    /** ZeRO stage: what is divided among the data-parallel ranks. 1: optimizer state; 2: and gradients; 3: and weights. */
     zero: z.int().min(0).max(3).default(0),
     /** Order of micro-batches on the stages of the pipeline. */
     schedule: z.enum(['1f1b', 'gpipe']).default('1f1b'),
   }),
-  generation: section({ pipeline: count.default(1), tensor: count.default(1) }),
+  /** The layout in which a model over ranks generates (HybridFlow, section 5): replicas of so many ranks. Left out: as it trains. */
+  generation: z
+    .strictObject({
+      pipeline: count.default(1),
+      tensor: count.default(1),
+      /** How weights come from one layout to the other, after HybridFlow's Table 2. */
+      transition: z.enum(['hybridflow', 'hybridflow-v', 'ds-chat']).default('hybridflow'),
+    })
+    .optional(),
   placement: z.string().default('colocated'),
   memory: section({
     /** Of each rank's device; ranks of one process have as much each, whatever the host has. */
     device: bytes.default('8GiB'),
+    /** Host memory for state that is moved off the device. */
     host: bytes.default('16GiB'),
+    /**
+     * Models that take turns on the device: what a call does not need waits in host memory, or in files of the run folder, when
+     * there is no room for it. Changes no bit.
+     */
+    offload: z.enum(['none', 'host', 'file']).default('none'),
     /** Recompute each layer's activations in backward instead of keeping them. */
     recompute: z.boolean().default(false),
   }),

@@ -13,7 +13,7 @@ import { openEngine, type Role } from './roles.js';
 import { checkRowLength } from './row-source.js';
 import { samplesOf } from './samples.js';
 import { evaluation, openSources, type Sources } from './sources.js';
-import { learnerSettings, type Outcome, ofEvaluation, type Task, type Workshop } from './task.js';
+import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
 
 /** An example, and the prompt that an evaluation lets the model continue. */
 interface SftItem extends SftExample {
@@ -39,7 +39,7 @@ export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Ta
   );
   return {
     ...supervised(sources, config, sft(), { actor }, sftBatch, workshop),
-    trained: [{ role: policy, engine }],
+    trained: [trainedModel(policy, engine, workshop)],
     ...evaluation(sources, config, async (items: SftItem[]): Promise<Outcome> => {
       const { loss } = await evaluateSft({ actor }, sftBatch(items));
       const prompts = items.flatMap(({ prompt }) => prompt ?? []).slice(0, config.evaluation.samples);
@@ -61,7 +61,7 @@ export async function rewardTask(config: RewardConfig, workshop: Workshop): Prom
   );
   return {
     ...supervised(sources, config, rewardModel(), { reward }, rewardBatch, workshop),
-    trained: [{ role, engine }],
+    trained: [trainedModel(role, engine, workshop)],
     ...evaluation(sources, config, async (pairs: Pair[]) => {
       const { loss, statistics } = await evaluateRewardModel({ reward }, rewardBatch(pairs));
       return { metrics: ofEvaluation({ loss, ...pairMetrics(statistics) }), samples: [] };

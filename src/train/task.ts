@@ -5,10 +5,10 @@ import type { Engine } from '../engine/engine.js';
 import type { LearnerSettings } from '../workers/learner.js';
 import type { Config } from './config.js';
 import type { Sample } from './events.js';
+import { holding } from './phases.js';
 import type { EngineContext, Role } from './roles.js';
 import type { Skipped } from './row-source.js';
 import { learningRateAt, type ScheduleSettings } from './schedule.js';
-import type { Turns } from './turns.js';
 
 export interface Outcome {
   metrics: Readonly<Record<string, number>>;
@@ -19,6 +19,12 @@ export interface Outcome {
 export interface TrainedModel {
   role: Role;
   engine: Engine;
+  /** Runs `work` when all that a checkpoint keeps of the model can be read and written. */
+  hold<T>(work: () => Promise<T>): Promise<T>;
+}
+
+export function trainedModel(role: Role, engine: Engine, { turns }: Pick<Workshop, 'turns'>): TrainedModel {
+  return { role, engine, hold: (work) => turns.run(holding(role.name), work) };
 }
 
 export interface Task {
@@ -37,7 +43,6 @@ export interface Task {
 /** What tasks are made of. */
 export interface Workshop extends EngineContext {
   roles: readonly Role[];
-  turns: Turns;
   tokenizer: Tokenizer | undefined;
   endTokens: readonly number[];
 }

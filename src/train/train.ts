@@ -12,6 +12,7 @@ import { Recorder } from './recorder.js';
 import { layoutWarning } from './resumed-layout.js';
 import { ppoTask } from './rl.js';
 import { foreignTokenizers, type Role, rolesOf } from './roles.js';
+import { Rotation } from './rotation.js';
 import { RunFolder } from './run-folder.js';
 import { rewardTask, sftTask } from './supervised.js';
 import type { Task, Workshop } from './task.js';
@@ -44,17 +45,22 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   try {
     const latest = (await folder.checkpoints()).at(-1);
     const roles = await rolesOf(config);
-    const memory = preflight(roles, config);
+    const { memory, rotation: plan } = preflight(roles, config);
     const earlier = await folder.config();
     if (latest) await checkResumable(latest.directory, config, roles, earlier);
     const device = await backend.openDevice({
       threads: config.threads,
       memoryBytes: parseBytes(config.memory.device),
+      hostBytes: parseBytes(config.memory.host),
+      offloadFolder: folder.path,
       layout: config.parallel,
+      onWork: (work, rank) => recorder.work(work, rank),
     });
     closing.own(device);
+    const { offload } = config.memory;
+    const turns = new Turns(plan && offload !== 'none' ? new Rotation(plan, offload, recorder) : undefined);
     const own: Workshop['own'] = (resource) => closing.own(resource);
-    const task = await openTask(config, { roles, device, recorder, own, from: latest?.directory });
+    const task = await openTask(config, { roles, device, recorder, turns, own, from: latest?.directory });
     if (latest) await restoreCheckpoint(task, latest.directory);
     const step = latest?.step ?? 0;
     await folder.begin(printConfig(config), step);
@@ -83,12 +89,12 @@ const trainedShapes = (roles: readonly Role[]) => roles.filter(({ trained }) => 
 
 async function openTask(
   config: Config,
-  parts: Pick<Workshop, 'roles' | 'device' | 'recorder' | 'own' | 'from'>,
+  parts: Pick<Workshop, 'roles' | 'device' | 'recorder' | 'turns' | 'own' | 'from'>,
 ): Promise<Task> {
   const { checkpoint } = parts.roles[0]!;
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
   const endTokens = await endTokensOf(checkpoint, tokenizer);
-  const workshop: Workshop = { ...parts, config, tokenizer, endTokens, turns: new Turns() };
+  const workshop: Workshop = { ...parts, config, tokenizer, endTokens };
   switch (config.algorithm) {
     case 'sft':
       return sftTask(config, workshop);

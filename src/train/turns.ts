@@ -1,11 +1,19 @@
 /** Workers of one device use its workspace in turn: a call waits until the one before has ended. */
 import type { Recorder } from './recorder.js';
+import type { Rotation } from './rotation.js';
 
 export class Turns {
   #last: Promise<unknown> = Promise.resolve();
 
-  run<T>(work: () => Promise<T>): Promise<T> {
-    const turn = this.#last.then(work, work);
+  /** With a rotation the models share memory, too: a turn starts when what its phase needs is on the device. */
+  constructor(readonly rotation?: Rotation) {}
+
+  run<T>(phase: string, work: () => Promise<T>): Promise<T> {
+    const start = async (): Promise<T> => {
+      await this.rotation?.enter(phase);
+      return work();
+    };
+    const turn = this.#last.then(start, start);
     this.#last = turn;
     return turn;
   }
@@ -17,8 +25,9 @@ export class Turns {
     return new Proxy(timed, {
       get(object, key) {
         const value = Reflect.get(object, key, object) as unknown;
-        if (typeof value !== 'function' || phases[key as keyof T] === undefined) return value;
-        return (...args: unknown[]) => turns.run(() => value.apply(object, args) as Promise<unknown>);
+        const phase = phases[key as keyof T];
+        if (typeof value !== 'function' || phase === undefined) return value;
+        return (...args: unknown[]) => turns.run(phase, () => value.apply(object, args) as Promise<unknown>);
       },
     });
   }

@@ -45,10 +45,12 @@ export async function forwardAll(
 ): Promise<Float32Array> {
   const starts = offsets(lengths);
   const packed = new Float32Array(tokens.length);
-  for (const { begin, end } of microBatches(lengths, microTokens)) {
-    const part = { tokens: tokens.subarray(starts[begin]!, starts[end]!), lengths: lengths.subarray(begin, end) };
-    const result = await engine.forward(part, { outputs: [output], temperature });
-    packed.set(result[output]!, starts[begin]!);
-  }
+  const spans = microBatches(lengths, microTokens);
+  const parts = spans.map(({ begin, end }) => ({
+    tokens: tokens.subarray(starts[begin]!, starts[end]!),
+    lengths: lengths.subarray(begin, end),
+  }));
+  const results = await engine.forwardEach(parts, { outputs: [output], temperature });
+  for (const [i, result] of results.entries()) packed.set(result[output]!, starts[spans[i]!.begin]!);
   return packed;
 }

@@ -56,23 +56,28 @@ interface Layout {
 /** Output folders of runs, each of which is made once. */
 const runs = new Map<string, Promise<string>>();
 
-function train(kind: 'sft' | 'ppo', parallel: Layout): Promise<string> {
+function train(kind: 'sft' | 'ppo', parallel: Layout, generation?: Layout): Promise<string> {
   const name = `${kind}${Object.entries(parallel)
     .map(([key, value]) => `-${key}-${value}`)
     .join('')}`;
-  const output = runs.get(name) ?? run(kind, parallel, name);
+  if (generation) return run(kind, { parallel, generation }, `${name}-generation`);
+  const output = runs.get(name) ?? run(kind, { parallel }, name);
   runs.set(name, output);
   return output;
 }
 
-async function run(kind: 'sft' | 'ppo', parallel: Layout, name: string): Promise<string> {
+async function run(
+  kind: 'sft' | 'ppo',
+  layouts: { parallel: Layout; generation?: Layout },
+  name: string,
+): Promise<string> {
   const output = join(folder, name);
   const reward = { reward: { function: join(folder, 'reward.mjs') } };
   const own =
     kind === 'sft'
       ? { ...sft, data: { train: join(folder, 'text.jsonl') } }
       : { ...ppo, ...reward, data: { train: join(folder, 'prompts.jsonl') } };
-  const path = await configFile(folder, { ...own, parallel, output }, `${name}.json`);
+  const path = await configFile(folder, { ...own, ...layouts, output }, `${name}.json`);
   const { code, stderr } = await lockstep(['train', path]);
   expect([name, code, stderr]).toEqual([name, 0, expect.any(String)]);
   return output;
@@ -102,4 +107,32 @@ describe.each(['sft', 'ppo'] as const)('%s', (kind) => {
       else expect(Math.abs(row.loss! / one[i]!.loss! - 1)).toBeLessThan(1e-4);
     }
   });
+
+  it('draws the works of every rank in trace.json', async () => {
+    const output = await train(kind, { tensor: 2, pipeline: 2, data: 2 });
+    type Event = { name: string; cat?: string; ph: string; tid: number; args: { name?: string; step?: number } };
+    const events = JSON.parse(await readFile(join(output, 'trace.json'), 'utf8')) as Event[];
+    const rows = events.filter(({ ph }) => ph === 'M').sort((a, b) => a.tid - b.tid);
+    expect(rows.map(({ args }) => args.name)).toEqual(Array.from({ length: 8 }, (_, rank) => `rank ${rank}`));
+    for (const { tid } of rows) {
+      const own = events.filter((event) => event.tid === tid);
+      const categories = own.map(({ cat }) => cat);
+      expect(categories).toEqual(expect.arrayContaining(['compute', 'communication', 'idle']));
+      for (const step of [1, 2, 3]) {
+        const names = own.filter(({ args }) => args.step === step).map(({ name }) => name);
+        expect(names).toEqual(expect.arrayContaining(['forward 0', 'backward 0', 'step']));
+      }
+    }
+  });
+});
+
+it('ppo that generates in another layout than it trains in: the same bytes, and what the transition moved', async () => {
+  const expected = await checkpointsOf(await train('ppo', {}));
+  const output = await train('ppo', { tensor: 2, pipeline: 2 }, { pipeline: 1, tensor: 1 });
+  expect(await checkpointsOf(output)).toEqual(expected);
+  for (const row of await metricsOf(output)) {
+    expect(row).toMatchObject({ 'mismatch.max': 0, 'bytes.transition': expect.any(Number) });
+    expect(row['bytes.transition']).toBeGreaterThan(0);
+    expect(row['seconds.transition']).toBeGreaterThan(0);
+  }
 });

@@ -61,14 +61,9 @@ async function spread(one: NativeEngine, devices: Device[], degrees: Layout): Pr
 const outputsOf = (shape: ModelShape): ForwardOutput[] =>
   shape.head === 'language' ? ['logprobs', 'entropies', 'logits', 'hidden'] : ['values', 'hidden'];
 
-async function forwardAll(engine: Engine): Promise<ForwardResult[]> {
-  const results: ForwardResult[] = [];
-  const outputs = outputsOf(engine.shape);
-  for (const lengths of [[33, 1, 2, 17], [70], [5, 5]]) {
-    const batch = packBatch(sequencesOf(engine.shape, lengths));
-    results.push(await engine.forward(batch, { outputs, temperature: 0.8 }));
-  }
-  return results;
+function forwardAll(engine: Engine): Promise<ForwardResult[]> {
+  const batches = [[33, 1, 2, 17], [70], [5, 5]].map((lengths) => packBatch(sequencesOf(engine.shape, lengths)));
+  return engine.forwardEach(batches, { outputs: outputsOf(engine.shape), temperature: 0.8 });
 }
 
 function sameResults(actual: readonly ForwardResult[], expected: readonly ForwardResult[], what: string): void {

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { onTestFinished } from 'vitest';
-import { checkpointTensors, openCheckpoint } from '../../src/checkpoints/hugging-face.js';
+import { checkpointTensors, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
 import { createDevice, createEngine } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
 import type { Device, DeviceOptions } from '../../src/engine/device.js';
@@ -159,6 +159,20 @@ export function randomModel(name: string, shape: ModelShape, seed = 1): TestMode
   return { name, shape, open };
 }
 
+/** Writes a model of the Llama family as a checkpoint that never ends a text by itself: responses have their full length. */
+export async function writeCheckpoint(model: TestModel, directory: string): Promise<string> {
+  const { shape } = model;
+  const configJson = {
+    ...{ architectures: ['LlamaForCausalLM'], model_type: 'llama', vocab_size: shape.vocabulary },
+    ...{ hidden_size: shape.width, intermediate_size: shape.feedForward, num_hidden_layers: shape.layers },
+    ...{ num_attention_heads: shape.heads, num_key_value_heads: shape.keyValueHeads, head_dim: shape.headWidth },
+    ...{ max_position_embeddings: shape.maxPositions, rms_norm_eps: shape.normEpsilon, rope_theta: 10000 },
+    ...{ hidden_act: 'silu', tie_word_embeddings: shape.tied, eos_token_id: null, pad_token_id: shape.padToken },
+  };
+  await withEngine(model, { dtype: 'float32' }, (engine) => saveModel(engine, directory, { configJson }));
+  return directory;
+}
+
 function randomTensor(shape: readonly number[], next: () => number): Float32Array {
   const size = shape.reduce((product, n) => product * n, 1);
   const scale = shape.length === 1 ? 0.1 : 3 / Math.sqrt(shape.at(-1)!);
@@ -178,11 +192,13 @@ export async function withEngine<T>(
   { isa, ...options }: DeviceOptions & Omit<OpenOptions, 'device'> & { isa?: string },
   run: (engine: NativeEngine, device: Device) => Promise<T>,
 ): Promise<T> {
-  const { threads = 2, memoryBytes, implementation, poison, ...rest } = options;
+  const { threads = 2, memoryBytes, hostBytes, offloadFolder, implementation, poison, ...rest } = options;
   const device = withIsa(isa, () =>
     createDevice({
       threads,
       ...(memoryBytes === undefined ? {} : { memoryBytes }),
+      ...(hostBytes === undefined ? {} : { hostBytes }),
+      ...(offloadFolder === undefined ? {} : { offloadFolder }),
       ...(implementation === undefined ? {} : { implementation }),
       ...(poison === undefined ? {} : { poison }),
     }),

@@ -171,7 +171,7 @@ const layers: Readonly<Record<string, readonly string[]>> = {
   core: [],
   kernels: ['core/'],
   comm: ['core/'],
-  transfer: ['core/'],
+  transfer: ['comm/communicator.h', 'core/'],
   model: ['kernels/', 'comm/background.h', 'comm/communicator.h', 'core/'],
   binding: ['model/', 'kernels/', 'transfer/', 'comm/', 'core/'],
 };

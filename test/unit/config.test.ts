@@ -59,9 +59,8 @@ describe('defaults', () => {
         kl: { in: 'reward', estimator: 'k1', controller: 'fixed' },
       },
       parallel: { pipeline: 1, tensor: 1, data: 1, zero: 0, schedule: '1f1b' },
-      generation: { pipeline: 1, tensor: 1 },
       placement: 'colocated',
-      memory: { device: '8GiB', host: '16GiB' },
+      memory: { device: '8GiB', host: '16GiB', offload: 'none' },
       numerics: { parts: 'auto' },
       checks: { mismatch: 'first' },
       evaluation: { every: 50 },
@@ -166,6 +165,9 @@ describe('contradictions', () => {
     [{ ...ppo, rollout: { temperature: 0 } }, 'a greedy rollout explores nothing'],
     [{ ...sft, steps: 3, optimizer: { warmupSteps: 4 } }, '4 is more than steps (3)'],
     [{ ...sft, numerics: { parts: 3 } }, '3 is not a power of two'],
+    [{ ...sft, generation: { tensor: 2 } }, 'generation.tensor: 2 does not divide parallel.tensor (1)'],
+    [{ ...sft, parallel: { data: 2, pipeline: 2, zero: 2 } }, 'set zero to 1 or pipeline to 1'],
+    [{ ...sft, parallel: { data: 2, tensor: 2, zero: 3 }, generation: {} }, 'set zero to 2 or leave out generation'],
     [{ ...sft, parallel: { zero: 1 } }, 'parallel.data is 1; set zero to 0 or raise data'],
     [{ ...sft, parallel: { data: 4 }, batch: { sequences: 3 } }, '3 rows leave some of the 4 data-parallel ranks'],
     [{ ...sft, parallel: { pipeline: 3, tensor: 8, data: 3 } }, 'are 72 ranks; a process has at most 64'],
@@ -176,8 +178,6 @@ describe('contradictions', () => {
   });
 
   it.each([
-    [{ ...sft, parallel: { data: 2, zero: 2 } }, 'parallel.zero: 2 is not in this version'],
-    [{ ...sft, generation: { tensor: 2 } }, 'it generates in the layout that trains'],
     [{ ...sft, placement: 'split' }, 'use colocated'],
     [{ ...sft, algorithm: 'grpo' }, "'grpo' is not in this version; this version has sft, reward, ppo"],
   ])('what this version lacks is refused with what there is: %j', (input, message) => {

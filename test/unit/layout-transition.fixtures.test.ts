@@ -9,8 +9,8 @@ import {
 } from '../../src/layout/hybrid-engine.js';
 import type { Dtype } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
-import { coordinatesOf, type Degrees, type GenerationDegrees, worldSize } from '../../src/layout/parallel.js';
-import { type PlacedShard, placeShard, tensorBytes } from '../../src/layout/placed.js';
+import { type GenerationDegrees, worldSize } from '../../src/layout/parallel.js';
+import { placeShard, tensorBytes } from '../../src/layout/placed.js';
 import { shardTable } from '../../src/layout/shards.js';
 import {
   type TransitionOptions,
@@ -18,41 +18,20 @@ import {
   transitionBytes,
   transitionPlan,
 } from '../../src/layout/transition-plan.js';
-import { readTopics } from '../rl-fixtures.js';
 import { filledArena, firstDifference, runSlices } from './layout-arenas.js';
 import { rotary } from './layout-shapes.js';
+import { goldenLayouts, parts, type TransitionLayout, trainingMemory } from './layout-transitions.js';
 
-interface Layout {
-  name: string;
-  train: Degrees;
-  generation: GenerationDegrees;
-}
-
-const parts = 8;
 const engines: TransitionEngine[] = ['ds-chat', 'hybridflow-v', 'hybridflow'];
 const groupings: Record<TransitionEngine, Grouping> = {
   'ds-chat': 'vanilla',
   'hybridflow-v': 'vanilla',
   hybridflow: 'hybridflow',
 };
-const isPart = (degree: number) => parts % degree === 0;
-
-const golden: Layout[] = readTopics()
-  .filter(({ topic }) => topic === 'hybrid_engine')
-  .flatMap(({ cases }) => cases)
-  .map(({ name, inputs }) => {
-    const { p, t, d } = inputs.train as Record<'p' | 't' | 'd', number>;
-    const generation = inputs.generation as Record<'p' | 't', number>;
-    return {
-      name,
-      train: { pipeline: p, tensor: t, data: d },
-      generation: { pipeline: generation.p, tensor: generation.t },
-    };
-  })
-  .filter(({ train, generation }) => isPart(train.tensor) && isPart(generation.tensor));
+const golden = goldenLayouts(parts);
 
 /** Uneven stages, and a key/value head that ranks share. */
-const more: Layout[] = [
+const more: TransitionLayout[] = [
   { name: '4-2-1_to_2-1', train: { pipeline: 4, tensor: 2, data: 1 }, generation: { pipeline: 2, tensor: 1 } },
   { name: '2-8-1_to_1-2', train: { pipeline: 2, tensor: 8, data: 1 }, generation: { pipeline: 1, tensor: 2 } },
   { name: '2-4-2_to_2-4', train: { pipeline: 2, tensor: 4, data: 2 }, generation: { pipeline: 2, tensor: 4 } },
@@ -64,27 +43,6 @@ const even = (layers: number): ModelShape =>
 const uneven = rotary({ num_key_value_heads: 1, attention_bias: true, num_hidden_layers: 7 });
 
 it('the fixtures hold layouts that a model can have', () => expect(golden.length).toBeGreaterThan(0));
-
-/** What rank r keeps in training, by the definition of its engine. */
-function trainingMemory(
-  options: TransitionOptions,
-  shards: readonly PlacedShard[],
-  arenas: readonly Uint8Array[],
-): Uint8Array[] {
-  return Array.from({ length: worldSize(options.train) }, (_, rank) => {
-    const shard = shards[rank % shards.length]!;
-    const arena = arenas[rank % shards.length]!;
-    if (options.engine !== 'ds-chat' || options.train.data === 1) return arena;
-    const { data } = coordinatesOf(rank, options.train);
-    const pieces: number[] = [];
-    for (const { tensor, offset, elementBytes } of shard.tensors) {
-      const [begin, end] = [data, data + 1].map((i) => Math.floor((tensor.elements * i) / options.train.data));
-      pieces.push(...arena.subarray(offset + begin! * elementBytes, offset + end! * elementBytes));
-      while (pieces.length % 64 !== 0) pieces.push(0);
-    }
-    return Uint8Array.from(pieces);
-  });
-}
 
 /** Runs the plan and returns the generation buffers. */
 function run(plan: TransitionPlan, training: readonly Uint8Array[]): Uint8Array[] {

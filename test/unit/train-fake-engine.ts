@@ -128,6 +128,10 @@ export class TableEngine implements Engine {
     });
   }
 
+  forwardEach(batches: readonly TokenBatch[], options: Omit<ForwardOptions, 'keep'>): Promise<ForwardResult[]> {
+    return Promise.all(batches.map((batch) => this.forward(batch, options)));
+  }
+
   accumulate([own = []]: MicroBatches, options: Omit<ForwardOptions, 'keep'>, gradientsOf: GradientsOf): Promise<void> {
     return accumulateInTurn(this, own, options, (outputs, index) => gradientsOf(outputs, 0, index));
   }

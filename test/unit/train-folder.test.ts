@@ -181,6 +181,37 @@ describe('the recorder', () => {
     await rm(root, { recursive: true });
   });
 
+  it('draws a row for each rank: works, what of them was communication, and the idle time between', async () => {
+    const recorder = new Recorder();
+    const now = Number(process.hrtime.bigint()) / 1e9;
+    recorder.work({ operation: 'load', begin: now, end: now + 1, communicating: 0, waiting: 0 }, 0); // before the trace
+    await recorder.open(root);
+    const at = Number(process.hrtime.bigint()) / 1e9 + 5;
+    const work = { communicating: 0, waiting: 0 };
+    recorder.work({ ...work, operation: 'forward', microBatch: 3, begin: at, end: at + 2 }, 1);
+    recorder.work({ operation: 'backward', begin: at + 3, end: at + 7, communicating: 1.5, waiting: 1 }, 1);
+    recorder.work({ ...work, operation: 'read', begin: at + 7, end: at + 8 }, 1);
+    await recorder.close();
+    type Event = { name: string; cat?: string; tid: number; ts: number; dur: number; args: { name?: string } };
+    const events = JSON.parse(await readFile(join(root, 'trace.json'), 'utf8')) as Event[];
+    const names = events.filter(({ name }) => name === 'thread_name').map(({ tid, args }) => [args.name, tid]);
+    expect(names).toEqual([['rank 1', 6]]);
+    const row = events.filter(({ name }) => name !== 'thread_name');
+    expect(new Set(row.map(({ tid }) => tid))).toEqual(new Set([6]));
+    const seconds = (microseconds: number): number => Math.round(microseconds / 1e4) / 100;
+    const start = row[0]!.ts;
+    expect(seconds(start)).toBe(5);
+    expect(row.map(({ name, cat, ts, dur }) => [name, cat, seconds(ts - start), seconds(dur)])).toEqual([
+      ['forward 3', 'compute', 0, 2],
+      ['idle', 'idle', 2, 1],
+      ['backward', 'compute', 3, 4],
+      ['waiting', 'idle', 3, 1],
+      ['communication', 'communication', 4, 0.5],
+      ['read', 'transfer', 7, 1],
+    ]);
+    await rm(root, { recursive: true });
+  });
+
   it('wraps methods of objects with private state', async () => {
     class Counter {
       #n = 0;

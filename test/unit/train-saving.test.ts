@@ -196,7 +196,9 @@ describe('a checkpoint', () => {
     const memory = { host: 1000 };
     await expect(run(sft({ memory }))).rejects.toMatchObject({
       code: 'MEMORY_BUDGET',
-      message: expect.stringMatching(/policy is copied into .* more than memory.host .* checkpoint.async/),
+      message: expect.stringMatching(
+        /for a checkpoint.s copy of policy in host memory, more than memory.host .* checkpoint.async/,
+      ),
     });
     await run(sft({ memory, checkpoint: { async: false } }));
   });

@@ -285,7 +285,7 @@ it('workers of a device take turns, also after a failure', async () => {
   const turns = new Turns();
   const log: string[] = [];
   const work = (name: string, fails = false) =>
-    turns.run(async () => {
+    turns.run('work', async () => {
       log.push(`${name} begins`);
       await new Promise((resolve) => setTimeout(resolve, 5));
       log.push(`${name} ends`);

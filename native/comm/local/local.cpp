@@ -9,6 +9,7 @@
 #include "comm/local/world.h"
 #include "comm/tree_sum.h"
 #include "core/thread_pool.h"
+#include "core/work_clock.h"
 
 namespace lockstep::comm {
 
@@ -264,6 +265,7 @@ class LocalCommunicator final : public Communicator {
   void await(Bell& bell, const Ready& ready, const Examine& examine) {
     const auto done = [&] { return ready() || world_.failed(); };
     if (!done()) {
+      const WorkClock::Span span(&WorkTimes::waiting);
       const int64_t began = nowNanoseconds(), look = std::min(kLookNanoseconds, world_.timeout() / 8 + 1);
       bool long_ = false;
       while (!bell.wait(done, nowNanoseconds() + look)) {

@@ -1,0 +1,31 @@
+// Where the bytes of an arena are kept while they are away from the device: in host memory within a budget, or in a
+// file. Bytes are given in chunks and taken back in any order of chunks.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "core/memory_space.h"
+
+namespace lockstep::transfer {
+
+class Backing {
+ public:
+  virtual ~Backing() = default;
+  // Keeps `bytes` bytes of `from` as those at `offset`. A failure leaves what was kept before.
+  virtual void put(size_t offset, const char* from, size_t bytes) = 0;
+  // The inverse; the backing need not keep them any longer.
+  virtual void take(size_t offset, char* to, size_t bytes) = 0;
+};
+
+// Host memory for `bytes` bytes, counted in `host` chunk by chunk. put() throws Error("MEMORY_BUDGET"); the
+// constructor Error("OUT_OF_MEMORY").
+std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host);
+
+// A file of `bytes` bytes in `folder`. It has no name once it is open, so nothing is left of it however the process
+// ends. Throws Error("OFFLOAD_FILE") with the path and the system's reason; the constructor already when there is no
+// room for all bytes.
+std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder);
+
+}  // namespace lockstep::transfer
