@@ -104,6 +104,23 @@ describe('ZeRO stages', () => {
       same(await trainOver(tied, { tensor: 2, data: 2, zero }, 'float32', work), expected, `${zero}`);
   });
 
+  test.each([0, 1, 2, 3])('stage %d: calls between the gradients and the step take nothing from them', async (zero) => {
+    const work = (between: boolean) => async (engine: Engine) => {
+      const { shape } = engine;
+      const all = microBatchesOf(shape, 1);
+      await engine.accumulate([all.slice(0, 3), all.slice(3)], { outputs: outputsOf(shape) }, gradientsOf);
+      if (between) {
+        await engine.forward(batchOf(shape, [90, 90]), { outputs: ['logprobs'] });
+        await engine.generate(requestsOf(sequencesOf(shape, [40, 9])), sampling);
+      }
+      const { gradientNorm } = await engine.step(options);
+      return { ...nothing, norms: [gradientNorm], weights: await readAll(engine, 'weights') };
+    };
+    const layout = { data: 2, zero };
+    const expected = await trainOver(tied, layout, 'float32', work(false));
+    same(await trainOver(tied, layout, 'float32', work(true)), expected, `stage ${zero}`);
+  });
+
   test('forward with `keep` and backward, one replica without rows', async () => {
     const work = async (engine: Engine): Promise<Trained> => {
       const norms: number[] = [];
