@@ -1,8 +1,8 @@
 /** What a failed command says and exits with. */
 import { LockstepError } from '../errors.js';
 
-/** Errors of the text that a user typed, besides CONFIG_* and USAGE_*. */
-const wrongText = new Set(['RANKS_UNSUPPORTED']);
+/** Errors of the text that a user typed, besides CONFIG_* and USAGE_*: layouts that a model cannot have. */
+const wrongText = new Set(['PARALLEL_INVALID', 'PARTS_INVALID']);
 
 /** 2 when the command line or the configuration is wrong, else 1. */
 export function exitCodeOf(error: unknown): number {

@@ -24,7 +24,6 @@ import { transitionPlan } from '../../src/layout/transition-plan.js';
 import { goldenLayouts, type TransitionLayout } from '../unit/layout-transitions.js';
 import { goldenDirectories, readGolden } from './golden.js';
 import {
-  dtypes,
   randomModel,
   readAll,
   requestsOf,
@@ -35,6 +34,7 @@ import {
   sequencesOf,
   smallShape,
   type TestModel,
+  testDtypes,
   tinyShape,
 } from './support.js';
 
@@ -162,16 +162,20 @@ const largestParts = ({ heads, keyValueHeads, feedForward }: ModelShape): number
 const folders = goldenDirectories().filter(({ directory }) => readGolden(directory).kind === 'lm');
 
 describe.each(folders)('$name', ({ directory }) => {
-  test.each(dtypes)('generates in every golden layout that it can have as one rank does, %s', async (dtype) => {
-    const checkpoint = await openCheckpoint(directory);
-    const parts = largestParts(checkpoint.shape);
-    const one = await createEngine({ model: checkpoint, device: devicesFor(1)[0]!, dtype, parts });
-    const layouts = goldenLayouts(parts).filter(
-      ({ train }) => worldSize(train) <= 8 && train.pipeline <= checkpoint.shape.layers,
-    );
-    expect(await compareLayouts(one, layouts)).toBeGreaterThan(0);
-    await one.close();
-  });
+  testDtypes(
+    folders.findIndex((folder) => folder.directory === directory),
+    'generates in every golden layout that it can have as one rank does',
+    async (dtype) => {
+      const checkpoint = await openCheckpoint(directory);
+      const parts = largestParts(checkpoint.shape);
+      const one = await createEngine({ model: checkpoint, device: devicesFor(1)[0]!, dtype, parts });
+      const layouts = goldenLayouts(parts).filter(
+        ({ train }) => worldSize(train) <= 8 && train.pipeline <= checkpoint.shape.layers,
+      );
+      expect(await compareLayouts(one, layouts)).toBeGreaterThan(0);
+      await one.close();
+    },
+  );
 });
 
 test('which models stage what in which golden layouts: all the rest are views', async () => {
@@ -218,7 +222,7 @@ const layoutOf = (name: string): TransitionLayout => {
 };
 
 describe.each(models)('eight parts: $name', (model) => {
-  test.each(dtypes)('every transition, %s', async (dtype) => {
+  testDtypes(models.indexOf(model), 'every transition', async (dtype) => {
     const one = await model.open({ device: devicesFor(1)[0]!, dtype, parts: 8 });
     const deep = Math.min(3, model.shape.layers);
     const names = ['1-8-1_1-2', '1-8-1_1-4', '2-4-1_1-2', '2-2-2_2-1', `${deep}-2-1_1-1`, '1-2-2_1-1'];

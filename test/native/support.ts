@@ -4,7 +4,7 @@ import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
-import { onTestFinished } from 'vitest';
+import { onTestFinished, test } from 'vitest';
 import { checkpointTensors, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
 import { createDevice, createEngine } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
@@ -22,9 +22,17 @@ import { generationRows, generationSequences, NativeEngine } from '../../src/eng
 import { pagePositions, planGeneration } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import { resolveParts } from '../../src/layout/parts.js';
+import { slow } from '../conditions.js';
 import { goldenDirectories, readGolden } from './golden.js';
 
 export const dtypes: readonly Dtype[] = ['float32', 'bfloat16'];
+
+/** A law of each of many models in every dtype. The short suite takes a model in one of them, in turn. */
+export function testDtypes(index: number, name: string, run: (dtype: Dtype) => Promise<void>): void {
+  for (const [i, dtype] of dtypes.entries()) {
+    (index % dtypes.length === i ? test : slow)(`${name}, ${dtype}`, () => run(dtype));
+  }
+}
 
 /** A model that can be opened again and again, always with the same weights. */
 export interface TestModel {

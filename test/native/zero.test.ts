@@ -5,7 +5,17 @@
 import { describe, expect, test } from 'vitest';
 import type { Engine } from '../../src/engine/engine.js';
 import { ParallelEngine } from '../../src/engine/parallel-engine.js';
-import { dtypes, readAll, requestsOf, sameBits, sameGenerated, sameTensors, sampling, sequencesOf } from './support.js';
+import {
+  dtypes,
+  readAll,
+  requestsOf,
+  sameBits,
+  sameGenerated,
+  sameTensors,
+  sampling,
+  sequencesOf,
+  testDtypes,
+} from './support.js';
 import {
   batchOf,
   gradientsOf,
@@ -28,7 +38,7 @@ const [first, tied, biased] = models as [Model, Model, Model];
 const nothing: Trained = { norms: [], weights: new Map(), moments: new Map() };
 
 describe.each(models)('$name', (model) => {
-  test.each(dtypes)('every ZeRO stage gives the bits of stage 0, %s', async (dtype) => {
+  testDtypes(models.indexOf(model), 'every ZeRO stage gives the bits of stage 0', async (dtype) => {
     const expected = await trainOver(model, { data: 2 }, dtype);
     for (const change of [{ zero: 1 }, { zero: 2 }, { zero: 3 }, { zero: 3, recompute: true }]) {
       const layout = { data: 2, ...change };
