@@ -40,9 +40,13 @@ const definitions: readonly ChartDefinition[] = [
   {
     title: 'Accuracy',
     note: 'Share of pairs in which the chosen answer scores above the rejected one.',
-    metrics: { accuracy: 'accuracy' },
+    metrics: { 'reward.accuracy': 'accuracy' },
   },
-  { title: 'Score margin', note: 'Score of the chosen answer minus the rejected one.', metrics: { margin: 'margin' } },
+  {
+    title: 'Score margin',
+    note: 'Score of the chosen answer minus the rejected one.',
+    metrics: { 'reward.margin': 'margin' },
+  },
   {
     title: 'KL to the reference',
     note: 'How far the policy has moved from where it started. A run-away curve means that it exploits the reward.',
@@ -203,7 +207,7 @@ export function headlineMetrics(algorithm: unknown): string[] {
     case 'sft':
       return ['loss', 'eval.loss', 'gradient.norm', 'tokens'];
     case 'reward':
-      return ['loss', 'eval.loss', 'eval.accuracy', 'accuracy', 'gradient.norm'];
+      return ['loss', 'eval.loss', 'eval.reward.accuracy', 'reward.accuracy', 'gradient.norm'];
     default:
       return ['reward.mean', 'kl.mean', 'response.length', 'value.explained', 'entropy', 'policy.clipFraction'];
   }

@@ -56,7 +56,7 @@ function lossRow(step: number, steps: number): Record<string, number> {
 function evaluation(kind: SyntheticKind, step: number, steps: number): Record<string, number> {
   const share = step / steps;
   if (kind === 'ppo') return { 'eval.reward.mean': 0.2 + 1.7 * share };
-  if (kind === 'reward') return { 'eval.loss': 0.7 - 0.3 * share, 'eval.accuracy': 0.5 + 0.4 * share };
+  if (kind === 'reward') return { 'eval.loss': 0.7 - 0.3 * share, 'eval.reward.accuracy': 0.5 + 0.4 * share };
   return { 'eval.loss': 0.8 + 3 * Math.exp(-5 * share) };
 }
 
