@@ -116,8 +116,13 @@ const definitions: readonly ChartDefinition[] = [
   },
   {
     title: 'State moved per step',
-    note: 'Models that take turns on the device: what left it, came back, and was dropped without being copied.',
-    metrics: { 'bytes.offload': 'offloaded', 'bytes.restore': 'restored', 'bytes.dropped': 'dropped' },
+    note: 'Models that take turns on the device: what left it, came back, and was dropped without being copied; weights that came to the generation layout.',
+    metrics: {
+      'bytes.offload': 'offloaded',
+      'bytes.restore': 'restored',
+      'bytes.dropped': 'dropped',
+      'bytes.transition': 'gathered for generation',
+    },
     fromZero: true,
     exact: true,
     unit: 'bytes',
@@ -125,7 +130,7 @@ const definitions: readonly ChartDefinition[] = [
 ];
 
 /** `seconds.*` that run over other phases and would be counted twice in a stack. */
-const overlapping = new Set(['step', 'native', 'transfer', 'total']);
+const overlapping = new Set(['step', 'native', 'transfer', 'transition', 'total']);
 
 /**
  * Seconds by phase, the longest phase first. What phases leave of `seconds.step` is a phase of its own; a run whose models

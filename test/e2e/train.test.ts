@@ -29,11 +29,19 @@ function trajectories(): string[] {
 }
 
 describe('fine-tuning follows the AdamW trajectory', () => {
-  it.each(trajectories())('%s', async (name) => {
+  it.each(
+    trajectories().flatMap(
+      (name) =>
+        [
+          [name, {}],
+          [name, { data: 2, zero: 1 }],
+        ] as const,
+    ),
+  )('%s, parallel %j', async (name, parallel) => {
     const { sft, sequences } = golden(name);
     const { adamw, losses, grad_norms } = sft!;
     const rows = sft!.sequences.map((s) => ({ tokens: typeof s === 'number' ? sequences[s]!.tokens : s }));
-    const output = join(folder, `trajectory-${name}`);
+    const output = join(folder, `trajectory-${name}-${Object.keys(parallel).length}`);
     const config = await configFile(
       folder,
       {
@@ -43,6 +51,7 @@ describe('fine-tuning follows the AdamW trajectory', () => {
         dtype: 'float32',
         batch: { sequences: rows.length, microTokens: 48 },
         steps: adamw.steps,
+        parallel,
         optimizer: {
           learningRate: adamw.lr,
           betas: [adamw.beta1, adamw.beta2],
