@@ -131,7 +131,7 @@ describe('a failure', () => {
   test.each([
     ['CONFIG_UNKNOWN_KEY', 2],
     ['USAGE_FLAG', 2],
-    ['RANKS_UNSUPPORTED', 2],
+    ['PARALLEL_INVALID', 2],
     ['DATA_BAD_ROW', 1],
     ['RUN_EXISTS', 1],
   ] as const)('%s exits with %d', (code, exitCode) => {
