@@ -51,6 +51,14 @@ export interface UpdateOptions {
   readonly miniBatches: number;
   /** Numbers the call, so that the order of rows is a function of it. */
   readonly iteration: number;
+  /** Batches whose losses are part of the same steps (ptx): one sum of gradients. */
+  readonly also?: readonly Addition[] | undefined;
+}
+
+/** Another batch with its loss, normalised by its own totals. */
+export interface Addition {
+  readonly experience: Experience;
+  readonly loss: Loss;
 }
 
 /** Means over the optimizer steps of one update, each measured at the weights before its step. */
@@ -61,37 +69,53 @@ export interface UpdateStatistics {
   readonly statistics: Readonly<Record<string, number>>;
 }
 
+/** Which draw of a run a rollout is: another iteration or round has other random numbers. */
+export interface GenerationOptions {
+  readonly iteration: number;
+  readonly round?: number | undefined;
+  /** The most probable token each time. */
+  readonly greedy?: boolean | undefined;
+}
+
 export interface Evaluation {
   readonly loss: number;
   readonly statistics: Readonly<Record<string, number>>;
 }
 
+/** A value, or the future of one: a call that is given a future starts when its value is there. */
+export type Awaitable<T> = T | PromiseLike<T>;
+
 /** A model that learns. */
 export interface Learner {
-  update(experience: Experience, loss: Loss, options: UpdateOptions): Promise<UpdateStatistics>;
-  /** The loss at the present weights. */
-  evaluate(experience: Experience, loss: Loss): Promise<Evaluation>;
+  update(experience: Awaitable<Experience>, loss: Loss, options: UpdateOptions): Promise<UpdateStatistics>;
+  /** The loss at the present weights, without learning. */
+  computeLoss(experience: Awaitable<Experience>, loss: Loss): Promise<Evaluation>;
 }
 
 /** The policy. */
 export interface ActorWorker extends Learner {
-  generateSequences(prompts: readonly Prompt[], options: { readonly iteration: number }): Promise<Rollout>;
-  computeLogprobs(batch: TokenBatch): Promise<Float32Array>;
+  generateSequences(prompts: Awaitable<readonly Prompt[]>, options: GenerationOptions): Promise<Rollout>;
+  computeLogprobs(batch: Awaitable<TokenBatch>): Promise<Float32Array>;
 }
 
 /** The value function. */
 export interface CriticWorker extends Learner {
-  computeValues(batch: TokenBatch): Promise<Float32Array>;
+  computeValues(batch: Awaitable<TokenBatch>): Promise<Float32Array>;
 }
 
 /** The policy that KL is measured against. */
 export interface ReferenceWorker {
-  computeLogprobs(batch: TokenBatch): Promise<Float32Array>;
+  computeLogprobs(batch: Awaitable<TokenBatch>): Promise<Float32Array>;
 }
 
 /** A reward model, a function, or both. */
 export interface RewardWorker {
-  computeRewards(rollout: Rollout): Promise<Rewards>;
+  computeRewards(rollout: Awaitable<Rollout>): Promise<Rewards>;
+}
+
+/** A cost model, a function, or both: higher is worse. */
+export interface CostWorker {
+  computeCosts(rollout: Awaitable<Rollout>): Promise<Rewards>;
 }
 
 /** The roles of reinforcement learning from feedback; an algorithm may use some of them. */
@@ -100,6 +124,11 @@ export interface Models {
   readonly critic: CriticWorker;
   readonly reference: ReferenceWorker;
   readonly reward: RewardWorker;
+  readonly cost: CostWorker;
+  /** The value function of costs. */
+  readonly costCritic: CriticWorker;
+  /** The policy that a student learns from. */
+  readonly teacher: ReferenceWorker;
 }
 
 /** What one iteration did. Metric names are those of the run folder's contract. */
@@ -110,16 +139,29 @@ export interface Iteration {
 }
 
 /** Everything that an algorithm carries from one iteration to the next; plain JSON for checkpoints. */
-export type AlgorithmState = Readonly<Record<string, number>>;
+export type AlgorithmState = Readonly<Record<string, number | readonly number[]>>;
+
+/** What an iteration is told beside its batch. */
+export interface Context {
+  /** From 1. */
+  readonly iteration: number;
+  /** Sequences to imitate beside the rollout (ptx), when the run has them. */
+  readonly pretraining?: Experience | undefined;
+  /** More prompts of the data, as many as asked for, each with its samples: for algorithms that filter. */
+  readonly draw?: ((prompts: number) => Promise<readonly Prompt[]>) | undefined;
+}
 
 export interface Algorithm<Roles, Batch> {
   /** The roles that `iterate` uses. */
   readonly models: readonly (keyof Roles & string)[];
-  /** Learns from one batch: prompts, or sequences to imitate. Iterations are numbered from 1. */
-  iterate(models: Roles, batch: Batch, context: { readonly iteration: number }): Promise<Iteration>;
+  /** Learns from one batch: prompts, or sequences to imitate. */
+  iterate(models: Roles, batch: Batch, context: Context): Promise<Iteration>;
   state(): AlgorithmState;
   restore(state: AlgorithmState): void;
 }
+
+/** An algorithm that learns from rollouts of prompts; a prompt comes once for each of its samples, in a row. */
+export type RolloutAlgorithm = Algorithm<Models, readonly Prompt[]>;
 
 /** For algorithms that carry nothing over. */
 export const stateless = { state: (): AlgorithmState => ({}), restore: (): void => {} };

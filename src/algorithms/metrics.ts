@@ -53,6 +53,7 @@ export const actorMetrics = ({ loss, gradientNorm, statistics }: UpdateStatistic
   'policy.kl': statistics.kl ?? 0,
   'policy.outliers': statistics.outliers ?? 0,
   entropy: statistics.entropy ?? 0,
+  ...(statistics.pretrainingLoss === undefined ? {} : { 'ptx.loss': statistics.pretrainingLoss }),
 });
 
 /** Fraction of pairs in the right order, and the mean of chosen − rejected. */
@@ -61,5 +62,33 @@ export const pairMetrics = ({ accuracy = 0, margin = 0 }: Metrics): Metrics => (
   'reward.margin': margin,
 });
 
+/** Implicit rewards of the answers: fraction of pairs in the right order, mean difference, means. */
+export const preferenceMetrics = ({ accuracy = 0, margin = 0, rewardsChosen = 0, rewardsRejected = 0 }: Metrics) => ({
+  ...pairMetrics({ accuracy, margin }),
+  'reward.chosen': rewardsChosen,
+  'reward.rejected': rewardsRejected,
+});
+
+/** Means over either kind of answers; 0 for a kind that is not there. */
+export const judgedMetrics = ({
+  desirable = 0,
+  rewardsDesirable = 0,
+  rewardsUndesirable = 0,
+  klBaseline = 0,
+}: Metrics) => {
+  const chosen = desirable > 0 ? rewardsDesirable / desirable : 0;
+  const rejected = desirable < 1 ? rewardsUndesirable / (1 - desirable) : 0;
+  return {
+    'reward.chosen': chosen,
+    'reward.rejected': rejected,
+    'reward.margin': chosen - rejected,
+    'kl.baseline': klBaseline,
+  };
+};
+
 /** 0 for nothing to average. */
-const mean = (x: readonly number[]): number => (x.length > 0 ? x.reduce((sum, value) => sum + value, 0) / x.length : 0);
+export function mean(x: ArrayLike<number>): number {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i]!;
+  return x.length > 0 ? sum / x.length : 0;
+}

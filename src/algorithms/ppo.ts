@@ -38,6 +38,8 @@ export interface PpoSettings extends TruncationSettings {
   readonly whiten: boolean;
   /** Weight of the entropy bonus. */
   readonly entropyCoefficient: number;
+  /** γ of the pretraining mix, when a run has one. */
+  readonly ptxCoefficient?: number | undefined;
 }
 
 export function ppo(settings: PpoSettings): Algorithm<Models, readonly Prompt[]> {

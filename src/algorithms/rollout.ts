@@ -1,6 +1,8 @@
 /** What every algorithm that learns from rollouts does with one: which tokens count, and where scores go. */
+import { packBatch, type TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
-import type { Rewards, Rollout } from './algorithm.js';
+import { pretrainingLoss } from '../losses/mixed.js';
+import type { Addition, Context, Experience, Rewards, Rollout } from './algorithm.js';
 
 /**
  * What becomes of answers that were cut at the most new tokens: learned from as if they had ended (`keep`), left out of
@@ -36,14 +38,24 @@ export function placeScores(rollout: Rollout, rewards: Rewards, settings: Trunca
       { position: t, reward },
     );
   });
-  for (const { row, begin, end } of spans(rollout)) {
-    const last = rollout.responseMask.subarray(begin, end).lastIndexOf(1);
-    if (last < 0) continue;
-    if (!rewards.tokens) placed[begin + last]! += rewards.scores[row]!;
-    placed[begin + last]! -= penalty(rollout, row, settings);
-  }
+  lastTokens(rollout).forEach((last, row) => {
+    if (last < 0) return;
+    if (!rewards.tokens) placed[last]! += rewards.scores[row]!;
+    placed[last]! -= penalty(rollout, row, settings);
+  });
   return placed;
 }
+
+/** Packed position of each sequence's last sampled token; -1 for an answer without one. */
+export const lastTokens = (rollout: Rollout): Int32Array =>
+  Int32Array.from(spans(rollout), ({ begin, end }) => {
+    const last = rollout.responseMask.subarray(begin, end).lastIndexOf(1);
+    return last < 0 ? -1 : begin + last;
+  });
+
+/** Per sequence: the score with the truncation penalty. */
+export const penalisedScores = (rollout: Rollout, { scores }: Rewards, settings: TruncationSettings): Float64Array =>
+  scores.map((score, row) => score - penalty(rollout, row, settings));
 
 /** What is subtracted from the score of a row. */
 export function penalty(
@@ -55,10 +67,62 @@ export function penalty(
 }
 
 /** Where each sequence lies in the packed arrays. */
-export function spans({ lengths }: Rollout): { row: number; begin: number; end: number }[] {
+export function spans({ lengths }: Pick<TokenBatch, 'lengths'>): { row: number; begin: number; end: number }[] {
   let end = 0;
   return Array.from(lengths, (length, row) => {
     end += length;
     return { row, begin: end - length, end };
   });
 }
+
+/** A batch to learn from a rollout: the learned positions, what the loss reads, and what the trainer's log-probs must equal. */
+export const sampledExperience = (
+  { tokens, lengths, logprobs, responseMask }: Rollout,
+  mask: Uint8Array,
+  columns: Experience['columns'],
+): Experience => ({
+  tokens,
+  lengths,
+  mask,
+  columns: { ...columns, oldLogprobs: logprobs, sampledLogprobs: logprobs, sampledMask: responseMask },
+});
+
+/** ptx: γ times the cross-entropy of pretraining sequences in the same steps (Ouyang et al. 2022, arXiv:2203.02155, eq. 2). */
+export const pretrainingMix = ({ pretraining }: Context, gamma: number): readonly Addition[] =>
+  pretraining ? [{ experience: pretraining, loss: pretrainingLoss(gamma) }] : [];
+
+/** Rows of rollouts as one rollout, in the order given. */
+export function joinRows(parts: readonly { rollout: Rollout; rows: readonly number[] }[]): Rollout {
+  const sources = parts.flatMap(({ rollout, rows }) => {
+    const places = spans(rollout);
+    return rows.map((row) => ({ rollout, ...places[row]! }));
+  });
+  const { tokens, lengths } = packBatch(sources.map(({ rollout, begin, end }) => rollout.tokens.subarray(begin, end)));
+  const logprobs = new Float32Array(tokens.length);
+  const responseMask = new Uint8Array(tokens.length);
+  let at = 0;
+  for (const { rollout, begin, end } of sources) {
+    logprobs.set(rollout.logprobs.subarray(begin, end), at);
+    responseMask.set(rollout.responseMask.subarray(begin, end), at);
+    at += end - begin;
+  }
+  const promptLengths = Int32Array.from(sources, ({ rollout, row }) => rollout.promptLengths[row]!);
+  const prompts = sources.map(({ rollout, row }) => rollout.prompts[row]!);
+  return {
+    tokens,
+    lengths,
+    logprobs,
+    responseMask,
+    promptLengths,
+    prompts,
+    finish: sources.map(({ rollout, row }) => rollout.finish[row]!),
+  };
+}
+
+/** Σ over each sequence of a packed array. */
+export const sumsBySequence = (batch: TokenBatch, packed: Float64Array | Uint8Array): Float64Array =>
+  Float64Array.from(spans(batch), ({ begin, end }) => {
+    let sum = 0;
+    for (let t = begin; t < end; t++) sum += packed[t]!;
+    return sum;
+  });

@@ -31,7 +31,7 @@ export function sft(): Algorithm<SftModels, Experience> {
 
 /** The loss on held-out examples. */
 export const evaluateSft = ({ actor }: SftModels, batch: Experience): Promise<Evaluation> =>
-  actor.evaluate(batch, crossEntropy());
+  actor.computeLoss(batch, crossEntropy());
 
 /** Packs examples: target i is learned at the position that predicts it, i − 1. */
 export function sftBatch(examples: readonly SftExample[]): Experience {

@@ -4,17 +4,19 @@
  */
 import type { Scalar, TokenArray } from './tokens.js';
 
-export type AggregationMode =
+export const aggregationModes = [
   /** Σ l / tokens (PPO, DAPO, REINFORCE++). */
-  | 'token-mean'
+  'token-mean',
   /** Σ l. */
-  | 'token-sum'
+  'token-sum',
   /** Σ over sequences of (Σ l / tokens of the sequence) / sequences (GRPO). */
-  | 'seq-mean-token-mean'
+  'seq-mean-token-mean',
   /** Σ l / sequences (REINFORCE, RLOO). */
-  | 'seq-mean-token-sum'
+  'seq-mean-token-sum',
   /** Σ l / (sequences · horizon); with `sequences: 'all'` the constant normaliser of Dr.GRPO. */
-  | 'seq-mean-token-sum-norm';
+  'seq-mean-token-sum-norm',
+] as const;
+export type AggregationMode = (typeof aggregationModes)[number];
 
 export interface Aggregation {
   readonly mode: AggregationMode;

@@ -52,7 +52,8 @@ export function bradleyTerry(settings: RewardLossSettings = {}): Loss<'values' |
 
 /**
  * L = mean over pairs of −log σ(c_u − c_s) − log σ(z_u c_u) − log σ(z_s c_s): the chosen answer is the safer one (s), a
- * higher score is less safe, and the column `unsafe` holds z = +1 for an unsafe answer and −1 for a safe one.
+ * higher score is less safe, and the column `unsafe` holds z = +1 for an unsafe answer and −1 for a safe one. Statistics:
+ * `accuracy`, the fraction with c_u > c_s, and `margin`, the mean of c_u − c_s.
  */
 export function costModel(): Loss<'values' | 'unsafe'> {
   return {
@@ -64,6 +65,13 @@ export function costModel(): Loss<'values' | 'unsafe'> {
       const ranking = worse.minus(safer).logSigmoid();
       const signed = worse.times(signs.rejected).logSigmoid().plus(safer.times(signs.chosen).logSigmoid());
       return meanOverPairs(ranking.plus(signed).negate(), t.values);
+    },
+    statistics({ values }) {
+      const { chosen: safer, rejected: worse } = pairs(values);
+      return {
+        accuracy: meanOverPairs(worse.greaterThan(safer), values),
+        margin: meanOverPairs(worse.minus(safer), values),
+      };
     },
   };
 }

@@ -8,9 +8,10 @@ import { z } from 'zod';
 import { LockstepError } from '../errors.js';
 import { explainIssues } from './config-errors.js';
 import { checkRules } from './rules.js';
-import { algorithms, type Config, type ConfigInput, configSchema, laterAlgorithms } from './schema.js';
+import { withPreset } from './presets.js';
+import { type Config, type ConfigInput, configSchema } from './schema.js';
 
-export type { Config, ConfigInput, PpoConfig, RewardConfig, SftConfig } from './schema.js';
+export type { Config, ConfigInput, ConfigOf, PreferenceConfig, RolloutConfig } from './schema.js';
 
 /** Types a configuration in an editor; the identity. `train()` checks it and completes it. */
 export function defineConfig(config: ConfigInput): ConfigInput {
@@ -24,8 +25,7 @@ export function defineConfig(config: ConfigInput): ConfigInput {
  * other), CONFIG_UNSUPPORTED (named by the contract, absent from this version). All problems found are in one message.
  */
 export function parseConfig(input: unknown): Config {
-  checkAlgorithm(input);
-  const parsed = configSchema.safeParse(input);
+  const parsed = configSchema.safeParse(withPreset(input));
   if (!parsed.success) throw explainIssues(parsed.error.issues, input);
   checkRules(parsed.data);
   return parsed.data;
@@ -80,18 +80,6 @@ export function parseBytes(size: number | string): number {
     TB: 1e12,
   };
   return Math.floor(Number(amount) * powers[unit!]!);
-}
-
-function checkAlgorithm(input: unknown): void {
-  if (typeof input !== 'object' || input === null) return;
-  const { algorithm } = input as { algorithm?: unknown };
-  if (typeof algorithm === 'string' && laterAlgorithms.includes(algorithm)) {
-    throw new LockstepError(
-      'CONFIG_UNSUPPORTED',
-      `algorithm: '${algorithm}' is not in this version; this version has ${algorithms.join(', ')}`,
-      { path: 'algorithm', received: algorithm, expected: algorithms },
-    );
-  }
 }
 
 function readYaml(text: string, where: string): unknown {

@@ -10,12 +10,16 @@ import type { BackendDevice } from '../inference/backend.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
 import type { Closable } from './closing.js';
-import type { Config, PpoConfig } from './config.js';
+import { learnsFromRollouts, rolloutAlgorithm } from './algorithms.js';
+import type { Config, ConfigOf } from './config.js';
 import type { Recorder } from './recorder.js';
 import type { Turns } from './turns.js';
 
+/** Models of a run; the policy is the actor of algorithms. */
+export type RoleName = 'policy' | 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost' | 'teacher';
+
 export interface Role {
-  name: 'policy' | 'critic' | 'reference' | 'reward';
+  name: RoleName;
   /** What it starts from at step 0, and whose files its checkpoints copy. */
   checkpoint: Checkpoint;
   head: Head;
@@ -27,27 +31,60 @@ export interface Role {
   folder: string;
 }
 
-/** The models of a run, the one it is about first. */
-export async function rolesOf(config: Config): Promise<Role[]> {
+/** The models of a run, the one it is about first. `used` are those of the algorithm, where it is not the configuration's own. */
+export async function rolesOf(config: Config, used?: readonly (keyof Models)[]): Promise<Role[]> {
   const base = await openCheckpoint(config.model);
-  const generates = config.evaluation.samples > 0 && config.data.eval !== undefined;
-  if (config.algorithm === 'sft') return [role('policy', base, 'language', { trained: true, generates })];
-  if (config.algorithm === 'reward') return [role('reward', base, 'score', { trained: true })];
-  return ppoRoles(config, base);
+  const rollouts = learnsFromRollouts(config);
+  const generates = rollouts || (config.evaluation.samples > 0 && config.data.eval !== undefined);
+  switch (config.algorithm) {
+    case 'sft':
+      return [role('policy', base, 'language', { trained: true, generates })];
+    case 'reward':
+    case 'cost':
+      return [role(config.algorithm, base, 'score', { trained: true })];
+    default: {
+      const names = used ?? (rollouts ? rolloutAlgorithm(config).models : preferenceModels(config));
+      const roles = [role('policy', base, 'language', { trained: true, generates: rollouts })];
+      for (const name of roleOrder) if (names.includes(name)) roles.push(...(await others[name](config, base)));
+      for (const other of roles.slice(1)) checkVocabulary(roles[0]!, other);
+      return roles;
+    }
+  }
 }
 
-async function ppoRoles(config: PpoConfig, base: Checkpoint): Promise<Role[]> {
-  const reward = config.reward.model === undefined ? undefined : await openCheckpoint(config.reward.model);
-  const critic = config.critic.model === undefined ? (reward ?? base) : await openCheckpoint(config.critic.model);
-  const reference = config.reference.model === undefined ? base : await openCheckpoint(config.reference.model);
-  const roles = [
-    role('policy', base, 'language', { trained: true, generates: true }),
-    role('critic', critic, 'value', { trained: true, folder: 'critic' }),
-    role('reference', reference, 'language', {}),
-    ...(reward ? [role('reward', scoring(reward), 'score', {})] : []),
-  ];
-  for (const other of roles.slice(1)) checkVocabulary(roles[0]!, other);
-  return roles;
+type OtherRole = Exclude<RoleName, 'policy'>;
+const roleOrder: readonly OtherRole[] = ['critic', 'costCritic', 'reference', 'teacher', 'reward', 'cost'];
+
+/** The keys of all algorithms under which models are named. */
+type ModelKeys = Partial<
+  Pick<ConfigOf<'safe-rlhf'>, 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost'> &
+    Pick<ConfigOf<'distillation'>, 'teacher'>
+>;
+
+/** A critic starts from what it is to predict, where that is a model. */
+const others: Record<OtherRole, (config: ModelKeys, base: Checkpoint) => Promise<Role[]>> = {
+  critic: async ({ critic, reward }, base) => {
+    const start = critic?.model ?? reward?.model;
+    const trained = { trained: true, folder: 'critic' };
+    return [role('critic', start === undefined ? base : await openCheckpoint(start), 'value', trained)];
+  },
+  costCritic: async ({ costCritic, cost }, base) => {
+    const start = costCritic?.model ?? cost?.model;
+    const trained = { trained: true, folder: 'cost-critic' };
+    return [role('costCritic', start === undefined ? base : await openCheckpoint(start), 'value', trained)];
+  },
+  reference: async ({ reference }, base) => {
+    const start = reference?.model;
+    return [role('reference', start === undefined ? base : await openCheckpoint(start), 'language', {})];
+  },
+  teacher: async ({ teacher }) => [role('teacher', await openCheckpoint(teacher!.model), 'language', {})],
+  reward: async ({ reward }) => scorer('reward', reward?.model),
+  cost: async ({ cost }) => scorer('cost', cost?.model),
+};
+
+/** None for a reward or cost that is a function. */
+async function scorer(name: 'reward' | 'cost', model: string | undefined): Promise<Role[]> {
+  return model === undefined ? [] : [role(name, scoring(name, await openCheckpoint(model)), 'score', {})];
 }
 
 function role(
@@ -60,11 +97,11 @@ function role(
 }
 
 /** A reward model must know how to score: a head that starts at zero would reward everything alike. */
-function scoring(checkpoint: Checkpoint): Checkpoint {
+function scoring(name: 'reward' | 'cost', checkpoint: Checkpoint): Checkpoint {
   if (checkpoint.shape.head === 'score') return checkpoint;
   throw new LockstepError(
     'MODEL_HEAD',
-    `reward.model ${checkpoint.directory} has a ${checkpoint.shape.head} head; expected a *ForSequenceClassification with one ` +
+    `${name}.model ${checkpoint.directory} has a ${checkpoint.shape.head} head; expected a *ForSequenceClassification with one ` +
       'label, such as `algorithm: reward` trains',
     { directory: checkpoint.directory, expected: 'score', received: checkpoint.shape.head },
   );

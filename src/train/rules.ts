@@ -1,6 +1,7 @@
 /** What keys of a configuration say about each other. The schema has checked each on its own. */
 import { LockstepError } from '../errors.js';
-import type { Config, PpoConfig } from './schema.js';
+import { learnsFromRollouts } from './algorithms.js';
+import type { Config, ConfigOf, RolloutConfig } from './schema.js';
 
 /** A rule: undefined when it holds, else what is wrong and what to do. */
 type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
@@ -83,11 +84,25 @@ const commonRules: Rule<Config>[] = [
       : undefined,
 ];
 
-const ppoRules: Rule<PpoConfig>[] = [
-  ({ reward }) =>
-    reward.model === undefined && reward.function === undefined
-      ? contradiction('reward', 'ppo needs a reward; set reward.model, reward.function or both')
-      : undefined,
+/** The section under the algorithm's own name. */
+const sectionOf = (config: RolloutConfig) =>
+  (config as unknown as Record<string, { miniBatches: number; kl?: { in: string; estimator: string } }>)[
+    config.algorithm
+  ]!;
+
+/** Algorithms that judge an answer against the others of its prompt. */
+const judgesGroups = (config: RolloutConfig): boolean =>
+  config.algorithm === 'grpo' ||
+  config.algorithm === 'rloo' ||
+  (config.algorithm === 'reinforce++' && config['reinforce++'].baseline);
+
+const rolloutRules: Rule<RolloutConfig>[] = [
+  ...(['reward', 'cost'] as const).map((key) => (config: RolloutConfig) => {
+    const given = (config as Partial<Record<typeof key, ConfigOf<'ppo'>['reward']>>)[key];
+    return given && given.model === undefined && given.function === undefined
+      ? contradiction(key, `${config.algorithm} needs a ${key}; set ${key}.model, ${key}.function or both`)
+      : undefined;
+  }),
   ({ batch, rollout }) =>
     batch.sequences % rollout.samples !== 0
       ? contradiction(
@@ -95,24 +110,53 @@ const ppoRules: Rule<PpoConfig>[] = [
           `${batch.sequences} responses cannot be ${rollout.samples} per prompt (rollout.samples); use a multiple of it`,
         )
       : undefined,
-  ({ batch, ppo }) =>
-    batch.sequences < ppo.miniBatches
+  (config) =>
+    judgesGroups(config) && config.rollout.samples < 2
       ? contradiction(
-          'ppo.miniBatches',
-          `${ppo.miniBatches} mini-batches cannot be cut from ${batch.sequences} sequences (batch.sequences); lower it`,
+          'rollout.samples',
+          `${config.algorithm} judges an answer against the others of its prompt, and there is 1; set it to 2 or more`,
+        )
+      : undefined,
+  (config) =>
+    config.batch.sequences < sectionOf(config).miniBatches
+      ? contradiction(
+          `${config.algorithm}.miniBatches`,
+          `${sectionOf(config).miniBatches} mini-batches cannot be cut from ${config.batch.sequences} sequences (batch.sequences); lower it`,
         )
       : undefined,
   ({ rollout }) =>
     rollout.temperature === 0
       ? contradiction('rollout.temperature', 'a greedy rollout explores nothing; use a temperature above 0')
       : undefined,
-  ({ ppo: { kl } }) =>
-    kl.in === 'loss' && kl.estimator === 'k1'
-      ? contradiction('ppo.kl', 'the gradient of k1 as a loss is zero on average; use k2 or k3, or kl.in: reward')
+  (config) => {
+    const { kl } = sectionOf(config);
+    return kl?.in === 'loss' && kl.estimator === 'k1'
+      ? contradiction(
+          `${config.algorithm}.kl`,
+          'the gradient of k1 as a loss is zero on average; use k2 or k3, or kl.in: reward',
+        )
+      : undefined;
+  },
+  (config) =>
+    config.algorithm === 'reinforce++' && config['reinforce++'].baseline && config['reinforce++'].klEstimator === 'k1'
+      ? contradiction(
+          'reinforce++.klEstimator',
+          'the baseline form has KL in the loss, where the gradient of k1 is zero on average; use k2 or k3',
+        )
       : undefined,
-  ({ critic, optimizer, steps }) =>
-    (critic.optimizer.warmupSteps ?? optimizer.warmupSteps) > steps
-      ? contradiction('critic.optimizer.warmupSteps', `${critic.optimizer.warmupSteps} is more than steps (${steps})`)
+  ...(['critic', 'costCritic'] as const).map((key) => (config: RolloutConfig) => {
+    const given = (config as Partial<Record<typeof key, ConfigOf<'ppo'>['critic']>>)[key];
+    const warmup = given?.optimizer.warmupSteps ?? config.optimizer.warmupSteps;
+    return given && warmup > config.steps
+      ? contradiction(`${key}.optimizer.warmupSteps`, `${warmup} is more than steps (${config.steps})`)
+      : undefined;
+  }),
+];
+
+const ktoRules: Rule<ConfigOf<'kto'>>[] = [
+  ({ batch }) =>
+    batch.sequences < 2
+      ? contradiction('batch.sequences', 'the point of reference pairs prompts with answers of others; use 2 or more')
       : undefined,
 ];
 
@@ -120,7 +164,8 @@ const ppoRules: Rule<PpoConfig>[] = [
 export function checkRules(config: Config): void {
   const failures = [
     ...commonRules.map((rule) => rule(config)),
-    ...(config.algorithm === 'ppo' ? ppoRules.map((rule) => rule(config)) : []),
+    ...(learnsFromRollouts(config) ? rolloutRules.map((rule) => rule(config)) : []),
+    ...(config.algorithm === 'kto' ? ktoRules.map((rule) => rule(config)) : []),
   ].filter((failure) => failure !== undefined);
   const [first] = failures;
   if (!first) return;

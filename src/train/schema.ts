@@ -3,19 +3,8 @@
  * the argument of `train()`. Rules that involve several keys are in rules.ts.
  */
 import { z } from 'zod';
-
-const positive = z.number().positive();
-const nonNegative = z.number().nonnegative();
-const count = z.int().positive();
-const countOrZero = z.int().nonnegative();
-const fraction = z.number().min(0).max(1);
-const sizePattern = /^\s*\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)\s*$/;
-const bytes = z.union([count, z.string().regex(sizePattern, 'expected bytes, such as 8GiB, 512MiB or 1000000')]);
-
-/** A section whose keys all have defaults may itself be left out. */
-function section<Shape extends z.ZodRawShape>(shape: Shape) {
-  return z.strictObject(shape).prefault({} as never);
-}
+import { shapes } from './algorithm-schemas.js';
+import { bytes, count, countOrZero, nonNegative, positive, section, text } from './schema-parts.js';
 
 const optimizerShape = {
   learningRate: nonNegative.default(1e-6),
@@ -28,37 +17,28 @@ const optimizerShape = {
   warmupSteps: countOrZero.default(0),
 };
 
-/** Overrides of the policy's optimizer: a key left out takes the policy's value. */
-const optimizerOverrides = z.strictObject({
-  learningRate: nonNegative.optional(),
-  betas: z.tuple([z.number().min(0).lt(1), z.number().min(0).lt(1)]).optional(),
-  epsilon: positive.optional(),
-  weightDecay: nonNegative.optional(),
-  clipNorm: nonNegative.optional(),
-  schedule: z.enum(['constant', 'linear', 'cosine']).optional(),
-  warmupSteps: countOrZero.optional(),
-});
+export const defaultMaxNewTokens = 256;
 
-const rolloutShape = {
+const rolloutShape = (samples: number) => ({
   /** Responses per prompt. */
-  samples: count.default(1),
-  maxNewTokens: count.default(256),
+  samples: count.default(samples),
+  maxNewTokens: count.default(defaultMaxNewTokens),
   temperature: nonNegative.default(1),
   topP: z.number().positive().max(1).default(1),
   topK: countOrZero.default(0),
   /** Strings that end a response. */
-  stop: z.array(z.string().min(1)).default([]),
+  stop: z.array(text).default([]),
   /** A response cut by `maxNewTokens`: learned from as it is, left out of losses, or charged `truncationPenalty`. */
   truncation: z.enum(['keep', 'mask', 'penalise']).default('keep'),
   truncationPenalty: nonNegative.default(1),
-};
+});
 
 const common = {
   /** A Hugging Face directory, or a hub name in the local cache: the model to train. */
-  model: z.string().min(1),
+  model: text,
   data: z.strictObject({
-    train: z.string().min(1),
-    eval: z.string().min(1).optional(),
+    train: text,
+    eval: text.optional(),
     shuffle: z.boolean().default(true),
     /** What a bad row does: stop the run, or be skipped, counted and reported. */
     onError: z.enum(['stop', 'skip']).default('stop'),
@@ -66,8 +46,8 @@ const common = {
   dtype: z.enum(['float32', 'bfloat16']).default('bfloat16'),
   optimizer: section(optimizerShape),
   batch: section({ sequences: count.default(64), microTokens: count.default(8192) }),
-  /** Sampling: of PPO's responses, and of the sample texts that evaluations keep. */
-  rollout: section(rolloutShape),
+  /** Sampling: of the responses to learn from, and of the sample texts that evaluations keep. */
+  rollout: section(rolloutShape(1)),
   parallel: section({
     pipeline: count.default(1),
     tensor: count.default(1),
@@ -122,60 +102,44 @@ const common = {
   }),
 };
 
-const sft = z.strictObject({ algorithm: z.literal('sft'), ...common, output: z.string().min(1).default('runs/sft') });
+const schemaOf = <Name extends keyof typeof shapes, Shape extends z.ZodRawShape>(name: Name, more: Shape) =>
+  z.strictObject({
+    algorithm: z.literal(name),
+    ...common,
+    ...shapes[name],
+    ...more,
+    output: text.default(`runs/${name}`),
+  });
+/** Each answer is judged against the others of its prompt. */
+const groups = { rollout: section(rolloutShape(8)) };
 
-const reward = z.strictObject({
-  algorithm: z.literal('reward'),
-  ...common,
-  output: z.string().min(1).default('runs/reward'),
-});
-
-const ppo = z.strictObject({
-  algorithm: z.literal('ppo'),
-  ...common,
-  /** What the value model starts from (default: the reward model, else the policy) and how it is optimised. */
-  critic: section({ model: z.string().min(1).optional(), optimizer: optimizerOverrides.prefault({}) }),
-  /** What the KL term measures against; default: the policy as it starts. */
-  reference: section({ model: z.string().min(1).optional() }),
-  /** A reward model, a function, or both: their sum. */
-  reward: z.strictObject({
-    model: z.string().min(1).optional(),
-    function: z.string().min(1).optional(),
-    timeoutSeconds: positive.default(60),
-  }),
-  ppo: section({
-    epochs: count.default(1),
-    miniBatches: count.default(4),
-    clip: positive.default(0.2),
-    valueClip: positive.default(0.2),
-    gamma: fraction.default(1),
-    lambda: fraction.default(0.95),
-    klCoefficient: nonNegative.default(0.05),
-    kl: section({
-      in: z.enum(['reward', 'loss']).default('reward'),
-      estimator: z.enum(['k1', 'k2', 'k3']).default('k1'),
-      controller: z.enum(['fixed', 'adaptive']).default('fixed'),
-      /** KL per sequence that the adaptive controller steers to, and its horizon in sequences. */
-      target: positive.default(6),
-      horizon: positive.default(10000),
-    }),
-    /** Advantages to mean 0 and variance 1 over the whole rollout. */
-    whiten: z.boolean().default(true),
-    /** Weight of the entropy bonus. */
-    entropyCoefficient: nonNegative.default(0),
-  }),
-  output: z.string().min(1).default('runs/ppo'),
-});
-
-export const configSchema = z.discriminatedUnion('algorithm', [sft, reward, ppo]);
+export const configSchema = z.discriminatedUnion('algorithm', [
+  schemaOf('sft', {}),
+  schemaOf('reward', {}),
+  schemaOf('cost', {}),
+  schemaOf('ppo', {}),
+  schemaOf('remax', {}),
+  schemaOf('safe-rlhf', {}),
+  schemaOf('grpo', groups),
+  schemaOf('rloo', groups),
+  schemaOf('reinforce++', {}),
+  schemaOf('distillation', {}),
+  schemaOf('dpo', {}),
+  schemaOf('simpo', {}),
+  schemaOf('orpo', {}),
+  schemaOf('kto', {}),
+]);
 
 export type Config = z.output<typeof configSchema>;
 /** What a user writes: defaults left out. */
 export type ConfigInput = z.input<typeof configSchema>;
-export type SftConfig = z.output<typeof sft>;
-export type RewardConfig = z.output<typeof reward>;
-export type PpoConfig = z.output<typeof ppo>;
+export type AlgorithmName = Config['algorithm'];
+export type ConfigOf<Name extends AlgorithmName> = Extract<Config, { algorithm: Name }>;
+export type SftConfig = ConfigOf<'sft'>;
+export type PpoConfig = ConfigOf<'ppo'>;
+/** Algorithms that learn from rollouts. */
+export type RolloutConfig = ConfigOf<'ppo' | 'remax' | 'safe-rlhf' | 'grpo' | 'rloo' | 'reinforce++' | 'distillation'>;
+/** Algorithms that learn from pairs or judged answers. */
+export type PreferenceConfig = ConfigOf<'dpo' | 'simpo' | 'orpo' | 'kto'>;
 
-/** Names that the configuration reserves for algorithms of other versions. */
-export const laterAlgorithms = ['remax', 'safe-rlhf', 'grpo', 'rloo', 'reinforce++', 'dpo'];
-export const algorithms = ['sft', 'reward', 'ppo'] as const;
+export const algorithms = configSchema.options.map(({ shape }) => shape.algorithm.value) as readonly AlgorithmName[];

@@ -1,14 +1,14 @@
 /** Fine-tuning and reward modelling as tasks: one optimizer step per batch of rows. */
 import type { Algorithm, Experience } from '../algorithms/algorithm.js';
 import { pairMetrics } from '../algorithms/metrics.js';
-import { evaluateRewardModel, type Pair, rewardBatch, rewardModel } from '../algorithms/reward-model.js';
+import { costBatch, costModel, type Pair, rewardBatch, rewardModel, type SafetyPair, type ScoreAlgorithm } from '../algorithms/reward-model.js';
 import { evaluateSft, type SftExample, sft, sftBatch } from '../algorithms/sft.js';
 import { checkTokens, toPair, toPrompt, toTrainingExample } from '../data/examples.js';
 import { badRow, type Row } from '../data/rows.js';
 import { scorePosition } from '../data/score-position.js';
 import { ActorWorker } from '../workers/actor.js';
 import { RewardWorker } from '../workers/reward.js';
-import type { Config, RewardConfig, SftConfig } from './config.js';
+import type { Config, ConfigOf } from './config.js';
 import { openEngine, type Role } from './roles.js';
 import { checkRowLength } from './row-source.js';
 import { samplesOf } from './samples.js';
@@ -20,7 +20,7 @@ interface SftItem extends SftExample {
   prompt: { tokens: Int32Array; row: Row['columns'] } | undefined;
 }
 
-export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Task> {
+export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Promise<Task> {
   const { roles, turns, recorder, tokenizer } = workshop;
   const [policy] = roles as [Role];
   const convert = (row: Row): SftItem => sftItem(row, policy, workshop);
@@ -34,7 +34,7 @@ export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Ta
       tokenizer,
       mismatch: config.checks.mismatch,
     }),
-    { update: 'update', evaluate: 'evaluation', generateForEvaluation: 'generation' },
+    { update: 'update', computeLoss: 'evaluation', generateForEvaluation: 'generation' },
     recorder,
   );
   return {
@@ -49,32 +49,45 @@ export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Ta
   };
 }
 
-export async function rewardTask(config: RewardConfig, workshop: Workshop): Promise<Task> {
+/** A reward model or a cost model: both score whole answers and learn from pairs. */
+export const scorerTask = (config: ConfigOf<'reward' | 'cost'>, workshop: Workshop): Promise<Task> =>
+  config.algorithm === 'reward'
+    ? pairTask(config, rewardModel(), pairOf, rewardBatch, workshop)
+    : pairTask(config, costModel(), safetyPairOf, costBatch, workshop);
+
+async function pairTask<P extends Pair>(
+  config: ConfigOf<'reward' | 'cost'>,
+  algorithm: ScoreAlgorithm,
+  convert: (row: Row, role: Role, workshop: Workshop) => P,
+  pack: (pairs: readonly P[]) => Experience,
+  workshop: Workshop,
+): Promise<Task> {
   const { roles, turns, recorder } = workshop;
   const [role] = roles as [Role];
-  const sources = await openSources(config, (row) => pairOf(row, role, workshop), workshop);
+  const sources = await openSources(config, (row) => convert(row, role, workshop), workshop);
   const engine = await openEngine(role, workshop);
   const reward = turns.wrap(
     RewardWorker.createLearner(engine, learnerSettings(config)),
-    { update: 'update', evaluate: 'evaluation' },
+    { update: 'update', computeLoss: 'evaluation' },
     recorder,
   );
   return {
-    ...supervised(sources, config, rewardModel(), { reward }, rewardBatch, workshop),
+    ...supervised(sources, config, algorithm, { reward }, pack, workshop),
     trained: [trainedModel(role, engine, workshop)],
-    ...evaluation(sources, config, async (pairs: Pair[]) => {
-      const { loss, statistics } = await evaluateRewardModel({ reward }, rewardBatch(pairs));
+    ...evaluation(sources, config, async (pairs: P[]) => {
+      const { loss, statistics } = await algorithm.evaluate({ reward }, pack(pairs));
       return { metrics: ofEvaluation({ loss, ...pairMetrics(statistics) }), samples: [] };
     }),
   };
 }
 
-function supervised<Item, Models>(
+/** Steps of one batch of rows each. */
+export function supervised<Item, Models, Batch>(
   { train }: Sources<Item>,
   config: Config,
-  algorithm: Algorithm<Models, Experience>,
+  algorithm: Algorithm<Models, Batch>,
   models: Models,
-  pack: (items: Item[]) => Experience,
+  pack: (items: readonly Item[]) => Batch & ({ tokens: Int32Array } | { answers: { tokens: Int32Array } }),
   { recorder }: Workshop,
 ): Pick<Task, 'rowsPerStep' | 'skipped' | 'step' | 'state' | 'restore'> {
   const rowsPerStep = config.batch.sequences;
@@ -86,7 +99,8 @@ function supervised<Item, Models>(
         pack(await train.take((step - 1) * rowsPerStep, rowsPerStep)),
       );
       const { metrics } = await algorithm.iterate(models, batch, { iteration: step });
-      return { metrics: { ...metrics, tokens: batch.tokens.length }, samples: [] };
+      const { tokens } = 'answers' in batch ? batch.answers : batch;
+      return { metrics: { ...metrics, tokens: tokens.length }, samples: [] };
     },
     state: () => algorithm.state(),
     restore: (state) => algorithm.restore(state),
@@ -121,4 +135,17 @@ function pairOf(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop):
   // Padding behind the token that is scored changes nothing before it.
   const trimmed = (tokens: Int32Array) => tokens.subarray(0, scorePosition(tokens, shape.padToken) + 1);
   return { chosen: trimmed(chosen), rejected: trimmed(rejected), margin };
+}
+
+/** A pair whose chosen answer is the safer one; the column `unsafe` says of both whether they are unsafe. */
+function safetyPairOf(row: Row, role: Role, workshop: Workshop): SafetyPair {
+  const { unsafe } = row.columns;
+  if (!Array.isArray(unsafe) || unsafe.length !== 2 || !unsafe.every((value) => typeof value === 'boolean')) {
+    const received = JSON.stringify(unsafe) ?? 'nothing';
+    throw badRow(
+      row.place,
+      `expected unsafe: [true or false of the chosen answer, of the rejected one], received ${received}`,
+    );
+  }
+  return { ...pairOf(row, role, workshop), unsafe: unsafe as [boolean, boolean] };
 }

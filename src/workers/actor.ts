@@ -8,7 +8,7 @@ import { LockstepError } from '../errors.js';
 import type { Loss } from '../losses/loss.js';
 import { forwardAll, offsets, type Prompt, type Rollout } from './batches.js';
 import { Canary, type CanaryReport } from './canary.js';
-import { evaluate, type LearningBatch } from './learn.js';
+import { computeLoss, type LearningBatch } from './learn.js';
 import { type LearnerSettings, type UpdateOptions, update } from './learner.js';
 
 export interface ActorSettings extends LearnerSettings {
@@ -20,24 +20,38 @@ export interface ActorSettings extends LearnerSettings {
   mismatch: 'first' | 'all';
 }
 
+/** Which draw of a run a rollout is: another iteration or round (below 256) has other random numbers. */
+export interface GenerationOptions {
+  readonly iteration: number;
+  readonly round?: number | undefined;
+  /** The most probable token each time; reported log-probs are then those of temperature 1. */
+  readonly greedy?: boolean | undefined;
+}
+
 export type ActorWorker = ReturnType<typeof ActorWorker.create>;
 
 export const ActorWorker = {
   /** A worker over an engine with a language-model head. */
   create: (engine: Engine, settings: ActorSettings) => {
     const forward = { microTokens: settings.microTokens, temperature: settings.temperature ?? 1 };
-    let rollout: Rollout | undefined;
     let report: CanaryReport = { max: 0, tokens: 0 };
 
-    const sample = async (prompts: readonly Prompt[], iteration: number): Promise<Rollout> => {
+    const sample = async (
+      prompts: readonly Prompt[],
+      { iteration, round, greedy }: GenerationOptions,
+    ): Promise<Rollout> => {
       const stops = stopStrings(settings, prompts.length);
       const generated = await engine.generate(
         prompts.map(({ tokens }, i) => ({
           prompt: tokens,
-          id: requestId(iteration, i),
+          id: requestId(iteration, round ?? 0, i),
           maxNewTokens: Math.min(settings.sampling.maxNewTokens, engine.shape.maxPositions - tokens.length),
         })),
-        { ...settings.sampling, ...(stops ? { onProgress: (p) => stops.push(p.requests, p.tokens) } : {}) },
+        {
+          ...settings.sampling,
+          ...(greedy ? { temperature: 0 } : {}),
+          ...(stops ? { onProgress: (p) => stops.push(p.requests, p.tokens) } : {}),
+        },
       );
       return packRollout(
         prompts,
@@ -47,26 +61,22 @@ export const ActorWorker = {
 
     return {
       /** Responses to prompts: a function of the weights, the prompts, the settings, the iteration and the index. */
-      generateSequences: async (prompts: readonly Prompt[], { iteration }: { readonly iteration: number }) => {
-        rollout = await sample(prompts, iteration);
-        return rollout;
-      },
+      generateSequences: sample,
       /** Like `generateSequences` for iteration 0, which training does not use: the texts of an evaluation. */
-      generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, 0),
+      generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, { iteration: 0 }),
       computeLogprobs: (batch: TokenBatch) => forwardAll(engine, batch, 'logprobs', forward),
+      /** A batch with the columns `sampledLogprobs` and `sampledMask` is checked before its first step. */
       update: async (batch: LearningBatch, loss: Loss, options: UpdateOptions) => {
-        if (!rollout || batch.tokens !== rollout.tokens) return update(engine, batch, loss, options, settings);
-        const canary = new Canary(rollout);
-        if (settings.mismatch === 'all') {
-          const rows = Int32Array.from(rollout.lengths, (_, row) => row);
-          canary.compare(rollout, rows, await forwardAll(engine, rollout, 'logprobs', forward));
+        const canary = canaryOf(batch);
+        if (canary && settings.mismatch === 'all') {
+          const rows = Int32Array.from(batch.lengths, (_, row) => row);
+          canary.compare(batch, rows, await forwardAll(engine, batch, 'logprobs', forward));
         }
         const result = await update(engine, batch, loss, options, settings, canary);
-        report = canary.report();
-        rollout = undefined;
+        if (canary) report = canary.report();
         return result;
       },
-      evaluate: (batch: LearningBatch, loss: Loss) => evaluate(engine, batch, loss, settings),
+      computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
       /** Of the last update from a rollout. */
       mismatch: () => report,
     };
@@ -74,8 +84,14 @@ export const ActorWorker = {
 };
 
 /** Counter of a response's random stream. */
-function requestId(iteration: number, index: number): number {
-  return iteration * 2 ** 32 + index;
+function requestId(iteration: number, round: number, index: number): number {
+  return iteration * 2 ** 32 + round * 2 ** 24 + index;
+}
+
+/** Of a batch that says which of its tokens the policy sampled, and with what log-probs (`sampledExperience`). */
+function canaryOf({ tokens, lengths, columns }: LearningBatch): Canary | undefined {
+  const { sampledLogprobs: logprobs, sampledMask: responseMask } = columns;
+  return logprobs && responseMask ? new Canary({ tokens, lengths, logprobs, responseMask }) : undefined;
 }
 
 function stopStrings({ stop = [], tokenizer }: ActorSettings, count: number): StopStrings | undefined {

@@ -4,10 +4,13 @@
  */
 import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
-import { offsets, type Rollout } from './batches.js';
+import { offsets } from './batches.js';
 
-/** What a canary needs of a rollout. */
-export type SampledTokens = Pick<Rollout, 'tokens' | 'lengths' | 'logprobs' | 'responseMask'>;
+/** What a canary needs of a rollout: over the packed tokens, log-probs of the sampled ones and a mask that is not 0 there. */
+export interface SampledTokens extends TokenBatch {
+  readonly logprobs: ArrayLike<number>;
+  readonly responseMask: ArrayLike<number>;
+}
 
 export interface CanaryReport {
   /** Largest |trainer - rollout|; 0, or the run has stopped. */

@@ -19,9 +19,17 @@ export interface LearningBatch extends LossBatch {
   readonly groupSize?: number;
 }
 
+/** Another batch whose loss is part of the same steps: one sum of gradients, each loss normalised by its own totals. */
+export interface Addition {
+  readonly experience: LearningBatch;
+  readonly loss: Loss;
+}
+
 export interface LearnOptions extends ForwardSettings {
   epochs: number;
   miniBatches: number;
+  /** Each mini-batch takes its share of their rows, in order. */
+  also?: readonly Addition[] | undefined;
   /** AdamW with this step's learning rate; `step` is that of the first update made here. */
   optimizer: StepOptions;
   /** Order of the rows in epoch e is that of pass `firstPass + e`; without it they stay in order. */
@@ -48,24 +56,25 @@ export async function learn(
   options: LearnOptions,
 ): Promise<LearnResult> {
   const { epochs, optimizer } = options;
-  const results: { loss: number; gradientNorm: number; statistics: Record<string, number> }[] = [];
+  const results: (LossValue & { gradientNorm: number })[] = [];
   for (let epoch = 0; epoch < epochs; epoch++) {
-    for (const rows of miniBatchRows(batch, loss.couples, epoch, options)) {
+    const miniBatches = miniBatchRows(batch, loss.couples, epoch, options);
+    for (const [m, rows] of miniBatches.entries()) {
       const canary = results.length === 0 ? options.canary : undefined;
-      const { value, statistics } = await accumulate(
-        engine,
-        takeRows(batch, rows),
-        loss,
-        options,
-        canary && { canary, rows },
-      );
+      const also = sharesOf(options.also ?? [], m, miniBatches.length);
+      const main = { experience: takeRows(batch, rows), loss };
+      const parts: LossValue[] = [];
+      for (const [i, part] of [main, ...also].entries()) {
+        const check = canary && i === 0 ? { canary, rows } : undefined;
+        parts.push(await accumulate(engine, part, options, check, i === also.length));
+      }
       const { gradientNorm } = await engine.step({ ...optimizer, step: optimizer.step + results.length });
       checkFinite('gradient norm', gradientNorm);
-      results.push({ loss: value, gradientNorm, statistics });
+      results.push({ ...addUp(parts), gradientNorm });
     }
   }
   return {
-    loss: mean(results.map((result) => result.loss)),
+    loss: mean(results.map((result) => result.value)),
     gradientNorm: mean(results.map((result) => result.gradientNorm)),
     statistics: averages(results.map((result) => result.statistics)),
     updates: results.length,
@@ -73,14 +82,14 @@ export async function learn(
 }
 
 /** The loss and its statistics at the present weights, without learning. */
-export async function evaluate(
+export async function computeLoss(
   engine: Engine,
   batch: LearningBatch,
   loss: Loss,
   { microTokens, temperature = 1 }: ForwardSettings,
 ): Promise<{ loss: number; statistics: Record<string, number>; totals: Totals }> {
   const totals = totalsOf(batch);
-  const parts: { value: number; statistics: Record<string, number> }[] = [];
+  const parts: LossValue[] = [];
   for (const part of microBatchesOf(batch, loss.couples, microTokens)) {
     const outputs = await engine.forward(part, { outputs: outputsOf(loss) as ForwardOutput[], temperature });
     const result = evaluateLoss(loss, part, outputs, totals);
@@ -90,23 +99,35 @@ export async function evaluate(
   return { loss: value, statistics, totals };
 }
 
-/** Adds the gradients of one mini-batch to the engine's accumulators. */
+interface LossValue {
+  value: number;
+  statistics: Record<string, number>;
+}
+
+/** The rows of each addition that mini-batch m of `count` takes; those without rows are left out. */
+function sharesOf(also: readonly Addition[], m: number, count: number): Addition[] {
+  return also.flatMap((addition) => {
+    const { experience, loss } = addition;
+    const share = takeRange(experience, shardRanges(experience, loss.couples, count)[m]!);
+    return share.lengths.length > 0 ? [{ ...addition, experience: share }] : [];
+  });
+}
+
+/** Adds the gradients of one mini-batch to the engine's accumulators; after the `final` one comes the step. */
 async function accumulate(
   engine: Engine,
-  batch: LearningBatch,
-  loss: Loss,
+  { experience: batch, loss }: Addition,
   { microTokens, temperature = 1 }: LearnOptions,
   check: { canary: Canary; rows: Int32Array } | undefined,
-) {
+  final: boolean,
+): Promise<LossValue> {
   const totals = totalsOf(batch);
   const outputs = outputsOf(loss) as ForwardOutput[];
   const shards = shardRanges(batch, loss.couples, engine.replicas).map((rows) => takeRange(batch, rows));
   const microBatches = shards.map((shard) => microBatchesOf(shard, loss.couples, microTokens));
   const firstRows = rowsBefore(microBatches);
-  const parts = microBatches.map((own): { value: number; statistics: Record<string, number> }[] =>
-    own.map(() => ({ value: 0, statistics: {} })),
-  );
-  await engine.accumulate(microBatches, { outputs, temperature }, (result, replica, index) => {
+  const parts = microBatches.map((own): LossValue[] => own.map(() => ({ value: 0, statistics: {} })));
+  await engine.accumulate(microBatches, { outputs, temperature, final }, (result, replica, index) => {
     const part = microBatches[replica]![index]!;
     const row = firstRows[replica]![index]!;
     if (check) check.canary.compare(part, check.rows.subarray(row, row + part.lengths.length), result.logprobs!);
@@ -204,7 +225,7 @@ function toFloat32(gradients: { readonly [name: string]: Float64Array | undefine
 }
 
 /** Losses are additive over micro-batches: their normalisers are the mini-batch's. */
-function addUp(parts: readonly { value: number; statistics: Record<string, number> }[]) {
+function addUp(parts: readonly LossValue[]): LossValue {
   const statistics: Record<string, number> = {};
   let value = 0;
   for (const part of parts) {

@@ -3,7 +3,7 @@ import type { Engine, StepOptions } from '../engine/engine.js';
 import type { Loss } from '../losses/loss.js';
 import type { ForwardSettings } from './batches.js';
 import type { Canary } from './canary.js';
-import { evaluate, type LearningBatch, type LearnResult, learn } from './learn.js';
+import { type Addition, computeLoss, type LearningBatch, type LearnResult, learn } from './learn.js';
 
 export interface LearnerSettings extends ForwardSettings {
   optimizer: Omit<StepOptions, 'learningRate' | 'step'>;
@@ -18,6 +18,8 @@ export interface UpdateOptions {
   miniBatches: number;
   /** From 1; with the settings it decides the order of rows, the learning rate and Adam's step. */
   iteration: number;
+  /** Batches whose losses are part of the same steps. */
+  also?: readonly Addition[] | undefined;
 }
 
 /** Learns from one batch; a canary watches the first mini-batch. */
@@ -25,7 +27,7 @@ export function update(
   engine: Engine,
   batch: LearningBatch,
   loss: Loss,
-  { epochs, miniBatches, iteration }: UpdateOptions,
+  { epochs, miniBatches, iteration, also }: UpdateOptions,
   { optimizer, learningRate, seed, ...forward }: LearnerSettings,
   canary?: Canary,
 ): Promise<LearnResult> {
@@ -33,6 +35,7 @@ export function update(
     ...forward,
     epochs,
     miniBatches,
+    also,
     optimizer: {
       ...optimizer,
       learningRate: learningRate(iteration),
@@ -49,6 +52,6 @@ export function learner(engine: Engine, settings: LearnerSettings) {
   return {
     update: (batch: LearningBatch, loss: Loss, options: UpdateOptions) =>
       update(engine, batch, loss, options, settings),
-    evaluate: (batch: LearningBatch, loss: Loss) => evaluate(engine, batch, loss, settings),
+    computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
   };
 }

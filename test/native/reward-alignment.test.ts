@@ -106,14 +106,14 @@ describe.each(dtypes)('a score in %s is the same', (dtype) => {
       const pairs = sequences.slice(1).map((chosen, i): Pair => ({ chosen, rejected: sequences[i]!, margin: 0 }));
       for (const [i, pair] of pairs.entries()) {
         const margin = alone[i + 1]! - alone[i]!;
-        const { statistics } = await worker.evaluate(rewardBatch([pair]), bradleyTerry());
+        const { statistics } = await worker.computeLoss(rewardBatch([pair]), bradleyTerry());
         expect(statistics.margin).toBe(margin);
         const update = { epochs: 1, miniBatches: 1, iteration: 1 };
         const learned = await worker.update(rewardBatch([pair]), bradleyTerry(), update);
         expect(learned.statistics.margin).toBe(margin);
       }
       const won = pairs.filter((_, i) => alone[i + 1]! > alone[i]!).length;
-      const { statistics } = await worker.evaluate(rewardBatch(pairs), bradleyTerry());
+      const { statistics } = await worker.computeLoss(rewardBatch(pairs), bradleyTerry());
       expect(statistics.accuracy).toBeCloseTo(won / pairs.length, 12);
     }, true));
 

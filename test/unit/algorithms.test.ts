@@ -11,7 +11,7 @@ import type {
 } from '../../src/algorithms/algorithm.js';
 import { rolloutMetrics } from '../../src/algorithms/metrics.js';
 import { makeExperience, type PpoSettings, ppo } from '../../src/algorithms/ppo.js';
-import { evaluateRewardModel, rewardBatch, rewardModel } from '../../src/algorithms/reward-model.js';
+import { rewardBatch, rewardModel } from '../../src/algorithms/reward-model.js';
 import { learnedMask, placeScores } from '../../src/algorithms/rollout.js';
 import { evaluateSft, sft, sftBatch } from '../../src/algorithms/sft.js';
 import { categorical, categoricalGradient } from '../../src/losses/categorical.js';
@@ -154,7 +154,7 @@ class Table implements Learner {
 
   computeLogprobs = async (batch: Experience | Rollout) => this.outputs(batch).logprobs;
   computeValues = async (batch: Experience | Rollout) => this.outputs(batch).values;
-  evaluate = async (batch: Experience, loss: Loss) => evaluateLoss(loss, batch, this.outputs(batch));
+  computeLoss = async (batch: Experience, loss: Loss) => evaluateLoss(loss, batch, this.outputs(batch));
 
   async update(batch: Experience, loss: Loss, { epochs }: { epochs: number }) {
     for (let epoch = 0; epoch < epochs; epoch++) {
@@ -313,7 +313,7 @@ describe('reward modelling', () => {
     const { metrics } = await algorithm.iterate({ reward }, batch, { iteration: 1 });
     expect(metrics).toMatchObject({ 'reward.accuracy': 0, 'reward.margin': 0 });
     expect(metrics.loss).toBeCloseTo(Math.log(1 + Math.exp(0.5)), 6);
-    const { loss, statistics } = await evaluateRewardModel({ reward }, batch);
+    const { loss, statistics } = await algorithm.evaluate({ reward }, batch);
     expect(loss).toBeLessThan(metrics.loss!);
     expect(statistics.accuracy).toBe(1);
   });

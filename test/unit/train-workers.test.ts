@@ -13,7 +13,7 @@ import { Turns } from '../../src/train/turns.js';
 import { ActorWorker, packRollout } from '../../src/workers/actor.js';
 import { forwardAll, offsets } from '../../src/workers/batches.js';
 import { Canary } from '../../src/workers/canary.js';
-import { evaluate, learn, takeRows } from '../../src/workers/learn.js';
+import { computeLoss, learn, takeRows } from '../../src/workers/learn.js';
 import { update } from '../../src/workers/learner.js';
 import { RewardWorker } from '../../src/workers/reward.js';
 import { TableEngine } from './train-fake-engine.js';
@@ -96,7 +96,7 @@ describe('learn', () => {
     const { engine: fake } = recording(table);
     const { loss } = await learn(fake, batch, crossEntropy(), { microTokens: 4, epochs: 1, miniBatches: 1, optimizer });
     expect(loss).toBeCloseTo(expected, 10);
-    expect((await evaluate(table, batch, crossEntropy(), { microTokens: 3 })).loss).toBeCloseTo(expected, 10);
+    expect((await computeLoss(table, batch, crossEntropy(), { microTokens: 3 })).loss).toBeCloseTo(expected, 10);
   });
 
   it('visits every row once per epoch, in an order of its own', async () => {

@@ -1,0 +1,77 @@
+/**
+ * ReMax: REINFORCE whose baseline is the score of the greedy answer to the same prompt; no critic.
+ * Li et al. 2023, arXiv:2310.10505 (algorithm 1, eq. 7); the KL penalty as in the authors' code.
+ */
+import { returnsToGo } from '../losses/group-advantages.js';
+import { klPenalty } from '../losses/kl.js';
+import { policyLosses } from '../losses/policy-losses.js';
+import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
+import { actorMetrics, klMetrics, mean, rolloutMetrics } from './metrics.js';
+import { lastTokens, learnedMask, placeScores, sampledExperience, type TruncationSettings } from './rollout.js';
+
+export interface RemaxSettings extends TruncationSettings {
+  readonly epochs: number;
+  readonly miniBatches: number;
+  /** Answers per prompt; one greedy answer serves them all. */
+  readonly samples: number;
+  /** γ: discount of the score by the distance to the last token. */
+  readonly gamma: number;
+  /** β: weight of the KL penalty. */
+  readonly klCoefficient: number;
+  /** Whether a token pays for its own KL (the authors' code), or for its own and all that follows. */
+  readonly klReturn: 'token' | 'to-go';
+}
+
+export function remax(settings: RemaxSettings): RolloutAlgorithm {
+  const { epochs, miniBatches, samples } = settings;
+  return {
+    models: ['actor', 'reference', 'reward'],
+
+    async iterate({ actor, reference, reward }, prompts, { iteration }) {
+      const questions = prompts.filter((_, i) => i % samples === 0);
+      const sampled = actor.generateSequences(prompts, { iteration });
+      const greedy = actor.generateSequences(questions, { iteration, greedy: true });
+      const calls = [
+        reference.computeLogprobs(sampled),
+        reward.computeRewards(sampled),
+        reward.computeRewards(greedy),
+      ] as const;
+      const [rollout, anchor, rewards, baseline] = await Promise.all([sampled, ...calls]);
+      const { experience, penalty } = makeExperience(rollout, anchor, rewards, baseline.scores, settings);
+      const ofActor = await actor.update(experience, policyLosses.reinforce({}), { epochs, miniBatches, iteration });
+      const metrics = {
+        ...rolloutMetrics(rollout, rewards, settings),
+        'reward.greedy': mean(baseline.scores),
+        ...klMetrics(penalty, settings.klCoefficient),
+        ...actorMetrics(ofActor),
+      };
+      return { metrics, rollout, rewards };
+    },
+
+    ...stateless,
+  };
+}
+
+/** A_t = −β d_t + γ^(T−t) (r − r_greedy): the KL term is the token's own, or summed to the end. */
+export function makeExperience(
+  rollout: Rollout,
+  referenceLogprobs: Float32Array,
+  rewards: Rewards,
+  greedyScores: ArrayLike<number>,
+  { samples, gamma, klCoefficient, klReturn, ...truncation }: RemaxSettings,
+) {
+  const { lengths, logprobs } = rollout;
+  const mask = learnedMask(rollout, truncation);
+  const gains = placeScores(rollout, rewards, truncation);
+  lastTokens(rollout).forEach((last, row) => {
+    if (last >= 0) gains[last]! -= greedyScores[Math.floor(row / samples)]!;
+  });
+  const penalty = klPenalty(
+    { lengths, mask, scores: new Float64Array(gains.length), logprobs, reference: referenceLogprobs },
+    { coefficient: klCoefficient, estimator: 'k1' },
+  );
+  const ofScores = returnsToGo({ lengths, mask, rewards: gains }, gamma);
+  const ofKl = klReturn === 'token' ? penalty.rewards : returnsToGo({ lengths, mask, rewards: penalty.rewards }, 1);
+  const advantages = ofScores.map((gain, t) => gain + ofKl[t]!);
+  return { experience: sampledExperience(rollout, mask, { advantages }), penalty };
+}

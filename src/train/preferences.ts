@@ -1,0 +1,126 @@
+/** Learning from preferences as tasks: one optimizer step per batch of pairs, or of judged answers. */
+import { evaluateKto, type JudgedAnswer, judgedBatch, kto } from '../algorithms/kto.js';
+import { judgedMetrics, preferenceMetrics } from '../algorithms/metrics.js';
+import {
+  comparesWithReference,
+  evaluatePreference,
+  type Preference,
+  type PreferenceModels,
+  preference,
+  preferenceBatch,
+} from '../algorithms/preference.js';
+import { checkTokens, toPair, toTrainingExample } from '../data/examples.js';
+import { badRow, type Row } from '../data/rows.js';
+import type { Loss } from '../losses/loss.js';
+import { preferenceLosses } from '../losses/preference.js';
+import { ActorWorker } from '../workers/actor.js';
+import { ReferenceWorker } from '../workers/reference.js';
+import type { ConfigOf, PreferenceConfig } from './config.js';
+import { openEngine, type Role } from './roles.js';
+import { checkRowLength } from './row-source.js';
+import { evaluation, openSources } from './sources.js';
+import { supervised } from './supervised.js';
+import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
+
+type PairConfig = ConfigOf<'dpo' | 'simpo' | 'orpo'>;
+
+/** The loss that a configuration names. */
+export function preferenceLoss(config: PairConfig): Loss {
+  switch (config.algorithm) {
+    case 'dpo': {
+      const { loss, ...settings } = config.dpo;
+      return preferenceLosses[loss](settings);
+    }
+    case 'simpo':
+      return preferenceLosses.simpo(config.simpo);
+    case 'orpo':
+      return preferenceLosses.orpo(config.orpo);
+  }
+}
+
+/** Roles beside the policy. */
+export const preferenceModels = (config: PreferenceConfig): readonly 'reference'[] =>
+  config.algorithm === 'kto' || comparesWithReference(preferenceLoss(config)) ? ['reference'] : [];
+
+export async function preferenceTask(config: PairConfig, workshop: Workshop): Promise<Task> {
+  const settings = { loss: preferenceLoss(config) };
+  const convert = (row: Row) => preferenceOf(row, workshop);
+  const sources = await openSources(config, convert, workshop);
+  const models = await openModels(config, workshop);
+  return {
+    ...supervised(sources, config, preference(settings), models.workers, preferenceBatch, workshop),
+    trained: models.trained,
+    ...evaluation(sources, config, async (pairs: Preference[]): Promise<Outcome> => {
+      const { loss, statistics } = await evaluatePreference(models.workers, preferenceBatch(pairs), settings);
+      return { metrics: ofEvaluation({ loss, ...preferenceMetrics(statistics) }), samples: [] };
+    }),
+  };
+}
+
+export async function ktoTask(config: ConfigOf<'kto'>, workshop: Workshop): Promise<Task> {
+  const convert = (row: Row) => judgedAnswerOf(row, workshop);
+  const sources = await openSources(config, convert, workshop);
+  const models = await openModels(config, workshop);
+  return {
+    ...supervised(sources, config, kto(config.kto), models.workers, judgedBatch, workshop),
+    trained: models.trained,
+    ...evaluation(sources, config, async (answers: JudgedAnswer[]): Promise<Outcome> => {
+      const { loss, statistics } = await evaluateKto(models.workers, judgedBatch(answers), config.kto);
+      return { metrics: ofEvaluation({ loss, ...judgedMetrics(statistics) }), samples: [] };
+    }),
+  };
+}
+
+async function openModels(config: PreferenceConfig, workshop: Workshop) {
+  const { roles, turns, recorder, tokenizer, endTokens } = workshop;
+  const [policy, reference] = roles as [Role, Role | undefined];
+  const engine = await openEngine(policy, workshop);
+  const actor = turns.wrap(
+    ActorWorker.create(engine, {
+      ...learnerSettings(config),
+      sampling: { ...config.rollout, seed: config.seed, stopTokens: endTokens },
+      tokenizer,
+      mismatch: config.checks.mismatch,
+    }),
+    { computeLogprobs: 'logprobs', update: 'update', computeLoss: 'evaluation' },
+    recorder,
+  );
+  const anchor =
+    reference &&
+    turns.wrap(
+      ReferenceWorker.create(await openEngine(reference, workshop), { microTokens: config.batch.microTokens }),
+      { computeLogprobs: 'reference' },
+      recorder,
+    );
+  return {
+    // Losses without a reference call none.
+    workers: { actor, reference: anchor ?? actor } as PreferenceModels,
+    trained: [trainedModel(policy, engine, workshop)],
+  };
+}
+
+function preferenceOf(row: Row, { roles: [policy], tokenizer }: Workshop): Preference {
+  const { shape, checkpoint } = policy!;
+  const pair = toPair(row, tokenizer, { directory: checkpoint.directory, endToken: true });
+  for (const tokens of [pair.chosen, pair.rejected]) {
+    checkTokens(tokens, shape.vocabulary, row.place);
+    checkRowLength(row, tokens, shape);
+    if (tokens.length === pair.promptLength) throw badRow(row.place, 'an answer has no tokens; expected at least one');
+  }
+  return pair;
+}
+
+/** Any row to learn from, with a column `desirable`. */
+function judgedAnswerOf(row: Row, { roles: [policy], tokenizer }: Workshop): JudgedAnswer {
+  const { shape, checkpoint } = policy!;
+  const { desirable } = row.columns;
+  if (typeof desirable !== 'boolean') {
+    throw badRow(row.place, `expected desirable: true or false, received ${JSON.stringify(desirable) ?? 'nothing'}`);
+  }
+  const { tokens, mask } = toTrainingExample(row, tokenizer, { directory: checkpoint.directory });
+  checkTokens(tokens, shape.vocabulary, row.place);
+  checkRowLength(row, tokens, shape);
+  const promptLength = mask.indexOf(1);
+  if (promptLength < 0) throw badRow(row.place, 'the row has no token to learn; expected a response');
+  return { tokens, promptLength, desirable };
+}
