@@ -4,9 +4,9 @@
  * Ouyang et al. 2022, arXiv:2203.02155, eq. 1 (Bradley and Terry 1952); margin: Llama 2, arXiv:2307.09288, eq. 2;
  * centering: Eisenstein et al. 2023, arXiv:2312.09244; cost model: Dai et al. 2023, arXiv:2310.12773.
  */
-import { perCount } from './aggregation.js';
 import type { Loss } from './loss.js';
-import type { Scalar, SequenceArray, TokenArray } from './tokens.js';
+import { meanOverPairs, type Pairs, pairs } from './pairs.js';
+import type { TokenArray } from './tokens.js';
 
 export interface RewardLossSettings {
   /** k of k · mean (c + r)²: keeps scores around 0. 0 by default. */
@@ -26,8 +26,8 @@ export function bradleyTerry(settings: RewardLossSettings = {}): Loss<'values' |
     couples: 'pair',
     reads: ['values', 'margins'],
     formula(t) {
-      const { chosen, rejected } = pairs(t.values);
-      const difference = chosen.minus(rejected).minus(pairs(t.margins).chosen);
+      const { chosen, rejected } = scores(t.values);
+      const difference = chosen.minus(rejected).minus(scores(t.margins).chosen);
       let loss = difference.logSigmoid().negate();
       if (centering !== 0) loss = loss.plus(chosen.plus(rejected).square().times(centering));
       if (regularization !== 0) {
@@ -38,13 +38,13 @@ export function bradleyTerry(settings: RewardLossSettings = {}): Loss<'values' |
             .times(regularization / 2),
         );
       }
-      return meanOverPairs(loss, t.values);
+      return meanOverPairs(loss, t.values.selection);
     },
     statistics({ values }) {
-      const { chosen, rejected } = pairs(values);
+      const { chosen, rejected } = scores(values);
       return {
-        accuracy: meanOverPairs(chosen.greaterThan(rejected), values),
-        margin: meanOverPairs(chosen.minus(rejected), values),
+        accuracy: meanOverPairs(chosen.greaterThan(rejected), values.selection),
+        margin: meanOverPairs(chosen.minus(rejected), values.selection),
       };
     },
   };
@@ -60,11 +60,11 @@ export function costModel(): Loss<'values' | 'unsafe'> {
     couples: 'pair',
     reads: ['values', 'unsafe'],
     formula(t) {
-      const { chosen: safer, rejected: worse } = pairs(t.values);
-      const signs = pairs(t.unsafe);
+      const { chosen: safer, rejected: worse } = scores(t.values);
+      const signs = scores(t.unsafe);
       const ranking = worse.minus(safer).logSigmoid();
       const signed = worse.times(signs.rejected).logSigmoid().plus(safer.times(signs.chosen).logSigmoid());
-      return meanOverPairs(ranking.plus(signed).negate(), t.values);
+      return meanOverPairs(ranking.plus(signed).negate(), t.values.selection);
     },
     statistics({ values }) {
       const { chosen: safer, rejected: worse } = pairs(values);
@@ -76,14 +76,5 @@ export function costModel(): Loss<'values' | 'unsafe'> {
   };
 }
 
-function pairs(values: TokenArray): { chosen: SequenceArray; rejected: SequenceArray } {
-  const scores = values.sumBySequence();
-  const count = Math.floor(scores.data.length / 2);
-  return {
-    chosen: scores.gather(Int32Array.from({ length: count }, (_, i) => 2 * i)),
-    rejected: scores.gather(Int32Array.from({ length: count }, (_, i) => 2 * i + 1)),
-  };
-}
-
-const meanOverPairs = (x: SequenceArray, { selection }: TokenArray): Scalar =>
-  perCount(x.sum(), selection.totals.rows / 2);
+/** One learned position a row: its value is the sum of the row. */
+const scores = (values: TokenArray): Pairs => pairs(values.sumBySequence());

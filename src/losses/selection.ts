@@ -11,6 +11,8 @@ export interface Totals {
   readonly sequences: number;
   /** All sequences, those without a learned token included. */
   readonly rows: number;
+  /** Learned tokens of rows 0, 2, 4, ...: those of the chosen answers where rows are pairs. */
+  readonly chosenTokens: number;
 }
 
 /** Which positions of a packed batch are learned, sequence by sequence. */
@@ -48,13 +50,14 @@ export function select(lengths: Numbers, mask: Numbers, totals?: Totals): Select
   return { ...own, totals: totals ?? countTotals(starts) };
 }
 
-/** Adds up the totals of the parts (micro-batches, ranks) of one mini-batch. */
+/** Adds up the totals of the parts (micro-batches, ranks) of one mini-batch; `chosenTokens` wants pairs kept whole. */
 export function addTotals(parts: readonly Totals[]): Totals {
-  const sum = { tokens: 0, sequences: 0, rows: 0 };
+  const sum = { tokens: 0, sequences: 0, rows: 0, chosenTokens: 0 };
   for (const part of parts) {
     sum.tokens += part.tokens;
     sum.sequences += part.sequences;
     sum.rows += part.rows;
+    sum.chosenTokens += part.chosenTokens;
   }
   return sum;
 }
@@ -62,8 +65,13 @@ export function addTotals(parts: readonly Totals[]): Totals {
 function countTotals(starts: Int32Array): Totals {
   const rows = starts.length - 1;
   let sequences = 0;
-  for (let b = 0; b < rows; b++) if (starts[b + 1]! > starts[b]!) sequences++;
-  return { tokens: starts[rows]!, sequences, rows };
+  let chosenTokens = 0;
+  for (let b = 0; b < rows; b++) {
+    const tokens = starts[b + 1]! - starts[b]!;
+    if (tokens > 0) sequences++;
+    if (b % 2 === 0) chosenTokens += tokens;
+  }
+  return { tokens: starts[rows]!, sequences, rows, chosenTokens };
 }
 
 /** into[b] += Σ of sequence b's entries. */

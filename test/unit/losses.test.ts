@@ -166,7 +166,7 @@ describe('a loss over micro-batches', () => {
         outputs: { logprobs: cut(outputs.logprobs, part), entropies: cut(outputs.entropies, part) },
       }));
       const totals = addTotals(parts.map(({ batch }) => totalsOf(batch)));
-      expect(totals).toEqual({ tokens: 4, sequences: 2, rows: 4 });
+      expect(totals).toEqual({ tokens: 4, sequences: 2, rows: 4, chosenTokens: 4 });
       const results = parts.map((part) => evaluateLoss(loss, part.batch, part.outputs, totals));
       expect(results[0]!.loss + results[1]!.loss).toBeCloseTo(whole.loss, 14);
       for (const [name, value] of Object.entries(whole.statistics)) {
