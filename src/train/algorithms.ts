@@ -39,7 +39,8 @@ export const truncationOf = ({ rollout }: Pick<RolloutConfig, 'rollout'>): Trunc
 function groupSettings<Section extends ConfigOf<'grpo'>['grpo'] | ConfigOf<'rloo'>['rloo']>(
   config: ConfigOf<'grpo' | 'rloo'>,
   section: Section,
-): Section & Pick<GrpoSettings, keyof TruncationSettings | 'samples' | 'maxNewTokens' | 'ptxCoefficient' | 'aggregation'> {
+): Section &
+  Pick<GrpoSettings, keyof TruncationSettings | 'samples' | 'maxNewTokens' | 'ptxCoefficient' | 'aggregation'> {
   const { samples, maxNewTokens } = config.rollout;
   return {
     ...section,

@@ -155,7 +155,9 @@ async function readState(directory: string): Promise<TrainerState> {
 function settingsOf(config: Config): Settings {
   const { algorithm, dtype, optimizer, rollout, numerics, seed, steps, data } = config;
   const varies = (schedule: string | undefined) => schedule !== undefined && schedule !== 'constant';
-  const critic = config.algorithm === 'ppo' ? config.critic.optimizer : undefined;
+  const { critic, costCritic, ptx } = config as Partial<ConfigOf<'safe-rlhf'>>;
+  const critics = Object.entries({ critic, costCritic }).filter(([, given]) => given !== undefined);
+  const schedules = [optimizer.schedule, ...critics.map(([, given]) => given!.optimizer.schedule)];
   return {
     algorithm,
     dtype,
@@ -164,9 +166,18 @@ function settingsOf(config: Config): Settings {
     data: { shuffle: data.shuffle, onError: data.onError },
     numerics,
     seed,
-    ...(varies(optimizer.schedule) || varies(critic?.schedule) ? { steps } : {}),
-    ...(config.algorithm === 'ppo' ? { rollout, ppo: config.ppo, critic: { optimizer: critic } } : {}),
+    ...(schedules.some(varies) ? { steps } : {}),
+    ...(learnsFromRollouts(config) ? { rollout } : {}),
+    ...sectionOf(config),
+    ...(ptx ? { ptx: { coefficient: ptx.coefficient, sequences: ptx.sequences } } : {}),
+    ...Object.fromEntries(critics.map(([name, given]) => [name, { optimizer: given!.optimizer }])),
   };
+}
+
+/** The section under the algorithm's name. */
+function sectionOf(config: Config): Settings {
+  const section = (config as unknown as Settings)[config.algorithm];
+  return section === undefined ? {} : { [config.algorithm]: section };
 }
 
 /** The layout of a run, as its folder's config.yaml names it: a checkpoint's own bytes are those of any layout. */
@@ -183,13 +194,21 @@ function earlierDifference(earlier: string | undefined, config: Config): Differe
 
 function pathsOf(config: Config): Settings {
   const place = (path: string | undefined) => path && resolve(path);
-  const common = { model: place(config.model), data: { train: place(config.data?.train) } };
-  if (config.algorithm !== 'ppo') return common;
+  const { reward, cost, reference, critic, costCritic, teacher, ptx } = config as Partial<
+    ConfigOf<'safe-rlhf'> & Pick<ConfigOf<'distillation'>, 'teacher'>
+  >;
+  const models = { reference, critic, costCritic, teacher };
   return {
-    ...common,
-    reward: { model: place(config.reward?.model), function: place(config.reward?.function) },
-    reference: { model: place(config.reference?.model) },
-    critic: { model: place(config.critic?.model) },
+    model: place(config.model),
+    data: { train: place(config.data?.train) },
+    ...Object.fromEntries(
+      Object.entries({ reward, cost }).map(([name, given]) => [
+        name,
+        { model: place(given?.model), function: place(given?.function) },
+      ]),
+    ),
+    ...Object.fromEntries(Object.entries(models).map(([name, given]) => [name, { model: place(given?.model) }])),
+    ptx: { data: place(ptx?.data) },
   };
 }
 

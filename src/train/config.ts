@@ -7,8 +7,8 @@ import { parse as parseYaml, stringify } from 'yaml';
 import { z } from 'zod';
 import { LockstepError } from '../errors.js';
 import { explainIssues } from './config-errors.js';
-import { checkRules } from './rules.js';
 import { withPreset } from './presets.js';
+import { checkRules } from './rules.js';
 import { type Config, type ConfigInput, configSchema } from './schema.js';
 
 export type { Config, ConfigInput, ConfigOf, PreferenceConfig, RolloutConfig } from './schema.js';

@@ -19,8 +19,9 @@ import { type Phase, type RotatingModel, type StateGroup, stateGroups } from '..
 import { type ShardTensor, shardTable } from '../layout/shards.js';
 import { transitionPlan } from '../layout/transition-plan.js';
 import { parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
+import { learnsFromRollouts } from './algorithms.js';
 import type { Config } from './config.js';
-import type { Role } from './roles.js';
+import type { Role, RoleName } from './roles.js';
 
 /** A call that workers make under the name of a phase of the recorder. */
 export interface RunPhase extends Phase {
@@ -81,28 +82,36 @@ function modelPlan({ trained }: Role, { dtype, parallel }: Config, { share, tabl
 export const holding = (role: Role['name']): string => `hold ${role}`;
 export const opening = (role: Role['name']): string => `open ${role}`;
 
+type Call = readonly [phase: string, role: RoleName, kind: Kind, rare?: 'rare'];
+
+/** Of an iteration: those of roles that a run has. */
+const rolloutCalls: readonly Call[] = [
+  ['generation', 'policy', 'generate'],
+  ['values', 'critic', 'score'],
+  ['costValues', 'costCritic', 'score'],
+  ['reference', 'reference', 'score'],
+  ['teacher', 'teacher', 'score'],
+  ['reward', 'reward', 'score'],
+  ['cost', 'cost', 'score'],
+  ['valueUpdate', 'critic', 'train'],
+  ['costValueUpdate', 'costCritic', 'train'],
+  ['policyUpdate', 'policy', 'train'],
+  ['evaluation', 'policy', 'generate', 'rare'],
+  ['logprobs', 'policy', 'score', 'rare'],
+];
+
+/** Of a step that learns from rows; the model that learns is the first. */
+const supervisedCalls = ([first]: readonly Role[]): readonly Call[] => [
+  ['reference', 'reference', 'score'],
+  ['logprobs', first!.name, 'score'],
+  ['update', first!.name, 'train'],
+  ['evaluation', first!.name, 'score', 'rare'],
+  ['generation', first!.name, 'generate', 'rare'],
+];
+
 /** In the order of a step; those that come now and then are `rare`. */
 export function phasesOf(roles: readonly Role[], config: Config): RunPhase[] {
-  const calls: [phase: string, role: Role['name'], kind: Kind, rare?: 'rare'][] = {
-    sft: [
-      ['update', 'policy', 'train'],
-      ['evaluation', 'policy', 'score', 'rare'],
-      ['generation', 'policy', 'generate', 'rare'],
-    ],
-    reward: [
-      ['update', 'reward', 'train'],
-      ['evaluation', 'reward', 'score', 'rare'],
-    ],
-    ppo: [
-      ['generation', 'policy', 'generate'],
-      ['values', 'critic', 'score'],
-      ['reference', 'reference', 'score'],
-      ['reward', 'reward', 'score'],
-      ['valueUpdate', 'critic', 'train'],
-      ['policyUpdate', 'policy', 'train'],
-      ['evaluation', 'policy', 'generate', 'rare'],
-    ],
-  }[config.algorithm] as [string, Role['name'], Kind, 'rare'?][];
+  const calls = learnsFromRollouts(config) ? rolloutCalls : supervisedCalls(roles);
   const byName = new Map(roles.map((role) => [role.name, role]));
   const computing = calls.flatMap(([name, roleName, kind, rare]) => {
     const role = byName.get(roleName);

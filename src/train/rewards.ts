@@ -7,7 +7,7 @@ import { type RewardFunction, scoreSamples } from '../rewards/reward-function.js
 import { spreadRewards } from '../rewards/spread-rewards.js';
 import { offsets } from '../workers/batches.js';
 import { RewardWorker } from '../workers/reward.js';
-import type { PpoConfig } from './config.js';
+import type { ConfigOf, RolloutConfig } from './config.js';
 import { textsOf } from './samples.js';
 import type { Workshop } from './task.js';
 
@@ -15,15 +15,17 @@ export interface RewardSource {
   computeRewards(rollout: Rollout): Promise<Rewards>;
 }
 
-/** `engine` is that of the reward model, when there is one. */
+/** `engine` is that of the model that scores, when there is one; `phase` is the name of its calls. */
 export async function openRewards(
-  { reward, batch }: PpoConfig,
+  reward: ConfigOf<'ppo'>['reward'],
+  phase: 'reward' | 'cost',
   engine: Engine | undefined,
+  { batch }: Pick<RolloutConfig, 'batch'>,
   { turns, recorder, tokenizer, own }: Workshop,
 ): Promise<RewardSource> {
   const model =
     engine &&
-    turns.wrap(RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: 'reward' }, recorder);
+    turns.wrap(RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: phase }, recorder);
   const opened = reward.function === undefined ? undefined : own(await openReward(reward.function));
   const fromFunction = async (rollout: Rollout): Promise<Rewards> => {
     const samples = textsOf(rollout, tokenizer).map((texts, i) => ({ ...texts, row: rollout.prompts[i]!.row }));
@@ -36,7 +38,7 @@ export async function openRewards(
     computeRewards: async (rollout) => {
       const [scored, given] = await Promise.all([
         model?.computeRewards(rollout),
-        opened && recorder.phase('rewardFunction', () => fromFunction(rollout)),
+        opened && recorder.phase(`${phase}Function`, () => fromFunction(rollout)),
       ]);
       if (scored) checkFinite(scored);
       return scored && given ? sum(rollout, scored, given) : (scored ?? given!);

@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import type { Models } from '../algorithms/algorithm.js';
 import { type Checkpoint, openCheckpoint } from '../checkpoints/hugging-face.js';
 import { philox } from '../data/sampler.js';
 import type { Engine } from '../engine/engine.js';
@@ -9,9 +10,10 @@ import { LockstepError } from '../errors.js';
 import type { BackendDevice } from '../inference/backend.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
-import type { Closable } from './closing.js';
 import { learnsFromRollouts, rolloutAlgorithm } from './algorithms.js';
+import type { Closable } from './closing.js';
 import type { Config, ConfigOf } from './config.js';
+import { preferenceModels } from './preferences.js';
 import type { Recorder } from './recorder.js';
 import type { Turns } from './turns.js';
 

@@ -1,7 +1,15 @@
 /** Fine-tuning and reward modelling as tasks: one optimizer step per batch of rows. */
 import type { Algorithm, Experience } from '../algorithms/algorithm.js';
 import { pairMetrics } from '../algorithms/metrics.js';
-import { costBatch, costModel, type Pair, rewardBatch, rewardModel, type SafetyPair, type ScoreAlgorithm } from '../algorithms/reward-model.js';
+import {
+  costBatch,
+  costModel,
+  type Pair,
+  rewardBatch,
+  rewardModel,
+  type SafetyPair,
+  type ScoreAlgorithm,
+} from '../algorithms/reward-model.js';
 import { evaluateSft, type SftExample, sft, sftBatch } from '../algorithms/sft.js';
 import { checkTokens, toPair, toPrompt, toTrainingExample } from '../data/examples.js';
 import { badRow, type Row } from '../data/rows.js';
@@ -107,7 +115,7 @@ export function supervised<Item, Models, Batch>(
   };
 }
 
-function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop): SftItem {
+export function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop): SftItem {
   const { directory } = checkpoint;
   const { tokens, mask } = toTrainingExample(row, tokenizer, { directory });
   checkTokens(tokens, shape.vocabulary, row.place);

@@ -1,20 +1,23 @@
 /** A training run from configuration to events: opens what it needs, hands it to the loop, and closes it again. */
+import type { RolloutAlgorithm } from '../algorithms/algorithm.js';
 import { loadTokenizerIfPresent } from '../data/tokenizer.js';
 import { type Backend, nativeBackend } from '../inference/backend.js';
 import { endTokensOf } from '../inference/open-model.js';
+import { learnsFromRollouts } from './algorithms.js';
 import { checkResumable, layoutOf, restoreCheckpoint } from './checkpoint.js';
 import { Closing } from './closing.js';
 import { type Config, type ConfigInput, parseBytes, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
 import { loop, type Run, type RunWarning } from './loop.js';
+import { ktoTask, preferenceTask } from './preferences.js';
 import { preflight } from './preflight.js';
 import { Recorder } from './recorder.js';
 import { layoutWarning } from './resumed-layout.js';
-import { ppoTask } from './rl.js';
 import { foreignTokenizers, type Role, rolesOf } from './roles.js';
+import { rolloutTask } from './rollouts.js';
 import { Rotation } from './rotation.js';
 import { RunFolder } from './run-folder.js';
-import { rewardTask, sftTask } from './supervised.js';
+import { scorerTask, sftTask } from './supervised.js';
 import type { Task, Workshop } from './task.js';
 import { Turns } from './turns.js';
 
@@ -23,6 +26,11 @@ export interface TrainOptions {
   signal?: AbortSignal;
   /** Continue the run that the output folder holds. */
   resume?: boolean;
+  /**
+   * Takes the place of the algorithm that the configuration names, for one that learns from rollouts: the run has the models that
+   * it uses, the settings are the configuration's.
+   */
+  algorithm?: RolloutAlgorithm;
   /** What runs the models; default: the native engine. */
   backend?: Backend;
 }
@@ -34,7 +42,7 @@ export interface TrainOptions {
  * CHECKPOINT_OTHER_MODEL; MISMATCH; LOSS_NOT_FINITE; CHECKPOINT_WRITE_FAILED; what models, data and rewards throw.
  */
 export async function* train(input: Config | ConfigInput, options: TrainOptions = {}): AsyncGenerator<TrainEvent> {
-  const { signal, resume = false, backend = nativeBackend } = options;
+  const { signal, resume = false, algorithm, backend = nativeBackend } = options;
   const started = performance.now();
   const config = parseConfig(input);
   const folder = await RunFolder.open(config.output, { resume });
@@ -44,7 +52,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   closing.own(recorder);
   try {
     const latest = (await folder.checkpoints()).at(-1);
-    const roles = await rolesOf(config);
+    const roles = await rolesOf(config, algorithm?.models);
     const { memory, rotation: plan } = preflight(roles, config);
     const earlier = await folder.config();
     if (latest) await checkResumable(latest.directory, config, roles, earlier);
@@ -60,7 +68,8 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const { offload } = config.memory;
     const turns = new Turns(plan && offload !== 'none' ? new Rotation(plan, offload, recorder) : undefined);
     const own: Workshop['own'] = (resource) => closing.own(resource);
-    const task = await openTask(config, { roles, device, recorder, turns, own, from: latest?.directory });
+    const parts = { roles, device, recorder, turns, own, from: latest?.directory };
+    const task = await openTask(config, parts, algorithm);
     if (latest) await restoreCheckpoint(task, latest.directory);
     const step = latest?.step ?? 0;
     await folder.begin(printConfig(config), step);
@@ -90,25 +99,30 @@ const trainedShapes = (roles: readonly Role[]) => roles.filter(({ trained }) => 
 async function openTask(
   config: Config,
   parts: Pick<Workshop, 'roles' | 'device' | 'recorder' | 'turns' | 'own' | 'from'>,
+  algorithm: RolloutAlgorithm | undefined,
 ): Promise<Task> {
   const { checkpoint } = parts.roles[0]!;
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
   const endTokens = await endTokensOf(checkpoint, tokenizer);
   const workshop: Workshop = { ...parts, config, tokenizer, endTokens };
+  if (learnsFromRollouts(config)) return rolloutTask(config, workshop, algorithm);
   switch (config.algorithm) {
     case 'sft':
       return sftTask(config, workshop);
     case 'reward':
-      return rewardTask(config, workshop);
-    case 'ppo':
-      return ppoTask(config, workshop);
+    case 'cost':
+      return scorerTask(config, workshop);
+    case 'kto':
+      return ktoTask(config, workshop);
+    default:
+      return preferenceTask(config, workshop);
   }
 }
 
 async function warnings(config: Config, roles: readonly Role[]): Promise<RunWarning[]> {
   const found: RunWarning[] = [];
   const { topP, topK } = config.rollout;
-  if (config.algorithm === 'ppo' && (topP < 1 || topK > 0)) {
+  if (learnsFromRollouts(config) && (topP < 1 || topK > 0)) {
     found.push({
       code: 'SAMPLING_BIAS',
       message:

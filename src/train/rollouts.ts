@@ -1,0 +1,211 @@
+/** Reinforcement learning as a task: one iteration of prompts, rollout, rewards and updates per step. */
+import type { Models, Prompt, Rollout, RolloutAlgorithm } from '../algorithms/algorithm.js';
+import { rolloutMetrics } from '../algorithms/metrics.js';
+import { sumsBySequence } from '../algorithms/rollout.js';
+import { sftBatch } from '../algorithms/sft.js';
+import { checkTokens, toPrompt } from '../data/examples.js';
+import type { Row } from '../data/rows.js';
+import type { Engine } from '../engine/engine.js';
+import { checkLength } from '../inference/generate.js';
+import { ActorWorker } from '../workers/actor.js';
+import { CriticWorker } from '../workers/critic.js';
+import { ReferenceWorker } from '../workers/reference.js';
+import { rolloutAlgorithm, truncationOf } from './algorithms.js';
+import type { ConfigOf, RolloutConfig } from './config.js';
+import { openRewards } from './rewards.js';
+import { openEngine, type Role, type RoleName } from './roles.js';
+import { RowSource } from './row-source.js';
+import { samplesOf, unknownMetric } from './samples.js';
+import { evaluation, openSources, type Sources } from './sources.js';
+import { sftItem } from './supervised.js';
+import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
+
+/** `algorithm` takes the place of the one that the configuration names. */
+export async function rolloutTask(
+  config: RolloutConfig,
+  workshop: Workshop,
+  algorithm: RolloutAlgorithm = rolloutAlgorithm(config),
+): Promise<Task> {
+  const { roles, tokenizer } = workshop;
+  const [policy] = roles as [Role];
+  const convert = (row: Row) => promptOf(row, policy, workshop, config.rollout.maxNewTokens);
+  const sources = await openSources(config, convert, workshop);
+  const pretraining = await openPretraining(config, policy, workshop);
+  const engines: Engines = {};
+  for (const role of roles) engines[role.name] = await openEngine(role, workshop);
+  const models = await openModels(config, engines, workshop);
+  const data = new PromptData(sources, config, workshop);
+  return {
+    rowsPerStep: data.rowsPerStep,
+    skipped: sources.train.skipped,
+    trained: roles.filter(({ trained }) => trained).map((role) => trainedModel(role, engines[role.name]!, workshop)),
+    step: async (iteration): Promise<Outcome> => {
+      const prompts = await data.begin(iteration);
+      const context = { iteration, pretraining: await pretraining?.(iteration), draw: data.draw };
+      const { metrics, rollout, rewards } = await algorithm.iterate(models, prompts, context);
+      const { max, tokens } = models.actor.mismatch();
+      return {
+        metrics: {
+          ...metrics,
+          ...(rollout ? { ...unknownMetric(rollout, tokenizer), tokens: rollout.tokens.length } : {}),
+          'mismatch.max': max,
+          'mismatch.tokens': tokens,
+        },
+        samples: rollout
+          ? samplesOf(rollout, tokenizer, {
+              ...(rewards ? { scores: rewards.scores } : {}),
+              count: config.evaluation.samples,
+            })
+          : [],
+      };
+    },
+    ...evaluation(sources, config, (prompts: Prompt[]) => evaluate(config, models, prompts, workshop)),
+    state: () => ({ ...algorithm.state(), ...data.state() }),
+    restore: (state) => {
+      algorithm.restore(state);
+      data.restore(state);
+    },
+  };
+}
+
+type Engines = Partial<Record<RoleName, Engine>>;
+type OpenModels = Awaited<ReturnType<typeof openModels>>;
+
+/** The workers of the roles that a run has, under the names that algorithms know. */
+async function openModels(config: RolloutConfig, engines: Engines, workshop: Workshop) {
+  const { turns, recorder, tokenizer, endTokens } = workshop;
+  const { rollout, seed, checks, batch } = config;
+  const { temperature } = rollout;
+  const forward = { microTokens: batch.microTokens, temperature };
+  const actor = turns.wrap(
+    ActorWorker.create(engines.policy!, {
+      ...learnerSettings(config),
+      temperature,
+      sampling: { ...rollout, seed, stopTokens: endTokens },
+      stop: rollout.stop,
+      tokenizer,
+      mismatch: checks.mismatch,
+    }),
+    {
+      generateSequences: 'generation',
+      generateForEvaluation: 'evaluation',
+      computeLogprobs: 'logprobs',
+      update: 'policyUpdate',
+    },
+    recorder,
+  );
+  const critic = (role: 'critic' | 'costCritic', values: string, update: string) => {
+    const engine = engines[role];
+    const settings = learnerSettings(config, (config as Partial<ConfigOf<'safe-rlhf'>>)[role]?.optimizer);
+    return engine && turns.wrap(CriticWorker.create(engine, settings), { computeValues: values, update }, recorder);
+  };
+  const frozen = (role: 'reference' | 'teacher') => {
+    const engine = engines[role];
+    return engine && turns.wrap(ReferenceWorker.create(engine, forward), { computeLogprobs: role }, recorder);
+  };
+  const { reward, cost } = config as Partial<Pick<ConfigOf<'safe-rlhf'>, 'reward' | 'cost'>>;
+  const costs = cost && (await openRewards(cost, 'cost', engines.cost, config, workshop));
+  return {
+    actor,
+    critic: critic('critic', 'values', 'valueUpdate'),
+    costCritic: critic('costCritic', 'costValues', 'costValueUpdate'),
+    reference: frozen('reference'),
+    teacher: frozen('teacher'),
+    reward: reward && (await openRewards(reward, 'reward', engines.reward, config, workshop)),
+    cost: costs && { computeCosts: costs.computeRewards },
+    // An algorithm uses the roles that it names, and those are there.
+  } as Models & { actor: typeof actor };
+}
+
+/** Greedy or sampled answers to held-out prompts, with what judges them. */
+async function evaluate(
+  config: RolloutConfig,
+  { actor, reward, cost, teacher }: OpenModels,
+  prompts: Prompt[],
+  { tokenizer }: Workshop,
+): Promise<Outcome> {
+  const rollout = await actor.generateForEvaluation(prompts);
+  const given = reward ? await reward.computeRewards(rollout) : await towards(teacher, rollout);
+  const costs = cost && (await cost.computeCosts(rollout));
+  const metrics = {
+    ...rolloutMetrics(rollout, given, truncationOf(config)),
+    ...(costs ? { 'cost.mean': costs.scores.reduce((sum, score) => sum + score, 0) / costs.scores.length } : {}),
+  };
+  return {
+    metrics: ofEvaluation(metrics),
+    samples: samplesOf(rollout, tokenizer, { scores: given.scores, count: config.evaluation.samples }),
+  };
+}
+
+/** Without a reward a student is judged by Σ log q − log π of its answers, q the teacher. */
+async function towards(teacher: Models['teacher'], rollout: Rollout) {
+  const taught = await teacher.computeLogprobs(rollout);
+  const gap = Float64Array.from(taught, (logprob, t) => (rollout.responseMask[t] ? logprob - rollout.logprobs[t]! : 0));
+  return { scores: sumsBySequence(rollout, gap) };
+}
+
+/**
+ * Which prompts an iteration has. Those that filter draw more than their batch, so that positions in the data depend on the
+ * course of the run and are part of its state.
+ */
+class PromptData {
+  readonly rowsPerStep: number;
+  #position: number | undefined;
+
+  constructor(
+    private readonly sources: Sources<Prompt>,
+    private readonly config: RolloutConfig,
+    private readonly workshop: Workshop,
+  ) {
+    this.rowsPerStep = config.batch.sequences / config.rollout.samples;
+    if (config.algorithm === 'grpo' || config.algorithm === 'rloo') {
+      const { samplingRounds } = config.algorithm === 'grpo' ? config.grpo : config.rloo;
+      if (samplingRounds > 1) this.#position = 0;
+    }
+  }
+
+  /** The batch of an iteration. */
+  begin(iteration: number): Promise<Prompt[]> {
+    return this.#position === undefined
+      ? this.#take((iteration - 1) * this.rowsPerStep, this.rowsPerStep)
+      : this.draw(this.rowsPerStep);
+  }
+
+  readonly draw = (count: number): Promise<Prompt[]> => {
+    const begin = this.#position ?? 0;
+    this.#position = begin + count;
+    return this.#take(begin, count);
+  };
+
+  async #take(begin: number, count: number): Promise<Prompt[]> {
+    const rows = await this.workshop.recorder.phase('data', () => this.sources.train.take(begin, count));
+    const { samples } = this.config.rollout;
+    return rows.flatMap((prompt) => Array.from({ length: samples }, () => prompt));
+  }
+
+  state(): Record<string, number> {
+    return this.#position === undefined ? {} : { dataPosition: this.#position };
+  }
+
+  restore({ dataPosition }: Readonly<Record<string, unknown>>): void {
+    if (this.#position !== undefined) this.#position = Number(dataPosition);
+  }
+}
+
+/** Batches of text to imitate beside the rollouts, where the configuration has them (ptx). */
+async function openPretraining(config: RolloutConfig, policy: Role, workshop: Workshop) {
+  const ptx = 'ptx' in config ? config.ptx : undefined;
+  if (!ptx) return undefined;
+  const { shuffle, onError } = config.data;
+  const convert = (row: Row) => sftItem(row, policy, workshop);
+  const source = workshop.own(await RowSource.open(ptx.data, convert, { shuffle, onError, seed: config.seed }));
+  const count = ptx.sequences ?? config.batch.sequences;
+  return async (iteration: number) => sftBatch(await source.take((iteration - 1) * count, count));
+}
+
+function promptOf(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop, maxNewTokens: number): Prompt {
+  const { tokens } = toPrompt(row, tokenizer, { directory: checkpoint.directory });
+  checkTokens(tokens, shape.vocabulary, row.place);
+  checkLength(tokens.length, maxNewTokens, shape, row.place);
+  return { tokens, row: row.columns };
+}
