@@ -1,7 +1,7 @@
 /** One call on all ranks of a group: they start together, and when one fails the others are released. */
-import { AsyncLocalStorage } from 'node:async_hooks';
 import { LockstepError } from '../errors.js';
 import { type Coordinates, coordinatesOf } from '../layout/parallel.js';
+import { callContext, inContext, linkedSignal } from './call-context.js';
 import type { RankLayout } from './routing.js';
 import type { Transport } from './transport.js';
 
@@ -25,19 +25,13 @@ export interface RankFailure {
   readonly error: unknown;
 }
 
-const signals = new AsyncLocalStorage<AbortSignal>();
-
-/** For workers: fires when another rank of the call that runs has failed. Undefined outside of a group's call. */
-export function callSignal(): AbortSignal | undefined {
-  return signals.getStore();
-}
-
 /** setTimeout takes no more milliseconds. */
 const longestTimer = 2 ** 31 - 1;
 
 /**
  * Answers by rank, undefined for those that are not `collected`. `argsOf` gives a rank's arguments.
- * @throws LockstepError RANK_FAILED once every rank has returned or the time-out is over.
+ * @throws LockstepError RANK_FAILED once every rank has returned or the time-out is over; the reason of the call that this one is
+ * part of, when that is released.
  */
 export async function callRanks(
   group: Group,
@@ -46,8 +40,9 @@ export async function callRanks(
   argsOf: (rank: number) => readonly unknown[],
 ): Promise<unknown[]> {
   const { name, ranks, workers, transport, timeoutSeconds } = group;
+  const outside = callContext();
   const release = new AbortController();
-  const { signal } = release;
+  const { signal, unlink } = linkedSignal([outside?.signal, release.signal]);
   let timer: NodeJS.Timeout | undefined;
   const late = new Promise<void>((resolve) => {
     const wait = () => {
@@ -62,7 +57,9 @@ export async function callRanks(
   const runs = workers.map(async (worker, rank) => {
     try {
       const call = { group: name, method, rank, args: argsOf(rank), answers: collected[rank]!, signal };
-      const answer = await transport.call(call, async (args) => signals.run(signal, () => worker[method]!(...args)));
+      const answer = await transport.call(call, async (args) =>
+        inContext({ ...outside, signal }, () => worker[method]!(...args)),
+      );
       if (collected[rank]) answers[rank] = answer;
     } catch (error) {
       if (!isRelease(error, signal)) failures.push({ rank, coordinates: coordinatesOf(rank, ranks.layout), error });
@@ -73,6 +70,8 @@ export async function callRanks(
   });
   await Promise.race([Promise.all(runs), late]);
   clearTimeout(timer);
+  unlink();
+  outside?.signal.throwIfAborted();
   if (failures.length > 0) throw rankError(group, method, [...failures], [...running]);
   return answers;
 }

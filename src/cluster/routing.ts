@@ -28,6 +28,8 @@ export interface Protocol<Argument = unknown, Part = unknown, Answer = unknown, 
   collect(answers: readonly Answer[], ranks: RankLayout): Result;
   /** Ranks whose answers `collect` reads: the others' stay where they are. Default: all. */
   answers?(ranks: RankLayout): readonly boolean[];
+  /** What `collect` joins, in parts: another group takes it so. Default: what `collect` gives. */
+  parts?(answers: readonly Answer[], ranks: RankLayout): unknown;
 }
 
 /** `batch`: rows, one value for all shards. `list`: one value for each. */
@@ -49,6 +51,8 @@ export function routed<Takes extends Form, Gives extends Form>(
   route: (ranks: RankLayout) => Routing,
 ): RoutedProtocol<Takes, Gives> {
   const routeOf = (ranks: RankLayout) => checked(route(ranks), worldSize(ranks.layout), gives);
+  const listOf = (answers: readonly unknown[], ranks: RankLayout) =>
+    answering(routeOf(ranks)).map((rank) => answers[rank]);
   return {
     takes,
     gives,
@@ -59,10 +63,9 @@ export function routed<Takes extends Form, Gives extends Form>(
       const parts = takes === 'list' ? listed(argument, count) : shardsOf(argument).cut(count);
       return shardOfRank.map((shard) => parts[shard]);
     },
-    collect: (answers, ranks) => {
-      const list = answering(routeOf(ranks)).map((rank) => answers[rank]);
-      return gives === 'list' ? list : new Shards(list).join();
-    },
+    collect: (answers, ranks) =>
+      gives === 'list' ? listOf(answers, ranks) : new Shards(listOf(answers, ranks)).join(),
+    parts: (answers, ranks) => (gives === 'list' ? listOf(answers, ranks) : new Shards(listOf(answers, ranks))),
   };
 }
 

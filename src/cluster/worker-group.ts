@@ -5,6 +5,7 @@
 import { LockstepError } from '../errors.js';
 import { type Coordinates, coordinatesOf, worldSize } from '../layout/parallel.js';
 import { callRanks, type Group, type Method } from './call-ranks.js';
+import { Future, heldOf, wholeOf } from './future.js';
 import { findProtocol, type TransferProtocol, type transferProtocols } from './protocols.js';
 import type { Form, Protocol, RankLayout, RoutedProtocol } from './routing.js';
 import type { Shards } from './rows.js';
@@ -37,20 +38,22 @@ export interface WorkerGroupOptions<W, P> extends RankLayout {
   readonly timeoutSeconds?: number;
 }
 
-/** The methods of a table, over all ranks. */
+/** The methods of a table, over all ranks. A first argument that is a future is taken as it lies, unjoined. */
 export type WorkerGroup<W, P> = {
   readonly [K in keyof P & MethodName<W>]: W[K] extends (...args: infer Args) => infer Answer
-    ? (...args: GroupArgs<Args, Resolved<P[K]>>) => Promise<GroupAnswer<Awaited<Answer>, Resolved<P[K]>>>
+    ? (...args: GroupArgs<Args, Resolved<P[K]>>) => Future<GroupAnswer<Awaited<Answer>, Resolved<P[K]>>>
     : never;
 };
 
 type Resolved<Entry> = Entry extends TransferProtocol ? (typeof transferProtocols)[Entry] : Entry;
 
+type Held<T> = T | Future<Exclude<T, Shards<unknown>>>;
+
 type GroupArgs<Args extends unknown[], P> = Args extends [infer First, ...infer Rest]
   ? P extends RoutedProtocol<infer Takes, Form>
-    ? [Takes extends 'list' ? readonly First[] | Shards<First> : First | Shards<First>, ...Rest]
+    ? [Held<Takes extends 'list' ? readonly First[] | Shards<First> : First | Shards<First>>, ...Rest]
     : P extends { distribute(argument: infer Argument, ranks: RankLayout): unknown }
-      ? [Argument, ...Rest]
+      ? [Held<Argument>, ...Rest]
       : [unknown, ...Rest]
   : Args;
 
@@ -81,9 +84,17 @@ export const WorkerGroup = {
     for (const [method, entry] of Object.entries(options.protocols as Readonly<Record<string, ProtocolEntry>>)) {
       methods[method] = methodOver(group, method, entry);
     }
+    groups.add(methods);
     return methods as WorkerGroup<W, P>;
   },
 };
+
+const groups = new WeakSet<object>();
+
+/** Whether a worker takes a batch in parts (`Shards`) as it is. */
+export function takesParts(worker: object): boolean {
+  return groups.has(worker);
+}
 
 function workersOf<W, P>({ name, worker }: WorkerGroupOptions<W, P>, ranks: RankLayout): readonly W[] {
   const { pipeline, tensor, data } = ranks.layout;
@@ -116,8 +127,8 @@ function methodOver(group: Group, method: string, entry: ProtocolEntry): Method 
   const within = <T>(step: () => T): T => naming(`${name}.${method}`, step);
   const protocol = within(() => (typeof entry === 'string' ? findProtocol(entry) : entry));
   const collected = within(() => protocol.answers?.(ranks)) ?? workers.map(() => true);
-  return async (...args: unknown[]) => {
-    const [first, ...others] = args;
+  const call = async (args: readonly unknown[]): Promise<unknown> => {
+    const [first, ...others] = await Promise.all(args.map((arg, i) => (i === 0 ? heldOf(arg) : arg)));
     const parts = args.length > 0 ? within(() => protocol.distribute(first, ranks)) : undefined;
     if (parts && parts.length !== workers.length) {
       const counts = `${parts.length} parts for ${workers.length} ranks`;
@@ -127,8 +138,10 @@ function methodOver(group: Group, method: string, entry: ProtocolEntry): Method 
       );
     }
     const answers = await callRanks(group, method, collected, (rank) => (parts ? [parts[rank], ...others] : []));
-    return within(() => protocol.collect(answers, ranks));
+    return within(() => (protocol.parts ? protocol.parts(answers, ranks) : protocol.collect(answers, ranks)));
   };
+  const whole = (held: unknown) => within(() => wholeOf(held));
+  return (...args: unknown[]) => new Future(`${name}.${method}`, call(args), { whole });
 }
 
 function refusal(name: string, method: string): Method {

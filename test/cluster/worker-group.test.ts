@@ -1,7 +1,9 @@
 /** Laws of worker groups: N ranks answer as one; calls run on all ranks; a failing rank releases the others and is named. */
 import { setTimeout as delay } from 'node:timers/promises';
 import { describe, expect, expectTypeOf, it } from 'vitest';
-import { callSignal, type RankFailure } from '../../src/cluster/call-ranks.js';
+import { callSignal } from '../../src/cluster/call-context.js';
+import type { RankFailure } from '../../src/cluster/call-ranks.js';
+import type { Future } from '../../src/cluster/future.js';
 import { registerProtocol } from '../../src/cluster/protocols.js';
 import { Shards } from '../../src/cluster/rows.js';
 import { inProcess, type Transport } from '../../src/cluster/transport.js';
@@ -457,9 +459,12 @@ it('methods have the types that their protocols give them', () => {
     protocols: { scale: '3D_PROTO', who: '3D_PP_ONLY', describe: 'ALL_TO_ALL' },
   });
   expectTypeOf(group.scale).toEqualTypeOf<
-    (batch: Float32Array | Shards<Float32Array>, options: { factor: number }) => Promise<Float32Array>
+    (
+      batch: Float32Array | Shards<Float32Array> | Future<Float32Array>,
+      options: { factor: number },
+    ) => Future<Float32Array>
   >();
   expectTypeOf(group.who).returns.resolves.toEqualTypeOf<number[][]>();
-  expectTypeOf(group.describe).toEqualTypeOf<() => Promise<string[]>>();
+  expectTypeOf(group.describe).toEqualTypeOf<() => Future<string[]>>();
   expectTypeOf(group).not.toHaveProperty('echo');
 });
