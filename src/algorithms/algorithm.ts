@@ -161,7 +161,10 @@ export interface Algorithm<Roles, Batch> {
 }
 
 /** An algorithm that learns from rollouts of prompts; a prompt comes once for each of its samples, in a row. */
-export type RolloutAlgorithm = Algorithm<Models, readonly Prompt[]>;
+export type RolloutAlgorithm<Role extends keyof Models = keyof Models> = Algorithm<
+  Pick<Models, Role>,
+  readonly Prompt[]
+>;
 
 /** For algorithms that carry nothing over. */
 export const stateless = { state: (): AlgorithmState => ({}), restore: (): void => {} };

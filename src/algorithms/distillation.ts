@@ -16,7 +16,7 @@ export interface DistillationSettings extends TruncationSettings {
   readonly entropyCoefficient: number;
 }
 
-export function distillation(settings: DistillationSettings): RolloutAlgorithm {
+export function distillation(settings: DistillationSettings): RolloutAlgorithm<'actor' | 'teacher'> {
   const { epochs, miniBatches, clip, entropyCoefficient } = settings;
   return {
     models: ['actor', 'teacher'],

@@ -5,36 +5,27 @@
  * OPO arXiv:2505.23585; RLOO arXiv:2402.14740 (rloo.ts).
  */
 import type { Aggregation } from '../losses/aggregation.js';
-import { keptGroups, overlongPenalty } from '../losses/dapo.js';
-import { type GroupAdvantageName, groupAdvantages, groupStatistics, overTokens } from '../losses/group-advantages.js';
+import { overlongPenalties } from '../losses/dapo.js';
+import { type GroupAdvantageName, groupAdvantages, groupCounts, overTokens } from '../losses/group-advantages.js';
 import { type KlEstimator, klPenalty } from '../losses/kl.js';
+import type { Loss } from '../losses/loss.js';
+import type { PolicyLossSettings } from '../losses/policy.js';
 import { type PolicyLossName, policyLosses } from '../losses/policy-losses.js';
-import {
-  type ActorWorker,
-  type Context,
-  type Prompt,
-  type Rewards,
-  type RewardWorker,
-  type Rollout,
-  type RolloutAlgorithm,
-  stateless,
-} from './algorithm.js';
+import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
 import { actorMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import {
-  joinRows,
   learnedMask,
-  learnedTokens,
   penalisedScores,
   pretrainingMix,
   sampledExperience,
+  sumsBySequence,
   type TruncationSettings,
 } from './rollout.js';
+import { type SamplingSettings, sampleGroups } from './sampling.js';
 
-export interface GrpoSettings extends TruncationSettings {
+export interface GrpoSettings extends TruncationSettings, SamplingSettings {
   readonly epochs: number;
   readonly miniBatches: number;
-  /** G: answers per prompt, at least 2. */
-  readonly samples: number;
   readonly advantage: GroupAdvantageName;
   readonly loss: PolicyLossName;
   readonly aggregation: Aggregation;
@@ -46,15 +37,13 @@ export interface GrpoSettings extends TruncationSettings {
   readonly klCoefficient: number;
   readonly kl: { readonly in: 'reward' | 'loss'; readonly estimator: KlEstimator };
   readonly entropyCoefficient: number;
-  /** Rounds of sampling in which groups of equal scores are replaced by those of other prompts; 1: they stay. */
-  readonly samplingRounds: number;
   /** Tokens before the most new tokens from which an answer costs, up to 1; 0: none. */
   readonly overlongBuffer: number;
   readonly maxNewTokens: number;
   readonly ptxCoefficient: number;
 }
 
-export function grpo(settings: GrpoSettings): RolloutAlgorithm {
+export function grpo(settings: GrpoSettings): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
   const { epochs, miniBatches, klCoefficient } = settings;
   const loss = actorLoss(settings);
   return {
@@ -62,7 +51,7 @@ export function grpo(settings: GrpoSettings): RolloutAlgorithm {
 
     async iterate({ actor, reference, reward }, prompts, context) {
       const { iteration } = context;
-      const { rollout, rewards, dropped } = await sampleGroups(actor, reward, prompts, context, settings);
+      const { rollout, rewards, dropped, rounds } = await sampleGroups(actor, reward, prompts, context, settings);
       const anchor = klCoefficient > 0 ? await reference.computeLogprobs(rollout) : rollout.logprobs;
       const { experience, penalty, equal } = makeExperience(rollout, anchor, rewards, settings);
       const also = pretrainingMix(context, settings.ptxCoefficient);
@@ -70,7 +59,7 @@ export function grpo(settings: GrpoSettings): RolloutAlgorithm {
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
         'groups.equal': equal,
-        'groups.dropped': dropped,
+        ...(settings.samplingRounds > 1 ? { 'groups.dropped': dropped, 'groups.rounds': rounds } : {}),
         ...(klCoefficient > 0 ? klMetrics(penalty, klCoefficient) : {}),
         ...actorMetrics(ofActor),
       };
@@ -79,32 +68,6 @@ export function grpo(settings: GrpoSettings): RolloutAlgorithm {
 
     ...stateless,
   };
-}
-
-/** Dynamic sampling (DAPO, eq. 11): groups whose scores are all equal teach nothing; in later rounds other prompts replace them. */
-async function sampleGroups(
-  actor: ActorWorker,
-  reward: RewardWorker,
-  prompts: readonly Prompt[],
-  { iteration, draw }: Context,
-  { samples, samplingRounds }: GrpoSettings,
-) {
-  const parts: { rollout: Rollout; rewards: Rewards; rows: readonly number[] }[] = [];
-  let missing = prompts.length;
-  for (let round = 0; round < samplingRounds && missing > 0; round++) {
-    const asked = round === 0 ? prompts : await draw!(missing / samples);
-    const sampled = actor.generateSequences(asked, { iteration, round });
-    const [rollout, rewards] = await Promise.all([sampled, reward.computeRewards(sampled)]);
-    const rows = samplingRounds > 1 ? unequalRows(rewards.scores, samples) : [...rewards.scores.keys()];
-    parts.push({ rollout, rewards, rows });
-    missing -= rows.length;
-  }
-  // With nothing to learn from, the first round is learned from as it is: every advantage is 0.
-  const all = { ...parts[0]!, rows: [...parts[0]!.rewards.scores.keys()] };
-  const kept = parts.some(({ rows }) => rows.length > 0) ? parts : [all];
-  const sampledRows = parts.reduce((sum, { rewards }) => sum + rewards.scores.length, 0);
-  const keptRows = kept.reduce((sum, { rows }) => sum + rows.length, 0);
-  return { rollout: joinRows(kept), rewards: joinRewards(kept), dropped: (sampledRows - keptRows) / samples };
 }
 
 /** A_i of the group, the same at every token; the score with the overlong penalty and, in the reward, −β Σ_t KL_t. */
@@ -117,29 +80,28 @@ export function makeExperience(
   const { lengths, logprobs } = rollout;
   const mask = learnedMask(rollout, settings);
   const counts = sumsBySequence(rollout, mask);
-  const { samples, kl, klCoefficient, overlongBuffer, maxNewTokens } = settings;
   const penalty = klPenalty(
     { lengths, mask, scores: new Float64Array(mask.length), logprobs, reference: referenceLogprobs },
-    { coefficient: kl.in === 'reward' ? klCoefficient : 0, estimator: kl.estimator },
+    { coefficient: settings.kl.in === 'reward' ? settings.klCoefficient : 0, estimator: settings.kl.estimator },
   );
   const ofKl = sumsBySequence(rollout, penalty.rewards);
-  const scores = penalisedScores(rollout, rewards, settings).map(
-    (score, row) =>
-      score + overlongPenalty(counts[row]!, { maximum: maxNewTokens, buffer: overlongBuffer }) + ofKl[row]!,
-  );
-  const groups = scores.map((_, row) => Math.floor(row / samples));
-  const perAnswer = groupAdvantages[settings.advantage]({ scores, groups, lengths: counts });
+  const ofLength = overlongScores(counts, settings);
+  const scores = penalisedScores(rollout, rewards, settings).map((score, i) => score + ofKl[i]! + ofLength[i]!);
+  const groups = { scores, groups: scores.map((_, row) => Math.floor(row / settings.samples)), lengths: counts };
+  const perAnswer = groupAdvantages[settings.advantage](groups, {});
   const columns = { advantages: overTokens(perAnswer, lengths, mask), referenceLogprobs };
-  return {
-    experience: sampledExperience(rollout, mask, columns),
-    penalty,
-    equal: groupStatistics({ scores, groups }).equal,
-  };
+  return { experience: sampledExperience(rollout, mask, columns), penalty, equal: groupCounts(groups).equal };
 }
 
-/** Eq. 3 and its relatives: the clipped surrogate of `loss`, aggregated, − c_H H, + β KL when it is in the loss. */
-const actorLoss = ({ klCoefficient, kl, loss, ...settings }: GrpoSettings) =>
-  policyLosses[loss]({
+/** DAPO, eq. 13. */
+const overlongScores = (counts: Float64Array, { maxNewTokens, overlongBuffer }: GrpoSettings): Float64Array =>
+  overlongBuffer > 0
+    ? overlongPenalties(counts, { maxLength: maxNewTokens, cache: overlongBuffer })
+    : counts.map(() => 0);
+
+/** Eq. 3 and its relatives: the surrogate of `loss`, aggregated, − c_H H, + β KL when it is in the loss. */
+const actorLoss = ({ klCoefficient, kl, loss, ...settings }: GrpoSettings): Loss =>
+  (policyLosses[loss] as (settings: PolicyLossSettings) => Loss)({
     ...settings,
     kl: kl.in === 'loss' && klCoefficient > 0 ? { coefficient: klCoefficient, estimator: kl.estimator } : undefined,
   });

@@ -9,9 +9,9 @@ import { type KlEstimator, type KlPenalty, klPenalty } from '../losses/kl.js';
 import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
-import type { Algorithm, Experience, Models, Prompt, Rewards, Rollout } from './algorithm.js';
+import type { Experience, Rewards, Rollout, RolloutAlgorithm } from './algorithm.js';
 import { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
-import { learnedMask, placeScores, type TruncationSettings } from './rollout.js';
+import { learnedMask, placeScores, pretrainingMix, sampledExperience, type TruncationSettings } from './rollout.js';
 
 export interface PpoSettings extends TruncationSettings {
   /** Times a rollout is used, and optimizer steps each time. */
@@ -42,26 +42,28 @@ export interface PpoSettings extends TruncationSettings {
   readonly ptxCoefficient?: number | undefined;
 }
 
-export function ppo(settings: PpoSettings): Algorithm<Models, readonly Prompt[]> {
+export function ppo(settings: PpoSettings): RolloutAlgorithm<'actor' | 'critic' | 'reference' | 'reward'> {
   const { epochs, miniBatches, klCoefficient, kl } = settings;
   const beta =
     kl.controller === 'adaptive' ? adaptiveKl({ coefficient: klCoefficient, ...kl }) : fixedKl(klCoefficient);
   return {
     models: ['actor', 'critic', 'reference', 'reward'],
 
-    async iterate({ actor, critic, reference, reward }, prompts, { iteration }) {
-      const rollout = await actor.generateSequences(prompts, { iteration });
-      const [values, anchor, rewards] = await Promise.all([
-        critic.computeValues(rollout),
-        reference.computeLogprobs(rollout),
-        reward.computeRewards(rollout),
+    async iterate({ actor, critic, reference, reward }, prompts, context) {
+      const sampled = actor.generateSequences(prompts, { iteration: context.iteration });
+      const [rollout, values, anchor, rewards] = await Promise.all([
+        sampled,
+        critic.computeValues(sampled),
+        reference.computeLogprobs(sampled),
+        reward.computeRewards(sampled),
       ]);
       const coefficient = beta.coefficient;
       const { experience, penalty } = makeExperience(rollout, values, anchor, rewards, settings, coefficient);
-      const update = { epochs, miniBatches, iteration };
+      const update = { epochs, miniBatches, iteration: context.iteration };
+      const also = pretrainingMix(context, settings.ptxCoefficient ?? 0);
       const [ofCritic, ofActor] = await Promise.all([
         critic.update(experience, valueLoss({ clip: settings.valueClip }), update),
-        actor.update(experience, actorLoss(settings, coefficient), update),
+        actor.update(experience, actorLoss(settings, coefficient), { ...update, also }),
       ]);
       beta.update(penalty.perSequence, rollout.lengths.length);
       const metrics = {
@@ -74,7 +76,7 @@ export function ppo(settings: PpoSettings): Algorithm<Models, readonly Prompt[]>
     },
 
     state: () => ({ klCoefficient: beta.coefficient }),
-    restore: (state) => beta.restore({ coefficient: state.klCoefficient ?? Number.NaN }),
+    restore: (state) => beta.restore({ coefficient: Number(state.klCoefficient) }),
   };
 }
 
@@ -87,7 +89,7 @@ export function makeExperience(
   settings: PpoSettings,
   beta: number,
 ): { experience: Experience; penalty: KlPenalty } {
-  const { tokens, lengths, logprobs } = rollout;
+  const { lengths, logprobs } = rollout;
   const mask = learnedMask(rollout, settings);
   const penalty = klPenalty(
     { lengths, mask, scores: placeScores(rollout, rewards, settings), logprobs, reference: referenceLogprobs },
@@ -95,13 +97,12 @@ export function makeExperience(
   );
   const { advantages, returns } = gae({ lengths, mask, rewards: penalty.rewards, values }, settings);
   const columns = {
-    oldLogprobs: logprobs,
     referenceLogprobs,
     oldValues: values,
     returns,
     advantages: settings.whiten ? whiten(advantages, mask) : advantages,
   };
-  return { experience: { tokens, lengths, mask, columns }, penalty };
+  return { experience: sampledExperience(rollout, mask, columns), penalty };
 }
 
 /** L = −E_t[ min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) ] − c_H E_t[H] (+ β E_t[KL]),  ρ_t = π(a_t) / π_old(a_t)   (eq. 7). */

@@ -33,7 +33,9 @@ export interface ReinforcePlusPlusSettings extends TruncationSettings {
   readonly entropyCoefficient: number;
 }
 
-export function reinforcePlusPlus(settings: ReinforcePlusPlusSettings): RolloutAlgorithm {
+export function reinforcePlusPlus(
+  settings: ReinforcePlusPlusSettings,
+): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
   const { epochs, miniBatches, klCoefficient } = settings;
   return {
     models: ['actor', 'reference', 'reward'],

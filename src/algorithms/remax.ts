@@ -2,12 +2,13 @@
  * ReMax: REINFORCE whose baseline is the score of the greedy answer to the same prompt; no critic.
  * Li et al. 2023, arXiv:2310.10505 (algorithm 1, eq. 7); the KL penalty as in the authors' code.
  */
-import { returnsToGo } from '../losses/group-advantages.js';
+import { overTokens, returnsToGo } from '../losses/group-advantages.js';
 import { klPenalty } from '../losses/kl.js';
 import { policyLosses } from '../losses/policy-losses.js';
+import { remaxReturns } from '../losses/token-baselines.js';
 import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
 import { actorMetrics, klMetrics, mean, rolloutMetrics } from './metrics.js';
-import { lastTokens, learnedMask, placeScores, sampledExperience, type TruncationSettings } from './rollout.js';
+import { learnedMask, penalisedScores, placeScores, sampledExperience, type TruncationSettings } from './rollout.js';
 
 export interface RemaxSettings extends TruncationSettings {
   readonly epochs: number;
@@ -22,7 +23,7 @@ export interface RemaxSettings extends TruncationSettings {
   readonly klReturn: 'token' | 'to-go';
 }
 
-export function remax(settings: RemaxSettings): RolloutAlgorithm {
+export function remax(settings: RemaxSettings): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
   const { epochs, miniBatches, samples } = settings;
   return {
     models: ['actor', 'reference', 'reward'],
@@ -52,7 +53,7 @@ export function remax(settings: RemaxSettings): RolloutAlgorithm {
   };
 }
 
-/** A_t = −β d_t + γ^(T−t) (r − r_greedy): the KL term is the token's own, or summed to the end. */
+/** A_t = −β d_t + γ^(T−t) (r − r_greedy); `to-go`: Σ_{s≥t} γ^(s−t) (r_s − β d_s) − r_greedy. */
 export function makeExperience(
   rollout: Rollout,
   referenceLogprobs: Float32Array,
@@ -62,16 +63,16 @@ export function makeExperience(
 ) {
   const { lengths, logprobs } = rollout;
   const mask = learnedMask(rollout, truncation);
-  const gains = placeScores(rollout, rewards, truncation);
-  lastTokens(rollout).forEach((last, row) => {
-    if (last >= 0) gains[last]! -= greedyScores[Math.floor(row / samples)]!;
-  });
   const penalty = klPenalty(
-    { lengths, mask, scores: new Float64Array(gains.length), logprobs, reference: referenceLogprobs },
+    { lengths, mask, scores: placeScores(rollout, rewards, truncation), logprobs, reference: referenceLogprobs },
     { coefficient: klCoefficient, estimator: 'k1' },
   );
-  const ofScores = returnsToGo({ lengths, mask, rewards: gains }, gamma);
-  const ofKl = klReturn === 'token' ? penalty.rewards : returnsToGo({ lengths, mask, rewards: penalty.rewards }, 1);
-  const advantages = ofScores.map((gain, t) => gain + ofKl[t]!);
+  const scores = penalisedScores(rollout, rewards, truncation);
+  const baselines = scores.map((_, row) => greedyScores[Math.floor(row / samples)]!);
+  const ofGreedy = overTokens(baselines, lengths, mask);
+  const advantages =
+    klReturn === 'token'
+      ? remaxReturns({ lengths, mask, kl: penalty.kl, scores, baselines }, { beta: klCoefficient, gamma })
+      : returnsToGo({ lengths, mask, rewards: penalty.rewards }, gamma).map((gain, t) => gain - ofGreedy[t]!);
   return { experience: sampledExperience(rollout, mask, { advantages }), penalty };
 }

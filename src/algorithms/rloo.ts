@@ -8,4 +8,5 @@ import { type GrpoSettings, grpo } from './grpo.js';
 export type RlooSettings = Omit<GrpoSettings, 'advantage'>;
 
 /** A_i = s_i − (Σ_{j≠i} s_j)/(G − 1), s = r − β Σ_t log(π/π_ref): an iteration of groups with that advantage. */
-export const rloo = (settings: RlooSettings): RolloutAlgorithm => grpo({ ...settings, advantage: 'rloo' });
+export const rloo = (settings: RlooSettings): RolloutAlgorithm<'actor' | 'reference' | 'reward'> =>
+  grpo({ ...settings, advantage: 'rloo' });

@@ -3,8 +3,13 @@
  * Dai et al. 2023, arXiv:2310.12773, eq. 9 to 11 (PPO-Lagrangian; ptx as in InstructGPT).
  */
 import { gae } from '../losses/advantages.js';
-import { klPenalty } from '../losses/kl.js';
-import { combineAdvantages, type LagrangeSettings, lagrangeMultiplier } from '../losses/lagrange.js';
+import {
+  combineAdvantages,
+  type LagrangeSettings,
+  type LagrangeState,
+  lagrangeMultiplier,
+  safetyPenalty,
+} from '../losses/lagrange.js';
 import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
@@ -15,7 +20,7 @@ import { learnedMask, placeScores, pretrainingMix, sampledExperience, type Trunc
 export interface SafeRlhfSettings extends TruncationSettings {
   readonly epochs: number;
   readonly miniBatches: number;
-  /** ε of the clipped surrogate, ε_v of the clipped value losses. */
+  /** ε and ε_v of the clipped losses. */
   readonly clip: number;
   readonly valueClip: number;
   readonly gamma: number;
@@ -31,85 +36,86 @@ export interface SafeRlhfSettings extends TruncationSettings {
   readonly ptxCoefficient: number;
 }
 
-export function safeRlhf(settings: SafeRlhfSettings): RolloutAlgorithm {
-  const { epochs, miniBatches, valueClip, clip, entropyCoefficient } = settings;
+export function safeRlhf(
+  settings: SafeRlhfSettings,
+): RolloutAlgorithm<'actor' | 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost'> {
+  const { epochs, miniBatches, ptxCoefficient } = settings;
+  const [ofPolicy, ofValues] = [policyLoss(settings), valueLoss({ clip: settings.valueClip })];
   const multiplier = lagrangeMultiplier(settings.constraint);
   return {
     models: ['actor', 'critic', 'costCritic', 'reference', 'reward', 'cost'],
 
     async iterate({ actor, critic, costCritic, reference, reward, cost }, prompts, context) {
-      const sampled = actor.generateSequences(prompts, context);
-      const values = [critic.computeValues(sampled), costCritic.computeValues(sampled)] as const;
-      const given = [
+      const sampled = actor.generateSequences(prompts, { iteration: context.iteration });
+      const [rollout, values, costValues, anchor, rewards, costs] = await Promise.all([
+        sampled,
+        critic.computeValues(sampled),
+        costCritic.computeValues(sampled),
         reference.computeLogprobs(sampled),
         reward.computeRewards(sampled),
         cost.computeCosts(sampled),
-      ] as const;
-      const [rollout, ofReward, ofCost, anchor, rewards, costs] = await Promise.all([sampled, ...values, ...given]);
+      ]);
       multiplier.update(costs.scores);
-      const benefit = judge(rollout, anchor, rewards, ofReward, settings, 'reward');
-      const harm = judge(rollout, anchor, costs, ofCost, settings, 'cost');
-      const experience = policyExperience(rollout, benefit, harm, multiplier.multiplier, settings);
+      const judged = { values, costValues, anchor, rewards, costs };
+      const { experience, penalty } = makeExperience(rollout, judged, settings, multiplier.multiplier);
       const update = { epochs, miniBatches, iteration: context.iteration };
-      const loss = valueLoss({ clip: valueClip });
       const [ofCritic, ofCostCritic, ofActor] = await Promise.all([
-        critic.update(benefit.experience, loss, update),
-        costCritic.update(harm.experience, loss, update),
-        actor.update(experience, policyLoss({ clip, entropyCoefficient }), {
-          ...update,
-          also: pretrainingMix(context, settings.ptxCoefficient),
-        }),
+        critic.update(experience.ofRewards, ofValues, update),
+        costCritic.update(experience.ofCosts, ofValues, update),
+        actor.update(experience.ofPolicy, ofPolicy, { ...update, also: pretrainingMix(context, ptxCoefficient) }),
       ]);
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
         'cost.mean': mean(costs.scores),
         'cost.multiplier': multiplier.multiplier,
-        ...klMetrics(benefit.penalty, settings.klCoefficient),
-        ...criticMetrics(benefit.experience, ofCritic),
+        ...klMetrics(penalty, settings.klCoefficient),
+        ...criticMetrics(experience.ofRewards, ofCritic),
         'cost.value.loss': ofCostCritic.loss,
         ...actorMetrics(ofActor),
       };
       return { metrics, rollout, rewards };
     },
 
-    state: () => multiplier.state(),
-    restore: (state) => multiplier.restore(state),
+    state: () => ({ ...multiplier.state() }),
+    restore: (state) => multiplier.restore(state as unknown as LagrangeState),
   };
 }
 
-/** r_t = r − β d_t, c_t = c + β d_t (r and c at the last token);  A, R = GAE of each with its own critic. */
-function judge(
-  rollout: Rollout,
-  referenceLogprobs: Float32Array,
-  given: Rewards,
-  values: Float32Array,
-  { klCoefficient, rewardBound, ...settings }: SafeRlhfSettings,
-  kind: 'reward' | 'cost',
-) {
-  const { lengths, logprobs } = rollout;
-  const mask = learnedMask(rollout, settings);
-  const penalised = kind === 'reward' ? settings : { ...settings, truncation: 'keep' as const };
-  const penalty = klPenalty(
-    { lengths, mask, scores: placeScores(rollout, given, penalised), logprobs, reference: referenceLogprobs },
-    {
-      coefficient: kind === 'reward' ? klCoefficient : -klCoefficient,
-      estimator: 'k1',
-      rewardBound: rewardBound > 0 ? rewardBound : undefined,
-    },
-  );
-  const { advantages, returns } = gae({ lengths, mask, rewards: penalty.rewards, values }, settings);
-  return { experience: sampledExperience(rollout, mask, { oldValues: values, returns }), advantages, penalty };
+/** What the models say of a rollout; arrays are over the packed tokens. */
+export interface Judgement {
+  readonly values: Float32Array;
+  readonly costValues: Float32Array;
+  readonly anchor: Float32Array;
+  readonly rewards: Rewards;
+  readonly costs: Rewards;
 }
 
-/** A = (A_r − λ A_c) / (1 + λ), whitened over the whole rollout. */
-function policyExperience(
+/**
+ * r_t = r − β d_t, c_t = c + β d_t (r and c at the last token);  A, R = GAE of each with its own critic;
+ * A = (A_r − λ A_c) / (1 + λ), whitened over the whole rollout.
+ */
+export function makeExperience(
   rollout: Rollout,
-  benefit: { advantages: Float64Array },
-  harm: { advantages: Float64Array },
+  { values, costValues, anchor, rewards, costs }: Judgement,
+  { klCoefficient, rewardBound, ...settings }: SafeRlhfSettings,
   multiplier: number,
-  settings: SafeRlhfSettings,
 ) {
+  const { tokens, lengths, logprobs } = rollout;
   const mask = learnedMask(rollout, settings);
+  const rewardScores = placeScores(rollout, rewards, settings);
+  const costScores = placeScores(rollout, costs, { ...settings, truncation: 'keep' });
+  const shaped = safetyPenalty(
+    { lengths, mask, rewardScores, costScores, logprobs, reference: anchor },
+    { coefficient: klCoefficient, estimator: 'k1', rewardBound: rewardBound > 0 ? rewardBound : undefined },
+  );
+  const benefit = gae({ lengths, mask, rewards: shaped.rewards.rewards, values }, settings);
+  const harm = gae({ lengths, mask, rewards: shaped.costs, values: costValues }, settings);
   const combined = combineAdvantages(benefit.advantages, harm.advantages, multiplier);
-  return sampledExperience(rollout, mask, { advantages: settings.whiten ? whiten(combined, mask) : combined });
+  const advantages = settings.whiten ? whiten(combined, mask) : combined;
+  const experience = {
+    ofPolicy: sampledExperience(rollout, mask, { advantages }),
+    ofRewards: { tokens, lengths, mask, columns: { oldValues: values, returns: benefit.returns } },
+    ofCosts: { tokens, lengths, mask, columns: { oldValues: costValues, returns: harm.returns } },
+  };
+  return { experience, penalty: shaped.rewards };
 }

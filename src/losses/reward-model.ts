@@ -67,10 +67,10 @@ export function costModel(): Loss<'values' | 'unsafe'> {
       return meanOverPairs(ranking.plus(signed).negate(), t.values.selection);
     },
     statistics({ values }) {
-      const { chosen: safer, rejected: worse } = pairs(values);
+      const { chosen: safer, rejected: worse } = pairs(values.sumBySequence());
       return {
-        accuracy: meanOverPairs(worse.greaterThan(safer), values),
-        margin: meanOverPairs(worse.minus(safer), values),
+        accuracy: meanOverPairs(worse.greaterThan(safer), values.selection),
+        margin: meanOverPairs(worse.minus(safer), values.selection),
       };
     },
   };

@@ -1,8 +1,8 @@
 /** What each algorithm adds to the configuration: its models, and a section under its name. */
 import { z } from 'zod';
 import { type AggregationMode, aggregationModes } from '../losses/aggregation.js';
-import { type GroupAdvantageName, groupAdvantages } from '../losses/group-advantages.js';
-import { type PolicyLossName, policyLosses } from '../losses/policy-losses.js';
+import type { GroupAdvantageName } from '../losses/group-advantages.js';
+import type { PolicyLossName } from '../losses/policy-losses.js';
 import { count, countOrZero, fraction, nonNegative, positive, section, text } from './schema-parts.js';
 
 /** Overrides of the policy's optimizer: a key left out takes the policy's value. */
@@ -115,8 +115,14 @@ const safeRlhf = {
   }),
 };
 
-const policyLossName = z.enum(Object.keys(policyLosses) as [PolicyLossName, ...PolicyLossName[]]);
-const groupAdvantageName = z.enum(Object.keys(groupAdvantages) as [GroupAdvantageName, ...GroupAdvantageName[]]);
+/** The policy losses that need nothing but a rollout and advantages. */
+const policyLossName = z.enum([
+  ...(['ppo', 'gspo', 'gmpo', 'rloo', 'cispo', 'sapo', 'reinforce', 'gpg', 'dppo', 'clip-cov', 'kl-cov'] as const),
+] as const satisfies readonly PolicyLossName[]);
+/** The advantages that need nothing but scores. */
+const groupAdvantageName = z.enum([
+  ...(['grpo', 'dr-grpo', 'rloo', 'opo', 'maxrl', 'gpg', 'pass@k'] as const),
+] as const satisfies readonly GroupAdvantageName[]);
 
 const aggregation = (mode: AggregationMode) =>
   section({
@@ -169,7 +175,6 @@ const rloo = {
   rloo: section({
     ...groupOfRloo,
     loss: policyLossName.default('rloo'),
-    aggregation: aggregation('seq-mean-token-sum'),
     klCoefficient: nonNegative.default(0.05),
     kl: groupKl('reward', 'k1'),
   }),
@@ -199,8 +204,8 @@ const distillation = {
 const dpo = section({
   loss: z.enum(['dpo', 'ipo', 'hinge', 'robust', 'apo-zero', 'sppo-hard', 'exo-pair']).default('dpo'),
   beta: positive.default(0.1),
-  /** Probability that a pair is the wrong way round (cDPO with dpo). */
-  labelSmoothing: z.number().min(0).lt(0.5).default(0),
+  /** Probability that a pair is the wrong way round (cDPO with dpo); default 0, of exo-pair 1e-3. */
+  labelSmoothing: z.number().min(0).lt(0.5).optional(),
   /** IPO: mean instead of sum over an answer's tokens. */
   lengthNormalised: z.boolean().default(false),
 });

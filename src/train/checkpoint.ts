@@ -5,13 +5,15 @@
 import { readFile, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
+import type { AlgorithmState } from '../algorithms/algorithm.js';
 import { beginSavingModel, openCheckpoint } from '../checkpoints/hugging-face.js';
 import { beginSavingOptimizerState, loadOptimizerState } from '../checkpoints/state.js';
 import { awaitedLater } from '../engine/device.js';
 import type { Saving } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import type { Config } from './config.js';
+import { learnsFromRollouts } from './algorithms.js';
+import type { Config, ConfigOf } from './config.js';
 import type { Role } from './roles.js';
 import type { Task } from './task.js';
 
@@ -20,7 +22,7 @@ interface TrainerState {
   step: number;
   /** Rows of data consumed: the data's order is a function of it. */
   position: number;
-  algorithm: Readonly<Record<string, number>>;
+  algorithm: AlgorithmState;
   /** numerics.parts of each trained model, as it was chosen. */
   parts: Readonly<Record<string, number>>;
   /** What decides the course of the run. */

@@ -1,5 +1,5 @@
 /** Rewards of a rollout: from a model, from a function of the user's, or their sum. */
-import type { Rewards, Rollout } from '../algorithms/algorithm.js';
+import type { Awaitable, Rewards, Rollout } from '../algorithms/algorithm.js';
 import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import { openReward } from '../rewards/load-reward.js';
@@ -12,7 +12,7 @@ import { textsOf } from './samples.js';
 import type { Workshop } from './task.js';
 
 export interface RewardSource {
-  computeRewards(rollout: Rollout): Promise<Rewards>;
+  computeRewards(rollout: Awaitable<Rollout>): Promise<Rewards>;
 }
 
 /** `engine` is that of the model that scores, when there is one; `phase` is the name of its calls. */
@@ -35,13 +35,14 @@ export async function openRewards(
     return spreadRewards(given, rollout.lengths, rollout.promptLengths);
   };
   return {
-    computeRewards: async (rollout) => {
-      const [scored, given] = await Promise.all([
+    computeRewards: async (given) => {
+      const rollout = await given;
+      const [scored, answered] = await Promise.all([
         model?.computeRewards(rollout),
         opened && recorder.phase(`${phase}Function`, () => fromFunction(rollout)),
       ]);
       if (scored) checkFinite(scored);
-      return scored && given ? sum(rollout, scored, given) : (scored ?? given!);
+      return scored && answered ? sum(rollout, scored, answered) : (scored ?? answered!);
     },
   };
 }

@@ -47,7 +47,8 @@ export async function rolesOf(config: Config, used?: readonly (keyof Models)[]):
     default: {
       const names = used ?? (rollouts ? rolloutAlgorithm(config).models : preferenceModels(config));
       const roles = [role('policy', base, 'language', { trained: true, generates: rollouts })];
-      for (const name of roleOrder) if (names.includes(name)) roles.push(...(await others[name](config, base)));
+      for (const name of roleOrder)
+        if (names.includes(name)) roles.push(...(await others[name](config as ModelKeys, base)));
       for (const other of roles.slice(1)) checkVocabulary(roles[0]!, other);
       return roles;
     }

@@ -27,7 +27,9 @@ export class Turns {
         const value = Reflect.get(object, key, object) as unknown;
         const phase = phases[key as keyof T];
         if (typeof value !== 'function' || phase === undefined) return value;
-        return (...args: unknown[]) => turns.run(phase, () => value.apply(object, args) as Promise<unknown>);
+        // The turn is taken now; what the call is given may be the future of an earlier one.
+        return (...args: unknown[]) =>
+          turns.run(phase, async () => value.apply(object, await Promise.all(args)) as Promise<unknown>);
       },
     });
   }

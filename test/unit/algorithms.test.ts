@@ -1,21 +1,13 @@
 /** PPO, SFT and reward modelling over tables in place of models: hand numbers and the laws of a first epoch. */
 import { describe, expect, it } from 'vitest';
-import type {
-  ActorWorker,
-  Experience,
-  Learner,
-  Models,
-  Prompt,
-  Rewards,
-  Rollout,
-} from '../../src/algorithms/algorithm.js';
+import type { Prompt, Rewards, Rollout } from '../../src/algorithms/algorithm.js';
 import { rolloutMetrics } from '../../src/algorithms/metrics.js';
 import { makeExperience, type PpoSettings, ppo } from '../../src/algorithms/ppo.js';
 import { rewardBatch, rewardModel } from '../../src/algorithms/reward-model.js';
 import { learnedMask, placeScores } from '../../src/algorithms/rollout.js';
 import { evaluateSft, sft, sftBatch } from '../../src/algorithms/sft.js';
-import { categorical, categoricalGradient } from '../../src/losses/categorical.js';
-import { evaluateLoss, type Loss } from '../../src/losses/loss.js';
+import { categorical } from '../../src/losses/categorical.js';
+import { answerLength, countOf, Table, TableActor, vocabulary } from './table-models.js';
 
 const settings: PpoSettings = {
   epochs: 1,
@@ -127,89 +119,13 @@ describe('where rewards lie', () => {
   });
 });
 
-const vocabulary = 4;
-const answerLength = 3;
-
-/** One row of logits (or one value) per position of the answer: a policy, critic or scorer that ignores its input. */
-class Table implements Learner {
-  readonly logits = Array.from({ length: answerLength }, () => Array<number>(vocabulary).fill(0));
-  readonly values = Array<number>(answerLength + 1).fill(0);
-  readonly log: Record<string, number>[] = [];
-
-  constructor(private readonly learningRate: number) {}
-
-  private outputs({ tokens, lengths }: { tokens: Int32Array; lengths: Int32Array }) {
-    const logprobs = new Float32Array(tokens.length);
-    const entropies = new Float32Array(tokens.length);
-    const outputValues = new Float32Array(tokens.length);
-    positions(lengths).forEach((position, t) => {
-      outputValues[t] = this.values[position]!;
-      if (position >= answerLength) return;
-      const distribution = categorical(this.logits[position]!);
-      logprobs[t] = distribution.logprobs[tokens[t + 1]!]!;
-      entropies[t] = distribution.entropy;
-    });
-    return { logprobs, entropies, values: outputValues };
-  }
-
-  computeLogprobs = async (batch: Experience | Rollout) => this.outputs(batch).logprobs;
-  computeValues = async (batch: Experience | Rollout) => this.outputs(batch).values;
-  computeLoss = async (batch: Experience, loss: Loss) => evaluateLoss(loss, batch, this.outputs(batch));
-
-  async update(batch: Experience, loss: Loss, { epochs }: { epochs: number }) {
-    for (let epoch = 0; epoch < epochs; epoch++) {
-      const result = evaluateLoss(loss, batch, this.outputs(batch));
-      this.log.push({ ...result.statistics, loss: result.loss });
-      positions(batch.lengths).forEach((position, t) => {
-        this.values[position]! -= this.learningRate * (result.gradients.values?.[t] ?? 0);
-        if (position >= answerLength) return;
-        const distribution = categorical(this.logits[position]!);
-        const logprob = result.gradients.logprobs?.[t] ?? 0;
-        const gradient = categoricalGradient(distribution, { label: batch.tokens[t + 1]!, logprob });
-        this.logits[position]!.forEach((_, v) => {
-          this.logits[position]![v]! -= this.learningRate * gradient[v]!;
-        });
-      });
-    }
-    const statistics = this.log.at(-epochs)!;
-    return { loss: statistics.loss!, gradientNorm: 1, statistics };
-  }
-}
-
-const positions = (lengths: Int32Array) => Array.from(lengths).flatMap((length) => Array.from(Array(length).keys()));
-
-/** Samples every answer in turn, weighted by nothing: the law under test needs the log-probs, not the frequencies. */
-class TableActor extends Table implements ActorWorker {
-  async generateSequences(prompts: readonly Prompt[]): Promise<Rollout> {
-    const size = answerLength + 1;
-    const tokens = prompts.flatMap((_, i) => [0, i % vocabulary, (i >> 2) % vocabulary, (i >> 4) % vocabulary]);
-    const batch = { tokens: Int32Array.from(tokens), lengths: new Int32Array(prompts.length).fill(size) };
-    return {
-      ...batch,
-      prompts,
-      promptLengths: new Int32Array(prompts.length).fill(1),
-      responseMask: Uint8Array.from(tokens, (_, t) => (t % size < answerLength ? 1 : 0)),
-      logprobs: await this.computeLogprobs(batch as Experience),
-      finish: prompts.map(() => 'stop'),
-    };
-  }
-}
-
 describe('an iteration of PPO', () => {
   const prompts = Array.from({ length: 64 }, () => prompt(0));
-  /** Counts the tokens 3 of an answer. */
-  const reward = {
-    computeRewards: async ({ tokens, lengths }: Rollout): Promise<Rewards> => ({
-      scores: Float64Array.from(
-        lengths,
-        (length, b) => tokens.subarray(b * length, (b + 1) * length).filter((x) => x === 3).length,
-      ),
-    }),
-  };
+  const reward = countOf(3);
   const play = (options: Partial<PpoSettings> = {}) => {
     const actor = new TableActor(2);
     const critic = new Table(2);
-    const models: Models = { actor, critic, reference: new TableActor(0), reward };
+    const models = { actor, critic, reference: new TableActor(0), reward };
     return { actor, critic, models, algorithm: ppo({ ...settings, whiten: true, ...options }) };
   };
 

@@ -12,6 +12,7 @@ import {
   printConfig,
 } from '../../src/train/config.js';
 import { editDistance } from '../../src/train/config-errors.js';
+import { presets } from '../../src/train/presets.js';
 
 const sft = { algorithm: 'sft', model: 'm', data: { train: 'd.jsonl' } };
 const ppo = { algorithm: 'ppo', model: 'm', data: { train: 'd.jsonl' }, reward: { function: './r.ts' } };
@@ -146,8 +147,14 @@ describe('wrong values', () => {
     [{ ...sft, model: '' }, 'model: expected a text that is not empty, received ""'],
     [{ ...sft, memory: { device: 'much' } }, 'memory.device: expected bytes, such as 8GiB'],
     [{ ...sft, numerics: { parts: 'none' } }, 'numerics.parts: expected auto or a number, received "none"'],
-    [{ ...sft, algorithm: 'pppo' }, 'algorithm: expected one of sft, reward, ppo, received "pppo"'],
-    [{ ...sft, algorithm: undefined }, 'algorithm: expected one of sft, reward, ppo, received nothing'],
+    [
+      { ...sft, algorithm: 'pppo' },
+      'algorithm: expected one of sft, reward, cost, ppo, remax, safe-rlhf, grpo, rloo, reinforce++, distillation, dpo, simpo, orpo, kto, received "pppo"',
+    ],
+    [
+      { ...sft, algorithm: undefined },
+      'algorithm: expected one of sft, reward, cost, ppo, remax, safe-rlhf, grpo, rloo, reinforce++, distillation, dpo, simpo, orpo, kto, received nothing',
+    ],
     [null, 'configuration: expected an object, received null'],
     [[], 'configuration: expected an object, received []'],
   ])('say the key, what was expected and what came: %j', (input, message) => {
@@ -177,17 +184,59 @@ describe('contradictions', () => {
     expect(error.message).toContain(message);
   });
 
-  it.each([
-    [{ ...sft, placement: 'split' }, 'use colocated'],
-    [{ ...sft, algorithm: 'grpo' }, "'grpo' is not in this version; this version has sft, reward, ppo"],
-  ])('what this version lacks is refused with what there is: %j', (input, message) => {
-    const error = failure(input);
-    expect(error.code).toBe('CONFIG_UNSUPPORTED');
-    expect(error.message).toContain(message);
-  });
+  it.each([[{ ...sft, placement: 'split' }, 'use colocated']])(
+    'what this version lacks is refused with what there is: %j',
+    (input, message) => {
+      const error = failure(input);
+      expect(error.code).toBe('CONFIG_UNSUPPORTED');
+      expect(error.message).toContain(message);
+    },
+  );
 
   it('the same KL loss with k3 is accepted', () => {
     expect(parseConfig({ ...ppo, ppo: { kl: { in: 'loss', estimator: 'k3' } } })).toMatchObject({ algorithm: 'ppo' });
+  });
+});
+
+describe('groups of answers', () => {
+  const grpo = { ...ppo, algorithm: 'grpo' };
+  const section = (given: object) => (parseConfig({ ...grpo, grpo: given }) as { grpo: Record<string, unknown> }).grpo;
+
+  it('a variant sets what its paper sets, and keys that are given win', () => {
+    expect(section({})).toMatchObject({ variant: 'grpo', advantage: 'grpo', loss: 'ppo', klCoefficient: 0.04 });
+    expect(section({ variant: 'dapo' })).toMatchObject({
+      ...{ clip: 0.2, clipHigh: 0.28, klCoefficient: 0, samplingRounds: 4, overlongBuffer: 51 },
+      aggregation: { mode: 'token-mean' },
+    });
+    expect(section({ variant: 'dapo', clipHigh: 0.3 })).toMatchObject({ clipHigh: 0.3 });
+    expect(section({ variant: 'gspo' })).toMatchObject({ loss: 'gspo', clip: 3e-4, clipHigh: 4e-4 });
+    for (const variant of Object.keys(presets)) {
+      const parsed = parseConfig({ ...grpo, grpo: { variant } });
+      expect(parseConfig(parsed)).toEqual(parsed);
+    }
+    expect(failure({ ...grpo, grpo: { variant: 'dopa' } }).message).toContain(
+      'grpo.variant: expected one of grpo, dr-grpo',
+    );
+  });
+
+  it.each([
+    [{ ...grpo, rollout: { samples: 1 } }, 'rollout.samples: grpo judges an answer against the others of its prompt'],
+    [{ ...grpo, algorithm: 'rloo', rollout: { samples: 1 } }, 'rollout.samples: rloo judges'],
+    [{ ...grpo, grpo: { kl: { estimator: 'k1' } } }, 'grpo.kl: the gradient of k1 as a loss is zero'],
+    [{ ...grpo, grpo: { miniBatches: 128 } }, 'grpo.miniBatches: 128 mini-batches cannot be cut from 64 sequences'],
+    [
+      { ...grpo, algorithm: 'reinforce++', 'reinforce++': { baseline: true }, rollout: { samples: 2 } },
+      'reinforce++.klEstimator: the baseline form has KL in the loss',
+    ],
+    [{ ...sft, algorithm: 'kto', batch: { sequences: 1 } }, 'batch.sequences: the point of reference pairs prompts'],
+    [
+      { ...ppo, algorithm: 'safe-rlhf', cost: {} },
+      'cost: safe-rlhf needs a cost; set cost.model, cost.function or both',
+    ],
+  ])('%j contradicts itself', (input, message) => {
+    const error = failure(input);
+    expect(error.code).toBe('CONFIG_CONTRADICTION');
+    expect(error.message).toContain(message);
   });
 });
 
@@ -225,12 +274,19 @@ describe('configuration files', () => {
 
 describe('the JSON Schema', () => {
   it('describes every algorithm and requires only what has no default', () => {
-    const { oneOf } = configJsonSchema() as { oneOf: { required: string[] }[] };
-    expect(oneOf.map((branch) => [...branch.required].sort())).toEqual([
-      ['algorithm', 'data', 'model'],
-      ['algorithm', 'data', 'model'],
-      ['algorithm', 'data', 'model', 'reward'],
+    const { oneOf } = configJsonSchema() as {
+      oneOf: { required: string[]; properties: { algorithm: { const: string } } }[];
+    };
+    const required = oneOf.map(({ required, properties }) => [
+      properties.algorithm.const,
+      required.filter((key) => !['algorithm', 'data', 'model'].includes(key)),
     ]);
+    expect(Object.fromEntries(required)).toEqual({
+      ...Object.fromEntries(['sft', 'reward', 'cost', 'dpo', 'simpo', 'orpo', 'kto'].map((name) => [name, []])),
+      ...Object.fromEntries(['ppo', 'remax', 'grpo', 'rloo', 'reinforce++'].map((name) => [name, ['reward']])),
+      'safe-rlhf': ['reward', 'cost'],
+      distillation: ['teacher'],
+    });
   });
 });
 

@@ -1,0 +1,70 @@
+/**
+ * Sampling of groups of answers. Dynamic sampling: groups whose answers all score the same teach nothing, and answers to other
+ * prompts take their place. DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 11 and section 3.2.
+ */
+import { addRound, emptyBuffer, groupFilters } from '../losses/dapo.js';
+import type { ActorWorker, Context, Prompt, Rewards, RewardWorker, Rollout } from './algorithm.js';
+import { joinRows } from './rollout.js';
+
+export interface SamplingSettings {
+  /** Answers per prompt. */
+  readonly samples: number;
+  /** Most rounds in which groups of equal scores are replaced by those of other prompts; 1: they stay. */
+  readonly samplingRounds: number;
+}
+
+export interface SampledGroups {
+  readonly rollout: Rollout;
+  readonly rewards: Rewards;
+  /** Groups that were sampled and left out, and the rounds that it took. */
+  readonly dropped: number;
+  readonly rounds: number;
+}
+
+/** The rows of one prompt in a round. */
+interface Group {
+  readonly round: { readonly rollout: Rollout; readonly rewards: Rewards };
+  readonly rows: readonly number[];
+}
+
+const teaches = ({ round, rows }: Group): boolean =>
+  groupFilters.unequal(
+    rows.map((row) => round.rewards.scores[row]!),
+    {},
+  );
+
+/** With several rounds, as many groups as prompts that teach, or those found until the last round. */
+export async function sampleGroups(
+  actor: ActorWorker,
+  reward: RewardWorker,
+  prompts: readonly Prompt[],
+  { iteration, draw }: Context,
+  { samples, samplingRounds }: SamplingSettings,
+): Promise<SampledGroups> {
+  const target = prompts.length / samples;
+  const sampleRound = async (asked: readonly Prompt[], round: number): Promise<Group[]> => {
+    const sampled = actor.generateSequences(asked, { iteration, round });
+    const [rollout, rewards] = await Promise.all([sampled, reward.computeRewards(sampled)]);
+    return Array.from({ length: asked.length / samples }, (_, g) => ({
+      round: { rollout, rewards },
+      rows: Array.from({ length: samples }, (_, i) => g * samples + i),
+    }));
+  };
+  const first = await sampleRound(prompts, 0);
+  if (samplingRounds === 1 || !draw) return { ...first[0]!.round, dropped: 0, rounds: 1 };
+  let buffer = addRound<Group>(emptyBuffer, first, teaches, target);
+  while (buffer.groups.length < target && buffer.rounds < samplingRounds) {
+    const asked = await draw(target - buffer.groups.length);
+    buffer = addRound(buffer, await sampleRound(asked, buffer.rounds), teaches, target);
+  }
+  const { dropped, rounds } = buffer;
+  // With nothing to learn from, the first round is learned from as it is: every advantage is 0.
+  if (buffer.groups.length === 0) return { ...first[0]!.round, dropped: dropped - target, rounds };
+  return { ...joinGroups(buffer.groups), dropped, rounds };
+}
+
+function joinGroups(groups: readonly Group[]): { rollout: Rollout; rewards: Rewards } {
+  const rollout = joinRows(groups.map(({ round, rows }) => ({ rollout: round.rollout, rows })));
+  const scores = groups.flatMap(({ round, rows }) => rows.map((row) => round.rewards.scores[row]!));
+  return { rollout, rewards: { scores: Float64Array.from(scores) } };
+}
