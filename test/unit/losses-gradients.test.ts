@@ -9,31 +9,12 @@ import { select } from '../../src/losses/selection.js';
 import { crossEntropy } from '../../src/losses/sft.js';
 import { gradients, type Scalar, TokenArray } from '../../src/losses/tokens.js';
 import { valueLoss } from '../../src/losses/value.js';
+import { differences, expectSame } from './finite-differences.js';
 
-const h = 1e-6;
 const lengths = [3, 0, 1, 4];
 const mask = [1, 0, 1, 0, 1, 1, 0, 1];
 const a = [0.3, Number.NaN, -1.2, Number.NaN, 0.7, 2.1, Number.NaN, -0.4];
 const b = [1.4, Number.NaN, -0.5, Number.NaN, 0.2, 3.3, Number.NaN, 0.9];
-
-/** Central differences of f at x, for the entries whose mask is not 0. */
-function differences(f: (x: number[]) => number, x: number[], learned: number[]): number[] {
-  return x.map((_, t) => {
-    if (!learned[t]) return 0;
-    const at = (step: number) => f(x.map((value, i) => (i === t ? value + step : value)));
-    return (at(h) - at(-h)) / (2 * h);
-  });
-}
-
-function expectSame(derivative: ArrayLike<number>, difference: number[]): void {
-  expect(derivative.length).toBe(difference.length);
-  const scale = Math.max(1, ...difference.map(Math.abs));
-  difference.forEach((want, t) => {
-    expect(Math.abs(derivative[t]! - want) / scale, `entry ${t}: ${derivative[t]} instead of ${want}`).toBeLessThan(
-      1e-7,
-    );
-  });
-}
 
 describe('the gradient of an operation is its finite difference', () => {
   const positive = (x: TokenArray) => x.square().plus(0.5);
