@@ -42,8 +42,8 @@ export interface GroupFilterSettings {
 }
 
 /**
- * `unequal` (DAPO): a group of one, or one whose scores are not all equal; equality is that of numbers, not a standard deviation of
- * 0, which rounding can miss. `mean-inside` (OpenRLHF): low < mean < high.
+ * `unequal` (DAPO): a group of one, or one whose scores are not all equal; equality is that of numbers, not a standard
+ * deviation of 0, which rounding can miss. `mean-inside` (OpenRLHF): low < mean < high.
  */
 export const groupFilters = {
   unequal: (scores, { tolerance = 0 }) => scores.length === 1 || Math.max(...scores) - Math.min(...scores) > tolerance,
@@ -53,7 +53,9 @@ export const groupFilters = {
   },
 } satisfies Record<string, GroupFilter>;
 
-/** Ids of the groups that the filter keeps, in order of first appearance. The scores are to be those without shaping. */
+/**
+ * Ids of the groups that the filter keeps, in order of first appearance. The scores are to be those without shaping.
+ */
 export const informativeGroups = (
   groups: Groups,
   filter: GroupFilter = groupFilters.unequal,
@@ -83,8 +85,8 @@ export interface SamplingBuffer<Group> {
 export const emptyBuffer: SamplingBuffer<never> = { groups: [], rounds: 0, dropped: 0, surplus: 0 };
 
 /**
- * The buffer after one more round of generation: groups that `keeps` says yes to, the first `target` of them. It is full when
- * it holds `target` groups; rounds are repeated until then, or until the caller's limit.
+ * The buffer after one more round of generation: groups that `keeps` says yes to, the first `target` of them. It is
+ * full when it holds `target` groups; rounds are repeated until then, or until the caller's limit.
  */
 export function addRound<Group>(
   buffer: SamplingBuffer<Group>,

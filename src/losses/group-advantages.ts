@@ -1,9 +1,9 @@
 /**
  * Advantages of answers compared with other answers to the same prompt, without a critic: one number per sequence.
  *
- * GRPO: DeepSeekMath, arXiv:2402.03300; Dr.GRPO: arXiv:2503.20783; RLOO: arXiv:2402.14740; OPO: arXiv:2505.23585; MaxRL:
- * arXiv:2602.02710; GPG: arXiv:2504.02546; pass@k: arXiv:2503.19595; REINFORCE++: arXiv:2501.03262; GDPO: arXiv:2601.05242;
- * ReMax: arXiv:2310.10505.
+ * GRPO: DeepSeekMath, arXiv:2402.03300; Dr.GRPO: arXiv:2503.20783; RLOO: arXiv:2402.14740; OPO: arXiv:2505.23585;
+ * MaxRL: arXiv:2602.02710; GPG: arXiv:2504.02546; pass@k: arXiv:2503.19595; REINFORCE++: arXiv:2501.03262; GDPO:
+ * arXiv:2601.05242; ReMax: arXiv:2310.10505.
  */
 import { LockstepError } from '../errors.js';
 import { compact, expand, type Numbers, select, spread } from './selection.js';
@@ -37,7 +37,10 @@ export interface GroupAdvantageSettings {
   readonly weights?: Numbers | undefined;
 }
 
-/** One advantage per sequence. Errors: `LOSS_SHAPE` for arrays of different lengths, `LOSS_COLUMN` for one that is absent. */
+/**
+ * One advantage per sequence. Errors: `LOSS_SHAPE` for arrays of different lengths, `LOSS_COLUMN` for one that is
+ * absent.
+ */
 export type GroupAdvantage = (groups: Groups, settings?: GroupAdvantageSettings) => Float64Array;
 
 /** Standard deviations have the divisor n − 1. In every method a group of equal scores has advantage exactly 0. */
@@ -129,7 +132,9 @@ function gdpo(groups: Groups, settings: GroupAdvantageSettings = {}): Float64Arr
   return sum;
 }
 
-/** ReMax for a score at the end of the answer: s − score of the greedy answer. Reads `baselines`; groups do not matter. */
+/**
+ * ReMax for a score at the end of the answer: s − score of the greedy answer. Reads `baselines`; groups do not matter.
+ */
 function remax(groups: Groups): Float64Array {
   const baselines = required(groups, 'baselines');
   const advantages = new Float64Array(groups.scores.length);
@@ -206,8 +211,8 @@ export interface TokenRewards {
 }
 
 /**
- * REINFORCE++: G_t = r_t + γ G_next, where next is the next learned token of the sequence; packed, 0 where the mask is 0. Gaps
- * are stepped over without a discount, and rewards on them are not read.
+ * REINFORCE++: G_t = r_t + γ G_next, where next is the next learned token of the sequence; packed, 0 where the mask is
+ * 0. Gaps are stepped over without a discount, and rewards on them are not read.
  */
 export function returnsToGo({ lengths, mask, rewards }: TokenRewards, gamma: number): Float64Array {
   const selection = select(lengths, mask);
@@ -219,7 +224,10 @@ export function returnsToGo({ lengths, mask, rewards }: TokenRewards, gamma: num
   return expand(selection, returns);
 }
 
-/** `advantages` of each group with several unequal scores; equal ones have 0, a lone score is kept over `loneDivisor` or 0. */
+/**
+ * `advantages` of each group with several unequal scores; equal ones have 0, a lone score is kept over `loneDivisor` or
+ * 0.
+ */
 function byGroup(
   groups: Groups,
   { singletons = 'zero' }: GroupAdvantageSettings,

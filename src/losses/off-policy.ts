@@ -8,7 +8,9 @@ import { type SequenceArray, TokenArray } from './tokens.js';
 export interface OffPolicySettings {
   /** Clamps log ratios, and their sums over sequences, to ± this in the χ² divergences. Off by default (verl: 20). */
   readonly logRatioBound?: number | undefined;
-  /** Sequences that means are over: those with a learned token (default), or all, an empty one having log-probs of 0. */
+  /**
+   * Sequences that means are over: those with a learned token (default), or all, an empty one having log-probs of 0.
+   */
   readonly sequences?: 'non-empty' | 'all' | undefined;
 }
 

@@ -1,11 +1,12 @@
 /**
- * Policy losses that keep entropy up by treating the few tokens of high covariance between log-prob and advantage apart.
- * Clip-Cov and KL-Cov: Cui et al. 2025, arXiv:2505.22617.
+ * Policy losses that keep entropy up by treating the few tokens of high covariance between log-prob and advantage
+ * apart. Clip-Cov and KL-Cov: Cui et al. 2025, arXiv:2505.22617.
  *
- * Which tokens these are is a statement about a whole mini-batch, so it cannot be part of a formula that is added up over
- * micro-batches. It is made beforehand, by `selectForClip` or `selectForKl` over the mini-batch, and handed to the loss as the
- * column `selected`. The papers' selection has the log-probs of π at the update, which takes a forward pass over the mini-batch
- * first; made from the rollout's log-probs it is the same at the first update after a rollout, and stays as it was at later ones.
+ * Which tokens these are is a statement about a whole mini-batch, so it cannot be part of a formula that is added up
+ * over micro-batches. It is made beforehand, by `selectForClip` or `selectForKl` over the mini-batch, and handed to the
+ * loss as the column `selected`. The papers' selection has the log-probs of π at the update, which takes a forward pass
+ * over the mini-batch first; made from the rollout's log-probs it is the same at the first update after a rollout, and
+ * stays as it was at later ones.
  */
 import { shuffledRows } from '../data/sampler.js';
 import { meanOverTokens } from './aggregation.js';
@@ -49,7 +50,9 @@ export interface ClipSelectionSettings extends ClipSettings {
   /** Bounds of the covariance; the paper has 1 and 5 for models of 7 billion parameters. */
   readonly low: number;
   readonly high: number;
-  /** Fraction of the learned tokens that is taken at random from those within the bounds, at least one; the paper: 2e-4. */
+  /**
+   * Fraction of the learned tokens that is taken at random from those within the bounds, at least one; the paper: 2e-4.
+   */
   readonly ratio: number;
   /** The draw is a function of the seed and the number of candidates. */
   readonly seed: number;
@@ -101,8 +104,8 @@ function chosen(selection: Selection, indices: readonly number[]): Float64Array 
 }
 
 /**
- * Clip-Cov: the clipped surrogate, 0 without a gradient where the column `selected` is 1. Adds to the statistics of PPO the
- * token mean `selectedFraction`.
+ * Clip-Cov: the clipped surrogate, 0 without a gradient where the column `selected` is 1. Adds to the statistics of PPO
+ * the token mean `selectedFraction`.
  */
 export function clipCov(settings: PolicyLossSettings): Loss<PolicyColumn> {
   const clipped = clippedBy((t) => logRatio(t, settings).exp(), settings);

@@ -1,4 +1,7 @@
-/** The policy losses by name. Each takes its own settings and those of `PolicyTermSettings`; papers are with the functions. */
+/**
+ * The policy losses by name. Each takes its own settings and those of `PolicyTermSettings`; papers are with the
+ * functions.
+ */
 import type { Loss } from './loss.js';
 import { type PolicyColumn, policyLoss } from './policy.js';
 import { clipCov, klCov } from './policy-covariance.js';

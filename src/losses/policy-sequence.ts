@@ -1,8 +1,8 @@
 /**
- * Policy losses with one importance ratio per sequence; every learned token of a sequence has the sequence's loss, so that
- * all aggregations are defined. With `seq-mean-token-mean`, their default, a sequence counts once.
- * GSPO: Zheng et al. 2025, arXiv:2507.18071; GMPO: Zhao et al. 2025, arXiv:2507.20673; RLOO: Ahmadian et al. 2024,
- * arXiv:2402.14740, with the clip of TRL's trainer.
+ * Policy losses with one importance ratio per sequence; every learned token of a sequence has the sequence's loss, so
+ * that all aggregations are defined. With `seq-mean-token-mean`, their default, a sequence counts once. GSPO: Zheng et
+ * al. 2025, arXiv:2507.18071; GMPO: Zhao et al. 2025, arXiv:2507.20673; RLOO: Ahmadian et al. 2024, arXiv:2402.14740,
+ * with the clip of TRL's trainer.
  */
 import { type Aggregation, meanOverTokens } from './aggregation.js';
 import type { Loss } from './loss.js';
@@ -26,16 +26,16 @@ export interface SequenceClipSettings extends PolicyTermSettings, ClipSettings {
 }
 
 /**
- * GSPO, eq. 5 and 7: s = exp( mean over the sequence of log ρ_t ), loss max( −A s, −A clip(s) ). Its derivative with respect to
- * log π_t is −A s / |o| for each token, times the sequence's weight. `weighted` multiplies the tokens' equal losses, so the
- * mean of a sequence's weights is what counts.
+ * GSPO, eq. 5 and 7: s = exp( mean over the sequence of log ρ_t ), loss max( −A s, −A clip(s) ). Its derivative with
+ * respect to log π_t is −A s / |o| for each token, times the sequence's weight. `weighted` multiplies the tokens' equal
+ * losses, so the mean of a sequence's weights is what counts.
  */
 export const gspo = (settings: SequenceClipSettings): Loss<PolicyColumn> =>
   sequenceClipped((logRatios) => logRatios.meanBySequence(), settings);
 
 /**
- * RLOO: R = exp( Σ over the sequence of log ρ_t ), loss max( −A R, −A clip(R) ). TRL gives a sequence without a learned token the
- * ratio 1, a constant −A in its mean; here it has no tokens and no loss.
+ * RLOO: R = exp( Σ over the sequence of log ρ_t ), loss max( −A R, −A clip(R) ). TRL gives a sequence without a learned
+ * token the ratio 1, a constant −A in its mean; here it has no tokens and no loss.
  */
 export const rloo = (settings: SequenceClipSettings): Loss<PolicyColumn> =>
   sequenceClipped((logRatios) => logRatios.sumBySequence(), settings);

@@ -1,7 +1,7 @@
 /**
  * Policy losses of single tokens beside PPO's: the score-function loss, and those that weight or gate it by the ratio.
- * REINFORCE: Williams 1992; GPG: Chu et al. 2025, arXiv:2504.02546; CISPO: MiniMax-M1, arXiv:2506.13585; SAPO: Gao et al. 2025,
- * arXiv:2511.20347; DPPO: arXiv:2602.04879; DRO: Richemond et al. 2024, arXiv:2405.19107.
+ * REINFORCE: Williams 1992; GPG: Chu et al. 2025, arXiv:2504.02546; CISPO: MiniMax-M1, arXiv:2506.13585; SAPO: Gao et
+ * al. 2025, arXiv:2511.20347; DPPO: arXiv:2602.04879; DRO: Richemond et al. 2024, arXiv:2405.19107.
  */
 import { type Aggregation, meanOverTokens } from './aggregation.js';
 import type { Loss } from './loss.js';
@@ -67,8 +67,8 @@ export interface SapoSettings extends PolicyTermSettings {
 }
 
 /**
- * SAPO: −(4/τ) σ(τ(ρ − 1)) A, a gate in the place of the clip; its derivative with respect to log π is −4 σ(1 − σ) ρ A, which is
- * −A at ρ = 1. Mean over sequences of their token means by default.
+ * SAPO: −(4/τ) σ(τ(ρ − 1)) A, a gate in the place of the clip; its derivative with respect to log π is −4 σ(1 − σ) ρ A,
+ * which is −A at ρ = 1. Mean over sequences of their token means by default.
  */
 export function sapo(settings: SapoSettings = {}): Loss<PolicyColumn> {
   const { temperaturePositive = 1, temperatureNegative = 1.05 } = settings;
@@ -92,7 +92,9 @@ export function sapo(settings: SapoSettings = {}): Loss<PolicyColumn> {
 }
 
 export interface DppoSettings extends PolicyTermSettings {
-  /** δ: how far a token's probability may have moved in the direction of A; a token beyond is left out (the paper: 0.2). */
+  /**
+   * δ: how far a token's probability may have moved in the direction of A; a token beyond is left out (the paper: 0.2).
+   */
   readonly clip: number;
   /** δ where A > 0, when it differs. */
   readonly clipHigh?: number | undefined;
@@ -103,8 +105,9 @@ export interface DppoSettings extends PolicyTermSettings {
 }
 
 /**
- * DPPO: −sg(min(ρ, c)) A log π where the divergence between π_old and π at the sampled token is within δ or A moves them
- * together, else 0 without a gradient. Token means: `clipFraction` (left out), `cappedFraction` (kept, with ρ > c).
+ * DPPO: −sg(min(ρ, c)) A log π where the divergence between π_old and π at the sampled token is within δ or A moves
+ * them together, else 0 without a gradient. Token means: `clipFraction` (left out), `cappedFraction` (kept, with ρ >
+ * c).
  */
 export function dppo(settings: DppoSettings): Loss<PolicyColumn> {
   const { clip, clipHigh = clip, divergence = 'tv', ratioCap = 20 } = settings;

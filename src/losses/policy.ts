@@ -1,6 +1,6 @@
 /**
- * What all policy losses share (aggregation, entropy bonus, KL loss, importance weights), and the clipped surrogate of PPO.
- * Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729; clip-higher: DAPO,
+ * What all policy losses share (aggregation, entropy bonus, KL loss, importance weights), and the clipped surrogate of
+ * PPO. Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729; clip-higher: DAPO,
  * arXiv:2503.14476.
  */
 import { type Aggregation, aggregate, meanOverTokens, tokenMean } from './aggregation.js';
@@ -18,7 +18,10 @@ export interface PolicyTermSettings {
   readonly entropyCoefficient?: number | undefined;
   /** Adds coefficient · agg(estimate of KL(π‖reference)) and reads `referenceLogprobs`. */
   readonly kl?: PolicyKlSettings | undefined;
-  /** Multiplies each token's surrogate by the column `weights` (rollout correction) before the aggregation. Off by default. */
+  /**
+   * Multiplies each token's surrogate by the column `weights` (rollout correction) before the aggregation. Off by
+   * default.
+   */
   readonly weighted?: boolean | undefined;
 }
 
@@ -112,8 +115,8 @@ export function policyLossOf(surrogate: Surrogate, settings: PolicyTermSettings)
 }
 
 /**
- * Per token: max( −A ρ, −A clip(ρ, 1 − ε_low, 1 + ε_high) ), and where A < 0 at most −c A with dual clip. The derivative
- * with respect to log π is −A ρ where the unclipped branch is chosen (also at equality), else 0.
+ * Per token: max( −A ρ, −A clip(ρ, 1 − ε_low, 1 + ε_high) ), and where A < 0 at most −c A with dual clip. The
+ * derivative with respect to log π is −A ρ where the unclipped branch is chosen (also at equality), else 0.
  */
 export const clippedSurrogate = (t: SurrogateInputs, settings: PolicyLossSettings): TokenArray =>
   clippedTokens(logRatio(t, settings).exp(), t.advantages, settings);
@@ -126,8 +129,8 @@ export const policyLoss = (settings: PolicyLossSettings): Loss<PolicyColumn> =>
   );
 
 /**
- * The clipped surrogate of any ratio, of a token or of a sequence. Token means: `clipFraction` (the clipped branch is the
- * larger: no gradient), `outsideFraction` (ρ beyond the clip, on whichever side; OpenAI baselines' clip fraction),
+ * The clipped surrogate of any ratio, of a token or of a sequence. Token means: `clipFraction` (the clipped branch is
+ * the larger: no gradient), `outsideFraction` (ρ beyond the clip, on whichever side; OpenAI baselines' clip fraction),
  * `dualClipFraction` (−c·A is the smaller).
  */
 export function clippedBy(ratioOf: (t: SurrogateInputs) => TokenArray, settings: ClipSettings): Surrogate {

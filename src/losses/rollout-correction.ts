@@ -1,9 +1,10 @@
 /**
- * Corrections for answers that another policy sampled than the one that is trained from: the rollout engine's numbers, or an
- * older policy. r = π_old / π_rollout at the sampled token. Weights and masks are constants of the update.
+ * Corrections for answers that another policy sampled than the one that is trained from: the rollout engine's numbers,
+ * or an older policy. r = π_old / π_rollout at the sampled token. Weights and masks are constants of the update.
  *
- * TIS: Yao et al. 2025, fengyao.notion.site/off-policy-rl; IcePop: arXiv:2510.18855; sequence-level and masked importance sampling,
- * rejection by KL estimates: verl's rollout correction. In this library's synchronous runs r is exactly 1.
+ * TIS: Yao et al. 2025, fengyao.notion.site/off-policy-rl; IcePop: arXiv:2510.18855; sequence-level and masked
+ * importance sampling, rejection by KL estimates: verl's rollout correction. In this library's synchronous runs r is
+ * exactly 1.
  */
 import { meanOverTokens, perCount } from './aggregation.js';
 import { klEstimate } from './kl.js';
@@ -38,8 +39,8 @@ export interface CorrectionSettings {
 export type Correction = (x: TokenArray, bounds: { readonly low: number; readonly high: number }) => TokenArray;
 
 /**
- * `tis`: clip(r, low, high). `icepop`: r within [low, high], 0 outside; with low 0 masked importance sampling. `sequence-mask`:
- * r in sequences whose geometric mean ratio lies within [low, high], 0 in others.
+ * `tis`: clip(r, low, high). `icepop`: r within [low, high], 0 outside; with low 0 masked importance sampling.
+ * `sequence-mask`: r in sequences whose geometric mean ratio lies within [low, high], 0 in others.
  */
 export const corrections = {
   tis: (x, { low, high }) => x.exp().clip(low, high),
@@ -75,7 +76,10 @@ export interface CorrectionResult {
   readonly statistics: CorrectionStatistics;
 }
 
-/** Weights are those before normalisation, over learned tokens; ratios those of tokens, or at sequence level of sequences. */
+/**
+ * Weights are those before normalisation, over learned tokens; ratios those of tokens, or at sequence level of
+ * sequences.
+ */
 export interface CorrectionStatistics {
   readonly mean: number;
   readonly max: number;
@@ -160,7 +164,10 @@ const fraction = (x: Float64Array, is: (value: number) => boolean): number =>
 
 /** A token, or all of a sequence, is kept where low ≤ statistic ≤ high. */
 export interface Rejection {
-  /** Of KL(π_rollout‖π_old): k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r, in nats. verl's band of k1 is that of 1/r. */
+  /**
+   * Of KL(π_rollout‖π_old): k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r, in nats. verl's band of k1 is that of
+   * 1/r.
+   */
   readonly estimator: 'k1' | 'k2' | 'k3';
   /** Each token's estimate, or the sum, mean or largest over the sequence. */
   readonly over: keyof typeof rejectionStatistics;
@@ -194,8 +201,8 @@ export interface RejectionResult {
 }
 
 /**
- * Masked importance sampling: the learned tokens that pass every rejection. `logRatioBound` clamps log r to ± that beforehand (off
- * by default; verl: 20).
+ * Masked importance sampling: the learned tokens that pass every rejection. `logRatioBound` clamps log r to ± that
+ * beforehand (off by default; verl: 20).
  */
 export function rejectionMask(
   batch: CorrectionInputs,
@@ -224,9 +231,9 @@ export function rejectionMask(
 export interface BypassSettings extends PolicyTermSettings, CorrectionSettings {}
 
 /**
- * REINFORCE with the correction inside the loss: −sg(w) A log π with w from π / π_rollout, where the column `oldLogprobs` holds the
- * rollout's log-probs and no third policy is computed. Token mean: `weight`. With PPO the same bypass is `policyLoss` on that
- * column. Rejection is made beforehand, as a mask.
+ * REINFORCE with the correction inside the loss: −sg(w) A log π with w from π / π_rollout, where the column
+ * `oldLogprobs` holds the rollout's log-probs and no third policy is computed. Token mean: `weight`. With PPO the same
+ * bypass is `policyLoss` on that column. Rejection is made beforehand, as a mask.
  */
 export const bypassReinforce = (settings: BypassSettings): Loss<PolicyColumn> => {
   const weights = (t: SurrogateInputs) => weightsOf(t.logprobs.minus(t.oldLogprobs), settings).stopGradient();

@@ -1,7 +1,6 @@
 /**
- * Critic-free advantages that differ from token to token.
- * ReMax: Li et al. 2023, arXiv:2310.10505, with the returns of its authors' code; optimal token baseline: verl, after the
- * variance-optimal baseline of Greensmith et al. 2004.
+ * Critic-free advantages that differ from token to token. ReMax: Li et al. 2023, arXiv:2310.10505, with the returns of
+ * its authors' code; optimal token baseline: verl, after the variance-optimal baseline of Greensmith et al. 2004.
  */
 import { groupRows } from './group-advantages.js';
 import { compact, expand, type Numbers, select } from './selection.js';
@@ -22,13 +21,15 @@ export interface RemaxSettings {
   readonly gamma: number;
   /** Clamps the difference of scores to ± this. Off by default. */
   readonly clip?: number | undefined;
-  /** Exponent of γ at the last of T learned tokens: 1 (default: the authors' γ^(T−t) for t = 0..T−1) or 0 (γ^(T−1−t)). */
+  /**
+   * Exponent of γ at the last of T learned tokens: 1 (default: the authors' γ^(T−t) for t = 0..T−1) or 0 (γ^(T−1−t)).
+   */
   readonly lastExponent?: 0 | 1 | undefined;
 }
 
 /**
- * R_t = −β kl_t + γ^(T−t) clip(score − baseline): the KL of a token is not accumulated over those before it. Packed, 0 where the
- * mask is 0. With KL in the reward and accumulated: `returnsToGo`, minus the baseline at every token.
+ * R_t = −β kl_t + γ^(T−t) clip(score − baseline): the KL of a token is not accumulated over those before it. Packed, 0
+ * where the mask is 0. With KL in the reward and accumulated: `returnsToGo`, minus the baseline at every token.
  */
 export function remaxReturns(
   { lengths, mask, kl, scores, baselines }: RemaxInputs,
@@ -64,9 +65,9 @@ export interface TokenBaselineInputs {
 const epsilon = 1e-8;
 
 /**
- * A_t = G_t − B_t with B at the t-th learned token = Σ G_t W_t / (Σ W_t + 1e-8) over the group's answers that have one, W_t = Σ up to t of w,
- * w = 1 − 2π + Σπ² (the squared norm of the gradient of log π by the logits). B is 0 where fewer than two answers have a t-th
- * learned token. Packed, 0 where the mask is 0.
+ * A_t = G_t − B_t with B at the t-th learned token = Σ G_t W_t / (Σ W_t + 1e-8) over the group's answers that have one,
+ * W_t = Σ up to t of w, w = 1 − 2π + Σπ² (the squared norm of the gradient of log π by the logits). B is 0 where fewer
+ * than two answers have a t-th learned token. Packed, 0 where the mask is 0.
  */
 export function optimalTokenBaseline(batch: TokenBaselineInputs): Float64Array {
   const selection = select(batch.lengths, batch.mask);

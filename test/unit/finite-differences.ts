@@ -1,6 +1,7 @@
-/** Central differences, which gradients are held against. */
+/** Derivatives by central differences, and their comparison with those of a formula. */
 import { expect } from 'vitest';
 
+/** Points are to lie 10 h away from kinks. */
 const h = 1e-6;
 
 /** Central differences of f at x, for the entries whose mask is not 0. */
@@ -12,7 +13,6 @@ export function differences(f: (x: number[]) => number, x: number[], learned: nu
   });
 }
 
-/** Within 1e-7 of the largest difference, or of 1 when all are smaller. */
 export function expectSame(derivative: ArrayLike<number>, difference: number[]): void {
   expect(derivative.length).toBe(difference.length);
   const scale = Math.max(1, ...difference.map(Math.abs));
