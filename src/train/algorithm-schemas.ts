@@ -117,7 +117,7 @@ const safeRlhf = {
 
 /** The policy losses that need nothing but a rollout and advantages. */
 const policyLossName = z.enum([
-  ...(['ppo', 'gspo', 'gmpo', 'rloo', 'cispo', 'sapo', 'reinforce', 'gpg', 'dppo', 'clip-cov', 'kl-cov'] as const),
+  ...(['ppo', 'gspo', 'gmpo', 'rloo', 'cispo', 'sapo', 'reinforce', 'gpg', 'dppo'] as const),
 ] as const satisfies readonly PolicyLossName[]);
 /** The advantages that need nothing but scores. */
 const groupAdvantageName = z.enum([
