@@ -1,8 +1,7 @@
 /**
  * Lockstep: reinforcement learning from human or programmatic feedback, from Node.js. Importing it starts nothing; the native
- * addon is loaded when a model is opened.
+ * addon is loaded when a model is opened. `lockstep-rlhf/algorithms` and `lockstep-rlhf/losses` have what algorithms are made of.
  */
-export { type PpoSettings, ppo } from './algorithms/ppo.js';
 export { createDevice, createEngine } from './checkpoints/load-model.js';
 export { LockstepError } from './errors.js';
 export { type Completion, type GenerateSettings, generate, type InputRow } from './inference/generate.js';
@@ -12,6 +11,7 @@ export type { Reward, RewardFunction, RewardSample } from './rewards/reward-func
 export {
   type Config,
   type ConfigInput,
+  type ConfigOf,
   configJsonSchema,
   defineConfig,
   loadConfig,

@@ -168,3 +168,13 @@ export type RolloutAlgorithm<Role extends keyof Models = keyof Models> = Algorit
 
 /** For algorithms that carry nothing over. */
 export const stateless = { state: (): AlgorithmState => ({}), restore: (): void => {} };
+
+/** An algorithm of one's own, which `train(config, { algorithm })` runs; without `state` it carries nothing over. */
+export function defineAlgorithm<const Role extends keyof Models>(algorithm: {
+  readonly models: readonly Role[];
+  iterate(models: Pick<Models, Role>, prompts: readonly Prompt[], context: Context): Promise<Iteration>;
+  state?(): AlgorithmState;
+  restore?(state: AlgorithmState): void;
+}): RolloutAlgorithm<Role> {
+  return { ...stateless, ...algorithm };
+}

@@ -38,7 +38,7 @@ export function remax(settings: RemaxSettings): RolloutAlgorithm<'actor' | 'refe
         reward.computeRewards(greedy),
       ] as const;
       const [rollout, anchor, rewards, baseline] = await Promise.all([sampled, ...calls]);
-      const { experience, penalty } = makeExperience(rollout, anchor, rewards, baseline.scores, settings);
+      const { experience, penalty } = makeExperience(rollout, anchor, rewards, baseline, settings);
       const ofActor = await actor.update(experience, policyLosses.reinforce({}), { epochs, miniBatches, iteration });
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
@@ -58,7 +58,7 @@ export function makeExperience(
   rollout: Rollout,
   referenceLogprobs: Float32Array,
   rewards: Rewards,
-  greedyScores: ArrayLike<number>,
+  greedy: Rewards,
   { samples, gamma, klCoefficient, klReturn, ...truncation }: RemaxSettings,
 ) {
   const { lengths, logprobs } = rollout;
@@ -68,7 +68,7 @@ export function makeExperience(
     { coefficient: klCoefficient, estimator: 'k1' },
   );
   const scores = penalisedScores(rollout, rewards, truncation);
-  const baselines = scores.map((_, row) => greedyScores[Math.floor(row / samples)]!);
+  const baselines = scores.map((_, row) => greedy.scores[Math.floor(row / samples)]!);
   const ofGreedy = overTokens(baselines, lengths, mask);
   const advantages =
     klReturn === 'token'

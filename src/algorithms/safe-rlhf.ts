@@ -3,13 +3,7 @@
  * Dai et al. 2023, arXiv:2310.12773, eq. 9 to 11 (PPO-Lagrangian; ptx as in InstructGPT).
  */
 import { gae } from '../losses/advantages.js';
-import {
-  combineAdvantages,
-  type LagrangeSettings,
-  type LagrangeState,
-  lagrangeMultiplier,
-  safetyPenalty,
-} from '../losses/lagrange.js';
+import { combineAdvantages, type LagrangeSettings, lagrangeMultiplier, safetyPenalty } from '../losses/lagrange.js';
 import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
@@ -33,13 +27,13 @@ export interface SafeRlhfSettings extends TruncationSettings {
   readonly entropyCoefficient: number;
   /** The constraint: mean cost per answer at most `threshold`. */
   readonly constraint: LagrangeSettings;
-  readonly ptxCoefficient: number;
+  readonly ptxCoefficient?: number | undefined;
 }
 
 export function safeRlhf(
   settings: SafeRlhfSettings,
 ): RolloutAlgorithm<'actor' | 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost'> {
-  const { epochs, miniBatches, ptxCoefficient } = settings;
+  const { epochs, miniBatches, ptxCoefficient = 0 } = settings;
   const [ofPolicy, ofValues] = [policyLoss(settings), valueLoss({ clip: settings.valueClip })];
   const multiplier = lagrangeMultiplier(settings.constraint);
   return {
@@ -47,7 +41,7 @@ export function safeRlhf(
 
     async iterate({ actor, critic, costCritic, reference, reward, cost }, prompts, context) {
       const sampled = actor.generateSequences(prompts, { iteration: context.iteration });
-      const [rollout, values, costValues, anchor, rewards, costs] = await Promise.all([
+      const ready = await Promise.all([
         sampled,
         critic.computeValues(sampled),
         costCritic.computeValues(sampled),
@@ -55,9 +49,9 @@ export function safeRlhf(
         reward.computeRewards(sampled),
         cost.computeCosts(sampled),
       ]);
+      const [rollout, , , , rewards, costs] = ready;
       multiplier.update(costs.scores);
-      const judged = { values, costValues, anchor, rewards, costs };
-      const { experience, penalty } = makeExperience(rollout, judged, settings, multiplier.multiplier);
+      const { experience, penalty } = makeExperience(...ready, settings, multiplier.multiplier);
       const update = { epochs, miniBatches, iteration: context.iteration };
       const [ofCritic, ofCostCritic, ofActor] = await Promise.all([
         critic.update(experience.ofRewards, ofValues, update),
@@ -76,18 +70,9 @@ export function safeRlhf(
       return { metrics, rollout, rewards };
     },
 
-    state: () => ({ ...multiplier.state() }),
-    restore: (state) => multiplier.restore(state as unknown as LagrangeState),
+    state: () => multiplier.state(),
+    restore: (state) => multiplier.restore(state),
   };
-}
-
-/** What the models say of a rollout; arrays are over the packed tokens. */
-export interface Judgement {
-  readonly values: Float32Array;
-  readonly costValues: Float32Array;
-  readonly anchor: Float32Array;
-  readonly rewards: Rewards;
-  readonly costs: Rewards;
 }
 
 /**
@@ -96,7 +81,11 @@ export interface Judgement {
  */
 export function makeExperience(
   rollout: Rollout,
-  { values, costValues, anchor, rewards, costs }: Judgement,
+  values: Float32Array,
+  costValues: Float32Array,
+  anchor: Float32Array,
+  rewards: Rewards,
+  costs: Rewards,
   { klCoefficient, rewardBound, ...settings }: SafeRlhfSettings,
   multiplier: number,
 ) {

@@ -23,14 +23,14 @@ export interface LagrangeSettings {
 }
 
 /** What a checkpoint keeps of a multiplier. */
-export interface LagrangeState {
+export type LagrangeState = {
   /** log λ, which the steps are taken on. */
   readonly logMultiplier: number;
   /** The latest episode costs, oldest first. */
   readonly costs: readonly number[];
   /** Updates so far. */
   readonly updates: number;
-}
+};
 
 export interface LagrangeMultiplier {
   /** λ for the next policy update. */
@@ -41,7 +41,7 @@ export interface LagrangeMultiplier {
   update(episodeCosts: Numbers): void;
   state(): LagrangeState;
   /** Continues from a saved state. Throws `CHECKPOINT_CONTROLLER` when it is not one of finite numbers. */
-  restore(state: LagrangeState): void;
+  restore(state: Readonly<Record<string, unknown>>): void;
 }
 
 /** The multiplier's loss (J − d) λ is clamped to ± this in Safe-RLHF's code: beyond, it has no gradient. */
@@ -68,8 +68,8 @@ export function lagrangeMultiplier(settings: LagrangeSettings): LagrangeMultipli
       logMultiplier = Math.min(logMultiplier + learningRate * gradient, Math.log(maximum));
     },
     state: () => ({ logMultiplier, costs: [...costs], updates }),
-    restore(state) {
-      checkState(state);
+    restore(saved) {
+      const state = checkedState(saved);
       logMultiplier = state.logMultiplier;
       costs = state.costs.slice(-window);
       updates = state.updates;
@@ -77,9 +77,10 @@ export function lagrangeMultiplier(settings: LagrangeSettings): LagrangeMultipli
   };
 }
 
-function checkState({ logMultiplier, costs, updates }: LagrangeState): void {
+function checkedState(state: Readonly<Record<string, unknown>>): LagrangeState {
+  const { logMultiplier, costs, updates } = state;
   const finite = Array.isArray(costs) && [logMultiplier, updates, ...costs].every(Number.isFinite);
-  if (finite) return;
+  if (finite) return state as LagrangeState;
   throw new LockstepError(
     'CHECKPOINT_CONTROLLER',
     `The saved Lagrange multiplier has log λ ${logMultiplier} after ${updates} updates; these and a list of episode costs ` +

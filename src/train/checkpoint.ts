@@ -196,7 +196,7 @@ function earlierDifference(earlier: string | undefined, config: Config): Differe
 
 function pathsOf(config: Config): Settings {
   const place = (path: string | undefined) => path && resolve(path);
-  const { reward, cost, reference, critic, costCritic, teacher, ptx } = config as Partial<
+  const { reward, cost, reference, critic, costCritic, teacher, ptx, program } = config as Partial<
     ConfigOf<'safe-rlhf'> & Pick<ConfigOf<'distillation'>, 'teacher'>
   >;
   const models = { reference, critic, costCritic, teacher };
@@ -211,6 +211,7 @@ function pathsOf(config: Config): Settings {
     ),
     ...Object.fromEntries(Object.entries(models).map(([name, given]) => [name, { model: place(given?.model) }])),
     ptx: { data: place(ptx?.data) },
+    program: place(program),
   };
 }
 

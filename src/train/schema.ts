@@ -110,20 +110,22 @@ const schemaOf = <Name extends keyof typeof shapes, Shape extends z.ZodRawShape>
     ...more,
     output: text.default(`runs/${name}`),
   });
+/** Of those that learn from rollouts: a file whose default export takes the place of the named algorithm's iteration. */
+const rollouts = { program: text.optional() };
 /** Each answer is judged against the others of its prompt. */
-const groups = { rollout: section(rolloutShape(8)) };
+const groups = { ...rollouts, rollout: section(rolloutShape(8)) };
 
 export const configSchema = z.discriminatedUnion('algorithm', [
   schemaOf('sft', {}),
   schemaOf('reward', {}),
   schemaOf('cost', {}),
-  schemaOf('ppo', {}),
-  schemaOf('remax', {}),
-  schemaOf('safe-rlhf', {}),
+  schemaOf('ppo', rollouts),
+  schemaOf('remax', rollouts),
+  schemaOf('safe-rlhf', rollouts),
   schemaOf('grpo', groups),
   schemaOf('rloo', groups),
-  schemaOf('reinforce++', {}),
-  schemaOf('distillation', {}),
+  schemaOf('reinforce++', rollouts),
+  schemaOf('distillation', rollouts),
   schemaOf('dpo', {}),
   schemaOf('simpo', {}),
   schemaOf('orpo', {}),

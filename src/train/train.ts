@@ -8,6 +8,7 @@ import { checkResumable, layoutOf, restoreCheckpoint } from './checkpoint.js';
 import { Closing } from './closing.js';
 import { type Config, type ConfigInput, parseBytes, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
+import { loadProgram } from './load-program.js';
 import { loop, type Run, type RunWarning } from './loop.js';
 import { ktoTask, preferenceTask } from './preferences.js';
 import { preflight } from './preflight.js';
@@ -42,7 +43,7 @@ export interface TrainOptions {
  * CHECKPOINT_OTHER_MODEL; MISMATCH; LOSS_NOT_FINITE; CHECKPOINT_WRITE_FAILED; what models, data and rewards throw.
  */
 export async function* train(input: Config | ConfigInput, options: TrainOptions = {}): AsyncGenerator<TrainEvent> {
-  const { signal, resume = false, algorithm, backend = nativeBackend } = options;
+  const { signal, resume = false, backend = nativeBackend } = options;
   const started = performance.now();
   const config = parseConfig(input);
   const folder = await RunFolder.open(config.output, { resume });
@@ -52,6 +53,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   closing.own(recorder);
   try {
     const latest = (await folder.checkpoints()).at(-1);
+    const algorithm = options.algorithm ?? (await programOf(config));
     const roles = await rolesOf(config, algorithm?.models);
     const { memory, rotation: plan } = preflight(roles, config);
     const earlier = await folder.config();
@@ -92,6 +94,11 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   } finally {
     await closing.close();
   }
+}
+
+async function programOf(config: Config): Promise<RolloutAlgorithm | undefined> {
+  if (!learnsFromRollouts(config) || config.program === undefined) return undefined;
+  return loadProgram(config.program, config);
 }
 
 const trainedShapes = (roles: readonly Role[]) => roles.filter(({ trained }) => trained).map(({ shape }) => shape);

@@ -84,7 +84,8 @@ describe('advantages by hand', () => {
 
   it('of ReMax: against the greedy answer, a token paying for its own KL or for all that follows', () => {
     const at = (settings: Partial<RemaxSettings>) =>
-      remaxExperience(rollout, anchor, rewards, [2], { ...remaxSettings, ...settings }).experience.columns.advantages!;
+      remaxExperience(rollout, anchor, rewards, { scores: Float64Array.of(2) }, { ...remaxSettings, ...settings })
+        .experience.columns.advantages!;
     close(at({}), [0.8, 0.9, 0, -1.1, 0]);
     close(at({ klReturn: 'to-go' }), [0.7, 0.9, 0, -1.1, 0]);
   });

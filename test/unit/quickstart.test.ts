@@ -73,7 +73,7 @@ describe('the check', () => {
 
 describe('the data', () => {
   const rows = quickstartRows(3);
-  const ordersOf = (part: Record<string, string>[]) =>
+  const ordersOf = (part: readonly { prompt?: string }[]) =>
     new Set(part.map((row) => /\w+ with \w+ and \w+/.exec(row.prompt!)![0]));
 
   test('is a function of the seed', () => {

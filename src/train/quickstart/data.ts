@@ -16,7 +16,7 @@ import { pick, type Random, randomStream, shuffled } from './random.js';
 
 /** Orders that no training data has, each asked in every wording; the rest is trained on. */
 const heldOutOrders = 64;
-const trainingRows = { sft: 4096, pairs: 6144, prompts: 4096 };
+const trainingRows = { sft: 4096, pairs: 6144, prompts: 4096, judged: 4096 };
 
 /** How strongly the judge of pairs prefers a point more: log-odds a point. The judge errs now and then, as people do. */
 const oddsPerPoint = 3;
@@ -24,13 +24,20 @@ const points = 6;
 
 export type RowKind = keyof typeof trainingRows;
 
+interface JudgedRow {
+  prompt: string;
+  response: string;
+  desirable: boolean;
+}
+type RowOf<Kind extends RowKind> = Kind extends 'judged' ? JudgedRow : Record<string, string>;
 /** A row about an order, for one wording of it. */
-type Maker = (prompt: string, order: Order, random: Random) => Record<string, string>;
+type Maker<Kind extends RowKind> = (prompt: string, order: Order, random: Random) => RowOf<Kind>;
 
-const makers: Record<RowKind, Maker> = {
+const makers: { [Kind in RowKind]: Maker<Kind> } = {
   sft: (prompt, order, random) => ({ prompt, response: answerText(staffAnswer(order, random)) }),
   pairs: preference,
   prompts: (prompt) => ({ prompt }),
+  judged: judgement,
 };
 
 /**
@@ -52,16 +59,23 @@ function preference(prompt: string, order: Order, random: Random): Record<string
   return { prompt, chosen: chosen + endToken, rejected: rejected + endToken };
 }
 
+/** An answer of the staff, called desirable with probability σ(3 · points above half of them). */
+function judgement(prompt: string, order: Order, random: Random): JudgedRow {
+  const answer = staffAnswer(order, random);
+  const above = pointsOf(prompt, answer) - points / 2;
+  return { prompt, response: answerText(answer), desirable: random() < 1 / (1 + Math.exp(-oddsPerPoint * above)) };
+}
+
 const pointsOf = (prompt: string, answer: Answer): number =>
   Math.round(checkAnswer(prompt, answerText(answer)) * points);
 
-export type Rows = Record<RowKind, Record<string, string>[]>;
+export type Rows = { [Kind in RowKind]: RowOf<Kind>[] };
 
 /** All rows, a function of the seed. No order of held-out rows is in a training row. */
 export function quickstartRows(seed: number): { train: Rows; heldOut: Rows } {
   const orders = shuffled(allOrders(), randomStream(seed, 'orders'));
   const [heldOut, seen] = [orders.slice(0, heldOutOrders), orders.slice(heldOutOrders)];
-  const train = (kind: RowKind) => {
+  const train = <Kind extends RowKind>(kind: Kind): RowOf<Kind>[] => {
     const random = randomStream(seed, `train ${kind}`);
     return Array.from({ length: trainingRows[kind] }, () => {
       const order = pick(seen, random);
@@ -70,7 +84,7 @@ export function quickstartRows(seed: number): { train: Rows; heldOut: Rows } {
   };
   // Wordings take turns, so that neighbouring rows are about different orders.
   const wordings = Array.from(promptsFor(orders[0]!).keys());
-  const test = (kind: RowKind) => {
+  const test = <Kind extends RowKind>(kind: Kind): RowOf<Kind>[] => {
     const random = randomStream(seed, `held-out ${kind}`);
     return wordings.flatMap((turn) =>
       heldOut.map((order, i) => makers[kind](promptsFor(order)[(i + turn) % wordings.length]!, order, random)),
@@ -79,10 +93,11 @@ export function quickstartRows(seed: number): { train: Rows; heldOut: Rows } {
   return { train: ofKinds(train), heldOut: ofKinds(test) };
 }
 
-const ofKinds = (make: (kind: RowKind) => Record<string, string>[]): Rows => ({
+const ofKinds = (make: <Kind extends RowKind>(kind: Kind) => RowOf<Kind>[]): Rows => ({
   sft: make('sft'),
   pairs: make('pairs'),
   prompts: make('prompts'),
+  judged: make('judged'),
 });
 
 /** Where `writeData` puts rows of a kind. */

@@ -1,0 +1,54 @@
+/**
+ * Safe-RLHF as a program: PPO with a cost, its critic and a multiplier.
+ *
+ *     npx lockstep train examples/safe-rlhf/safe-rlhf.yaml
+ */
+import type { ConfigOf } from 'lockstep-rlhf';
+import {
+  actorMetrics,
+  criticMetrics,
+  defineAlgorithm,
+  rolloutMetrics,
+  safeRlhfExperience,
+} from 'lockstep-rlhf/algorithms';
+import { lagrangeMultiplier, policyLoss, valueLoss } from 'lockstep-rlhf/losses';
+
+export default ({ 'safe-rlhf': settings, rollout: { truncation, truncationPenalty } }: ConfigOf<'safe-rlhf'>) => {
+  const multiplier = lagrangeMultiplier(settings.constraint);
+  const cuts = { truncation, truncationPenalty };
+  return defineAlgorithm({
+    models: ['actor', 'critic', 'costCritic', 'reference', 'reward', 'cost'],
+
+    async iterate({ actor, critic, costCritic, reference, reward, cost }, prompts, { iteration }) {
+      const { epochs, miniBatches, clip, valueClip } = settings;
+      const update = { epochs, miniBatches, iteration };
+
+      // One iteration.
+      const sampled = actor.generateSequences(prompts, { iteration });
+      const values = critic.computeValues(sampled);
+      const costValues = costCritic.computeValues(sampled);
+      const anchor = reference.computeLogprobs(sampled);
+      const scored = reward.computeRewards(sampled);
+      const charged = cost.computeCosts(sampled);
+      const ready = await Promise.all([sampled, values, costValues, anchor, scored, charged]);
+      multiplier.update(ready[5].scores);
+      const { experience } = safeRlhfExperience(...ready, { ...settings, ...cuts }, multiplier.multiplier);
+      const ofCritic = critic.update(experience.ofRewards, valueLoss({ clip: valueClip }), update);
+      const ofCostCritic = costCritic.update(experience.ofCosts, valueLoss({ clip: valueClip }), update);
+      const ofActor = actor.update(experience.ofPolicy, policyLoss({ clip }), update);
+
+      await ofCostCritic;
+      const [rollout, , , , rewards] = ready;
+      const metrics = {
+        ...rolloutMetrics(rollout, rewards, cuts),
+        'cost.multiplier': multiplier.multiplier,
+        ...criticMetrics(experience.ofRewards, await ofCritic),
+        ...actorMetrics(await ofActor),
+      };
+      return { metrics, rollout, rewards };
+    },
+
+    state: () => ({ ...multiplier.state() }),
+    restore: (state) => multiplier.restore(state),
+  });
+};
