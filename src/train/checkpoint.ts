@@ -12,6 +12,7 @@ import type { Saving } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Config } from './config.js';
+import { rewardIdentity } from './reward-schema.js';
 import type { Role } from './roles.js';
 import type { Task } from './task.js';
 
@@ -187,7 +188,7 @@ function pathsOf(config: Config): Settings {
   if (config.algorithm !== 'ppo') return common;
   return {
     ...common,
-    reward: { model: place(config.reward?.model), function: place(config.reward?.function) },
+    reward: rewardIdentity(config.reward),
     reference: { model: place(config.reference?.model) },
     critic: { model: place(config.critic?.model) },
   };

@@ -12,6 +12,7 @@ import type { Head, ModelShape } from '../layout/model-shape.js';
 import type { Closable } from './closing.js';
 import type { Config, PpoConfig } from './config.js';
 import type { Recorder } from './recorder.js';
+import { rewardModel } from './reward-schema.js';
 import type { Turns } from './turns.js';
 
 export interface Role {
@@ -37,7 +38,8 @@ export async function rolesOf(config: Config): Promise<Role[]> {
 }
 
 async function ppoRoles(config: PpoConfig, base: Checkpoint): Promise<Role[]> {
-  const reward = config.reward.model === undefined ? undefined : await openCheckpoint(config.reward.model);
+  const scorer = rewardModel(config.reward);
+  const reward = scorer === undefined ? undefined : await openCheckpoint(scorer);
   const critic = config.critic.model === undefined ? (reward ?? base) : await openCheckpoint(config.critic.model);
   const reference = config.reference.model === undefined ? base : await openCheckpoint(config.reference.model);
   const roles = [

@@ -1,9 +1,10 @@
 /** What keys of a configuration say about each other. The schema has checked each on its own. */
 import { LockstepError } from '../errors.js';
+import { rewardRules } from './reward-rules.js';
 import type { Config, PpoConfig } from './schema.js';
 
 /** A rule: undefined when it holds, else what is wrong and what to do. */
-type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
+export type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
 
 const mostRanks = 64;
 
@@ -84,10 +85,7 @@ const commonRules: Rule<Config>[] = [
 ];
 
 const ppoRules: Rule<PpoConfig>[] = [
-  ({ reward }) =>
-    reward.model === undefined && reward.function === undefined
-      ? contradiction('reward', 'ppo needs a reward; set reward.model, reward.function or both')
-      : undefined,
+  ...rewardRules,
   ({ batch, rollout }) =>
     batch.sequences % rollout.samples !== 0
       ? contradiction(

@@ -3,6 +3,7 @@
  * the argument of `train()`. Rules that involve several keys are in rules.ts.
  */
 import { z } from 'zod';
+import { rewardSchema } from './reward-schema.js';
 
 const positive = z.number().positive();
 const nonNegative = z.number().nonnegative();
@@ -137,12 +138,8 @@ const ppo = z.strictObject({
   critic: section({ model: z.string().min(1).optional(), optimizer: optimizerOverrides.prefault({}) }),
   /** What the KL term measures against; default: the policy as it starts. */
   reference: section({ model: z.string().min(1).optional() }),
-  /** A reward model, a function, or both: their sum. */
-  reward: z.strictObject({
-    model: z.string().min(1).optional(),
-    function: z.string().min(1).optional(),
-    timeoutSeconds: positive.default(60),
-  }),
+  /** What answers are paid: the weighted sum of terms. */
+  reward: rewardSchema,
   ppo: section({
     epochs: count.default(1),
     miniBatches: count.default(4),

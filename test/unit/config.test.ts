@@ -72,7 +72,9 @@ describe('defaults', () => {
 
   it('only algorithm, model and data are needed, and a reward for ppo', () => {
     expect(parseConfig(sft).output).toBe('runs/sft');
-    expect(failure({ ...ppo, reward: undefined }).message).toContain('reward: expected an object, received nothing');
+    expect(failure({ ...ppo, reward: undefined }).message).toContain(
+      'reward: expected an object or a list, received nothing',
+    );
     expect(failure({ ...ppo, reward: {} }).message).toMatch(/reward: ppo needs a reward/);
   });
 });
