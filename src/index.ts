@@ -7,6 +7,7 @@ export { LockstepError } from './errors.js';
 export { type Completion, type GenerateSettings, generate, type InputRow } from './inference/generate.js';
 export { type OpenModel, type OpenModelOptions, openModel } from './inference/open-model.js';
 export { type Scored, type ScoreSettings, score } from './inference/score.js';
+export { rewardFunctions } from './rewards/built-in/registry.js';
 export type { Reward, RewardFunction, RewardSample } from './rewards/reward-function.js';
 export {
   type Config,

@@ -36,6 +36,8 @@ export interface Rewards {
   readonly scores: Float64Array;
   /** Over the packed tokens, when rewards belong to tokens or steps; otherwise the score goes to the last token. */
   readonly tokens?: Float64Array | undefined;
+  /** Of a reward that several terms add up to: each one's scores, by its name and without its weight. */
+  readonly terms?: Readonly<Record<string, Float64Array>> | undefined;
 }
 
 /** Sequences to learn from, with the columns that the loss reads. */

@@ -8,7 +8,7 @@ export type Metrics = Readonly<Record<string, number>>;
 
 /**
  * `reward.mean`: score with the truncation penalty, over the rows that are learned from; `reward.model`: score as it was
- * given, over all rows; `response.length` in tokens; `response.truncated` and `response.empty` as fractions of rows.
+ * given, over all rows; `reward.<name>`: of one of several terms, without its weight (also when the name is `model`); `response.length` in tokens; `response.truncated` and `response.empty` as fractions of rows.
  */
 export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: TruncationSettings): Metrics {
   const rows = Array.from(rollout.finish.keys());
@@ -19,6 +19,9 @@ export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: Tru
   return {
     'reward.mean': mean(counted.map((row) => rewards.scores[row]! - penalty(rollout, row, settings))),
     'reward.model': mean(Array.from(rewards.scores)),
+    ...Object.fromEntries(
+      Object.entries(rewards.terms ?? {}).map(([name, scores]) => [`reward.${name}`, mean(Array.from(scores))]),
+    ),
     'response.length': mean(lengths),
     'response.truncated': mean(rollout.finish.map((finish) => (finish === 'length' ? 1 : 0))),
     'response.empty': mean(lengths.map((length) => (length === 0 ? 1 : 0))),

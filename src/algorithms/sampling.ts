@@ -65,6 +65,9 @@ export async function sampleGroups(
 
 function joinGroups(groups: readonly Group[]): { rollout: Rollout; rewards: Rewards } {
   const rollout = joinRows(groups.map(({ round, rows }) => ({ rollout: round.rollout, rows })));
-  const scores = groups.flatMap(({ round, rows }) => rows.map((row) => round.rewards.scores[row]!));
-  return { rollout, rewards: { scores: Float64Array.from(scores) } };
+  const join = (scoresOf: (rewards: Rewards) => Float64Array) =>
+    Float64Array.from(groups.flatMap(({ round, rows }) => rows.map((row) => scoresOf(round.rewards)[row]!)));
+  const names = Object.keys(groups[0]!.round.rewards.terms ?? {});
+  const terms = Object.fromEntries(names.map((name) => [name, join((rewards) => rewards.terms![name]!)]));
+  return { rollout, rewards: { scores: join(({ scores }) => scores), ...(names.length > 0 ? { terms } : {}) } };
 }

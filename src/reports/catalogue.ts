@@ -129,6 +129,20 @@ const definitions: readonly ChartDefinition[] = [
   },
 ];
 
+/** Curves of the reward chart and of reward models. */
+const ownRewards: ReadonlySet<string> = new Set(['reward.mean', 'reward.model', 'reward.accuracy', 'reward.margin']);
+
+/** Of a reward with several terms: their metrics have the names that the configuration gives. */
+const rewardTerms = (rows: readonly MetricsRow[]): ChartDefinition => ({
+  title: 'Reward terms',
+  note: 'Each term of the reward, without its weight.',
+  metrics: Object.fromEntries(
+    metricNames(rows)
+      .filter((name) => name.startsWith('reward.') && !ownRewards.has(name))
+      .map((name) => [name, name.slice('reward.'.length)]),
+  ),
+});
+
 /** `seconds.*` that run over other phases and would be counted twice in a stack. */
 const overlapping = new Set(['step', 'native', 'transfer', 'transition', 'total']);
 
@@ -182,7 +196,8 @@ export function distinct(series: readonly Series[]): Series[] {
 export function chartsOf(rows: readonly MetricsRow[]): ChartSpec[] {
   const charts: ChartSpec[] = [];
   const surrogate = rows.some((row) => 'policy.loss' in row);
-  for (const { metrics, ...definition } of definitions) {
+  const [reward, ...others] = definitions;
+  for (const { metrics, ...definition } of [reward!, rewardTerms(rows), ...others]) {
     // The loss of a policy is its surrogate, which has a chart of its own.
     if (surrogate && 'loss' in metrics) continue;
     const series = Object.entries(metrics).flatMap(([key, label]) => [

@@ -14,6 +14,7 @@ import { LockstepError } from '../errors.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import { learnsFromRollouts } from './algorithms.js';
 import type { Config, ConfigOf } from './config.js';
+import { rewardIdentity } from './reward-schema.js';
 import type { Role } from './roles.js';
 import type { Task } from './task.js';
 
@@ -204,10 +205,7 @@ function pathsOf(config: Config): Settings {
     model: place(config.model),
     data: { train: place(config.data?.train) },
     ...Object.fromEntries(
-      Object.entries({ reward, cost }).map(([name, given]) => [
-        name,
-        { model: place(given?.model), function: place(given?.function) },
-      ]),
+      Object.entries({ reward, cost }).flatMap(([name, given]) => (given ? [[name, rewardIdentity(given)]] : [])),
     ),
     ...Object.fromEntries(Object.entries(models).map(([name, given]) => [name, { model: place(given?.model) }])),
     ptx: { data: place(ptx?.data) },

@@ -1,15 +1,15 @@
 /** Turns the schema's issues into messages that name the key, what was expected, what came, and the nearest known key. */
 import { z } from 'zod';
 import { LockstepError } from '../errors.js';
+import { at, explainUnions, type Issue } from './config-unions.js';
 import { algorithms, configSchema } from './schema.js';
 
-type Issue = z.core.$ZodIssue;
 type Problem = { code: 'CONFIG_UNKNOWN_KEY' | 'CONFIG_INVALID'; message: string; path: string };
 
 /** One error for all issues: unknown keys first, since they often explain the rest. */
 export function explainIssues(issues: readonly Issue[], input: unknown): LockstepError {
   const known = knownKeys(input);
-  const problems = issues.flatMap((issue): Problem[] =>
+  const problems = explainUnions(issues, input).flatMap((issue): Problem[] =>
     issue.code === 'unrecognized_keys'
       ? issue.keys.map((key) => unknownKey(key, issue.path, known))
       : [invalidValue(issue, input)],
@@ -22,18 +22,21 @@ export function explainIssues(issues: readonly Issue[], input: unknown): Lockste
   });
 }
 
-function unknownKey(key: string, path: readonly PropertyKey[], known: readonly string[]): Problem {
-  const parent = path.map(String).join('.');
-  const full = parent === '' ? key : `${parent}.${key}`;
-  const siblings = known.filter((name) => name.slice(0, Math.max(0, name.lastIndexOf('.'))) === parent);
-  const guess = nearest(full, siblings) ?? nearest(key, known, lastSegment) ?? undefined;
+function unknownKey(key: string, path: readonly PropertyKey[], known: Known): Problem {
+  const shown = [...path.map(String), key].join('.');
+  const parent = generic(path).join('.');
+  const full = [...generic(path), key].join('.');
+  const siblings = known.names.filter((name) => name.slice(0, Math.max(0, name.lastIndexOf('.'))) === parent);
+  const guess = nearest(full, siblings) ?? nearest(key, known.names, lastSegment) ?? undefined;
   const belongs = elsewhere(full);
-  const hint = belongs
-    ? `it belongs to algorithm: ${belongs}`
-    : guess
-      ? `did you mean ${guess}?`
-      : `known keys here: ${siblings.map(lastSegment).join(', ')}`;
-  return { code: 'CONFIG_UNKNOWN_KEY', message: `${full}: unknown key; ${hint}`, path: full };
+  const hint = siblings.includes(full)
+    ? `it goes with ${known.needing(generic(path), key).join(', ')}`
+    : belongs
+      ? `it belongs to algorithm: ${belongs}`
+      : guess
+        ? `did you mean ${siblings.includes(guess) ? [...path.map(String), lastSegment(guess)].join('.') : guess}?`
+        : `known keys here: ${siblings.map(lastSegment).join(', ')}`;
+  return { code: 'CONFIG_UNKNOWN_KEY', message: `${shown}: unknown key; ${hint}`, path: shown };
 }
 
 function invalidValue(issue: Issue, input: unknown): Problem {
@@ -62,7 +65,9 @@ function expectation(issue: Issue): string {
       return `a number ${issue.inclusive ? '<=' : '<'} ${issue.maximum}`;
     case 'invalid_union':
       if (issue.path.length === 1 && issue.path[0] === 'algorithm') return `one of ${algorithms.join(', ')}`;
-      return issue.errors.map((options) => (options[0] ? expectation(options[0]) : 'another value')).join(' or ');
+      return [...new Set(issue.errors.map((options) => (options[0] ? expectation(options[0]) : 'another value')))].join(
+        ' or ',
+      );
     case 'invalid_format':
       return issue.message.replace(/^expected /, '');
     default:
@@ -74,41 +79,67 @@ function article(type: string): string {
   return type === 'array' ? 'a list' : type === 'object' ? 'an object' : `a ${type}`;
 }
 
-function at(input: unknown, path: readonly PropertyKey[]): unknown {
-  return path.reduce<unknown>(
-    (node, key) =>
-      typeof node === 'object' && node !== null ? (node as Record<PropertyKey, unknown>)[key] : undefined,
-    input,
-  );
-}
-
 function describe(value: unknown): string {
   if (value === undefined) return 'nothing';
+  if (typeof value === 'number') return String(value);
   const text = JSON.stringify(value) ?? String(value);
   return text.length > 60 ? `${text.slice(0, 57)}...` : text;
 }
 
 interface SchemaNode {
   properties?: Record<string, SchemaNode & { const?: unknown }>;
+  required?: string[];
+  items?: SchemaNode;
   oneOf?: SchemaNode[];
+  anyOf?: SchemaNode[];
 }
 
 function branches(): SchemaNode[] {
   return (z.toJSONSchema(configSchema, { io: 'input' }) as SchemaNode).oneOf!;
 }
 
-function paths(node: SchemaNode, prefix = ''): string[] {
-  return Object.entries(node.properties ?? {}).flatMap(([key, child]) => [
-    prefix + key,
-    ...paths(child, `${prefix}${key}.`),
+/** The place of every item of a list, in names of keys. */
+const item = '0';
+const generic = (path: readonly PropertyKey[]): string[] =>
+  path.map((segment) => (typeof segment === 'number' ? item : String(segment)));
+
+/** A node, or the alternatives that it is a choice of. */
+const alternatives = (node: SchemaNode): SchemaNode[] => (node.anyOf ? node.anyOf.flatMap(alternatives) : [node]);
+
+function paths(whole: SchemaNode, prefix = ''): string[] {
+  const found = alternatives(whole).flatMap((node) => [
+    ...Object.entries(node.properties ?? {}).flatMap(([key, child]) => [
+      prefix + key,
+      ...paths(child, `${prefix}${key}.`),
+    ]),
+    ...(node.items ? paths(node.items, `${prefix}${item}.`) : []),
   ]);
+  return [...new Set(found)];
 }
 
-/** Full names of all keys of the configuration's algorithm. */
-function knownKeys(input: unknown): string[] {
+interface Known {
+  /** Full names of all keys. */
+  names: readonly string[];
+  /** The keys that alternatives with this key at the path need. */
+  needing(path: readonly string[], key: string): string[];
+}
+
+/** The keys of the configuration's algorithm. */
+function knownKeys(input: unknown): Known {
   const algorithm = at(input, ['algorithm']);
   const branch = branches().find((node) => node.properties?.algorithm?.const === algorithm);
-  return branch ? paths(branch) : [];
+  return {
+    names: branch ? paths(branch) : [],
+    needing: (path, key) => {
+      const step = (nodes: SchemaNode[], segment: string): SchemaNode[] =>
+        nodes.flatMap(({ properties, items }) => {
+          const child = properties?.[segment] ?? (segment === item ? items : undefined);
+          return child ? alternatives(child) : [];
+        });
+      const nodes = path.reduce(step, branch ? [branch] : []);
+      return [...new Set(nodes.filter((node) => node.properties?.[key]).flatMap(({ required }) => required ?? []))];
+    },
+  };
 }
 
 /** The algorithms that know a key which this one does not. */

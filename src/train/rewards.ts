@@ -1,13 +1,17 @@
-/** Rewards of a rollout: from a model, from a function of the user's, or their sum. */
+/** Rewards of a rollout: the weighted sum of the terms that the configuration lists. */
+import { readFile } from 'node:fs/promises';
 import type { Awaitable, Rewards, Rollout } from '../algorithms/algorithm.js';
 import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
-import { openReward } from '../rewards/load-reward.js';
-import { type RewardFunction, scoreSamples } from '../rewards/reward-function.js';
+import { type BuiltIn, builtInReward } from '../rewards/built-in/registry.js';
+import { combineRewards } from '../rewards/combine-rewards.js';
+import { type RewardSample, scoreSamples } from '../rewards/reward-function.js';
 import { spreadRewards } from '../rewards/spread-rewards.js';
-import { offsets } from '../workers/batches.js';
 import { RewardWorker } from '../workers/reward.js';
-import type { ConfigOf, RolloutConfig } from './config.js';
+import type { RolloutConfig } from './config.js';
+import type { RewardKind, RewardTerm, RewardTermOf } from './reward-schema.js';
+import { kindOf } from './reward-schema.js';
+import { openRewardThreads, type Scorer } from './reward-threads.js';
 import { textsOf } from './samples.js';
 import type { Workshop } from './task.js';
 
@@ -15,36 +19,128 @@ export interface RewardSource {
   computeRewards(rollout: Awaitable<Rollout>): Promise<Rewards>;
 }
 
-/** `engine` is that of the model that scores, when there is one; `phase` is the name of its calls. */
+/** `engine` is that of the model that scores, when there is one; `phase` names its calls. Throws what opening a term does. */
 export async function openRewards(
-  reward: ConfigOf<'ppo'>['reward'],
+  reward: readonly RewardTerm[],
   phase: 'reward' | 'cost',
   engine: Engine | undefined,
   { batch }: Pick<RolloutConfig, 'batch'>,
-  { turns, recorder, tokenizer, own }: Workshop,
+  { turns, recorder, tokenizer, own }: Pick<Workshop, 'turns' | 'recorder' | 'tokenizer' | 'own'>,
 ): Promise<RewardSource> {
   const model =
     engine &&
     turns.wrap(RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: phase }, recorder);
-  const opened = reward.function === undefined ? undefined : own(await openReward(reward.function));
-  const fromFunction = async (rollout: Rollout): Promise<Rewards> => {
+  const scorers = new Map<RewardTerm, Scorer>();
+  for (const term of reward) {
+    if (!tokenizer) checkReadable(term);
+    const scorer = await openScorer(term);
+    if (scorer) scorers.set(term, own(scorer));
+  }
+  const fromScorers = async (rollout: Rollout): Promise<[RewardTerm, Rewards][]> => {
     const samples = textsOf(rollout, tokenizer).map((texts, i) => ({ ...texts, row: rollout.prompts[i]!.row }));
-    const given = await scoreSamples(opened!.reward as RewardFunction, samples, {
-      timeoutSeconds: reward.timeoutSeconds,
+    return inParallel([...scorers], async ([term, scorer], signal) => {
+      const given = await scorer.score(samples, signal);
+      return [term, spreadRewards(given, rollout.lengths, rollout.promptLengths)];
     });
-    return spreadRewards(given, rollout.lengths, rollout.promptLengths);
   };
   return {
     computeRewards: async (given) => {
       const rollout = await given;
       const [scored, answered] = await Promise.all([
         model?.computeRewards(rollout),
-        opened && recorder.phase(`${phase}Function`, () => fromFunction(rollout)),
+        scorers.size > 0 ? recorder.phase(`${phase}Function`, () => fromScorers(rollout)) : [],
       ]);
       if (scored) checkFinite(scored);
-      return scored && answered ? sum(rollout, scored, answered) : (scored ?? answered!);
+      const byTerm = new Map(answered);
+      const terms = reward.map((term) => ({ ...term, rewards: byTerm.get(term) ?? scored! }));
+      return {
+        ...combineRewards(terms, rollout.lengths, rollout.responseMask),
+        ...(terms.length > 1
+          ? { terms: Object.fromEntries(terms.map((term) => [term.name, term.rewards.scores])) }
+          : {}),
+      };
     },
   };
+}
+
+/** All at once; the first that fails aborts the others, and is thrown when they have ended. */
+async function inParallel<T, R>(items: readonly T[], work: (item: T, signal: AbortSignal) => Promise<R>): Promise<R[]> {
+  const failed = new AbortController();
+  const results = items.map((item) =>
+    work(item, failed.signal).catch((error: unknown) => {
+      failed.abort(error);
+      throw error;
+    }),
+  );
+  await Promise.allSettled(results);
+  failed.signal.throwIfAborted();
+  return Promise.all(results);
+}
+
+type Opener<Kind extends RewardKind> = (term: RewardTermOf<Kind>, name: string) => Promise<Scorer> | Scorer | undefined;
+
+/** How each kind of term is opened. Those that look at every character once run here; what may take long has threads. */
+const openers: { readonly [Kind in RewardKind]: Opener<Kind> } = {
+  model: () => undefined,
+  function: (term) => {
+    const name = `The reward function of ${term.function}`;
+    return openRewardThreads({ file: term.function }, { ...term, name });
+  },
+  regex: (term, name) => openRewardThreads({ builtIn: ['regex', term.regex] }, { ...term, name }),
+  jsonSchema: async (term, name) => {
+    const { extract } = term.jsonSchema;
+    const schema = 'file' in term.jsonSchema ? await readSchema(term.jsonSchema.file) : term.jsonSchema.schema;
+    return openRewardThreads({ builtIn: ['jsonSchema', { schema, extract }] }, { ...term, name });
+  },
+  exact: (term, name) => here(['exact', term.exact], name),
+  numeric: (term, name) => here(['numeric', term.numeric], name),
+  boxed: (term, name) => here(['boxed', term.boxed], name),
+  length: (term, name) => here(['length', term.length], name),
+  repetition: (term, name) => here(['repetition', term.repetition], name),
+  http: (term, name) => here(['http', term.http], name),
+};
+
+function openScorer(term: RewardTerm): ReturnType<Opener<RewardKind>> {
+  // A term is one of its kind; the type of an indexed table does not keep them together.
+  const open = openers[kindOf(term)] as Opener<RewardKind>;
+  return open(term as never, `The reward "${term.name}"`);
+}
+
+/** A built-in reward in this thread. */
+function here(builtIn: BuiltIn, name: string): Scorer {
+  const reward = builtInReward(builtIn);
+  return {
+    // The endpoint measures the time of its requests; the others compute in linear time.
+    score: (samples: readonly RewardSample[], signal) =>
+      scoreSamples(reward, samples, { name, signal, timeoutSeconds: Number.POSITIVE_INFINITY }),
+    close: async () => {},
+  };
+}
+
+async function readSchema(file: string): Promise<unknown> {
+  try {
+    return JSON.parse(await readFile(file, 'utf8'));
+  } catch (cause) {
+    throw new LockstepError(
+      'REWARD_SETTINGS',
+      `cannot read the JSON schema ${file}: ${(cause as Error).message}; give the path of a JSON file, relative to the current directory`,
+      { file },
+      { cause },
+    );
+  }
+}
+
+/** These read texts, and all texts would be empty. */
+const readers: readonly RewardKind[] = ['exact', 'numeric', 'boxed', 'regex', 'jsonSchema'];
+
+function checkReadable(term: RewardTerm): void {
+  if (!readers.includes(kindOf(term))) return;
+  throw new LockstepError(
+    'REWARD_TOKENIZER',
+    `the reward "${term.name}" reads the text of responses, and the model has no tokenizer.json to make it; add the file to the ` +
+      "model's folder, or use a reward function over tokens",
+    { reward: term.name },
+  );
 }
 
 function checkFinite({ scores }: Rewards): void {
@@ -55,17 +151,4 @@ function checkFinite({ scores }: Rewards): void {
     `the reward model's score of sample ${bad} is ${scores[bad]}; its weights or the policy have gone wrong`,
     { sample: bad, score: scores[bad] },
   );
-}
-
-/** The model's score is added at the last token of a response whose other rewards lie on tokens. */
-function sum(rollout: Rollout, model: Rewards, given: Rewards): Rewards {
-  const scores = model.scores.map((score, row) => score + given.scores[row]!);
-  if (!given.tokens) return { scores };
-  const tokens = given.tokens.slice();
-  const starts = offsets(rollout.lengths);
-  model.scores.forEach((score, row) => {
-    const responds = rollout.lengths[row]! > rollout.promptLengths[row]!;
-    if (responds) tokens[starts[row + 1]! - 2]! += score;
-  });
-  return { scores, tokens };
 }

@@ -15,6 +15,7 @@ import type { Closable } from './closing.js';
 import type { Config, ConfigOf } from './config.js';
 import { preferenceModels } from './preferences.js';
 import type { Recorder } from './recorder.js';
+import { rewardModel } from './reward-schema.js';
 import type { Turns } from './turns.js';
 
 /** Models of a run; the policy is the actor of algorithms. */
@@ -67,12 +68,12 @@ type ModelKeys = Partial<
 /** A critic starts from what it is to predict, where that is a model. */
 const others: Record<OtherRole, (config: ModelKeys, base: Checkpoint) => Promise<Role[]>> = {
   critic: async ({ critic, reward }, base) => {
-    const start = critic?.model ?? reward?.model;
+    const start = critic?.model ?? (reward && rewardModel(reward));
     const trained = { trained: true, folder: 'critic' };
     return [role('critic', start === undefined ? base : await openCheckpoint(start), 'value', trained)];
   },
   costCritic: async ({ costCritic, cost }, base) => {
-    const start = costCritic?.model ?? cost?.model;
+    const start = costCritic?.model ?? (cost && rewardModel(cost));
     const trained = { trained: true, folder: 'cost-critic' };
     return [role('costCritic', start === undefined ? base : await openCheckpoint(start), 'value', trained)];
   },
@@ -81,8 +82,8 @@ const others: Record<OtherRole, (config: ModelKeys, base: Checkpoint) => Promise
     return [role('reference', start === undefined ? base : await openCheckpoint(start), 'language', {})];
   },
   teacher: async ({ teacher }) => [role('teacher', await openCheckpoint(teacher!.model), 'language', {})],
-  reward: async ({ reward }) => scorer('reward', reward?.model),
-  cost: async ({ cost }) => scorer('cost', cost?.model),
+  reward: async ({ reward }) => scorer('reward', reward && rewardModel(reward)),
+  cost: async ({ cost }) => scorer('cost', cost && rewardModel(cost)),
 };
 
 /** None for a reward or cost that is a function. */

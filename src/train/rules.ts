@@ -1,10 +1,12 @@
 /** What keys of a configuration say about each other. The schema has checked each on its own. */
 import { LockstepError } from '../errors.js';
 import { learnsFromRollouts } from './algorithms.js';
+import { rewardRules } from './reward-rules.js';
+import type { RewardTerm } from './reward-schema.js';
 import type { Config, ConfigOf, RolloutConfig } from './schema.js';
 
 /** A rule: undefined when it holds, else what is wrong and what to do. */
-type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
+export type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
 
 const mostRanks = 64;
 
@@ -97,12 +99,12 @@ const judgesGroups = (config: RolloutConfig): boolean =>
   (config.algorithm === 'reinforce++' && config['reinforce++'].baseline);
 
 const rolloutRules: Rule<RolloutConfig>[] = [
-  ...(['reward', 'cost'] as const).map((key) => (config: RolloutConfig) => {
-    const given = (config as Partial<Record<typeof key, ConfigOf<'ppo'>['reward']>>)[key];
-    return given && given.model === undefined && given.function === undefined
-      ? contradiction(key, `${config.algorithm} needs a ${key}; set ${key}.model, ${key}.function or both`)
-      : undefined;
-  }),
+  ...(['reward', 'cost'] as const).flatMap((key) =>
+    rewardRules(key).map((rule) => (config: RolloutConfig) => {
+      const terms = (config as Partial<Record<typeof key, readonly RewardTerm[]>>)[key];
+      return terms && rule({ algorithm: config.algorithm, terms });
+    }),
+  ),
   ({ batch, rollout }) =>
     batch.sequences % rollout.samples !== 0
       ? contradiction(

@@ -73,7 +73,9 @@ describe('defaults', () => {
 
   it('only algorithm, model and data are needed, and a reward for ppo', () => {
     expect(parseConfig(sft).output).toBe('runs/sft');
-    expect(failure({ ...ppo, reward: undefined }).message).toContain('reward: expected an object, received nothing');
+    expect(failure({ ...ppo, reward: undefined }).message).toContain(
+      'reward: expected an object or a list, received nothing',
+    );
     expect(failure({ ...ppo, reward: {} }).message).toMatch(/reward: ppo needs a reward/);
   });
 });
@@ -231,7 +233,7 @@ describe('groups of answers', () => {
     [{ ...sft, algorithm: 'kto', batch: { sequences: 1 } }, 'batch.sequences: the point of reference pairs prompts'],
     [
       { ...ppo, algorithm: 'safe-rlhf', cost: {} },
-      'cost: safe-rlhf needs a cost; set cost.model, cost.function or both',
+      'cost: safe-rlhf needs a cost; set cost.model, cost.function, or a list of terms',
     ],
   ])('%j contradicts itself', (input, message) => {
     const error = failure(input);

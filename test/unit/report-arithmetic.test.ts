@@ -96,6 +96,14 @@ describe('charts', () => {
       ['Policy loss', ['policy.loss']],
     ]);
   });
+
+  test('the terms of a reward are drawn by the names that they have', () => {
+    const { rows } = run({ 'reward.mean': Math.sin, 'reward.exact': Math.cos, 'reward.brevity': () => -1 });
+    expect(chartsOf(rows).map(({ title, series }) => [title, series.map(({ label }) => label)])).toEqual([
+      ['Reward', ['reward']],
+      ['Reward terms', ['exact', 'brevity']],
+    ]);
+  });
 });
 
 describe('phases', () => {

@@ -4,7 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { LockstepError } from '../../src/errors.js';
-import { loadReward, openReward } from '../../src/rewards/load-reward.js';
+import { combineRewards } from '../../src/rewards/combine-rewards.js';
+import { loadReward } from '../../src/rewards/load-reward.js';
 import {
   type Reward,
   type RewardFunction,
@@ -126,6 +127,17 @@ describe('scoring samples', () => {
     expect(aborted).toBe(true);
   });
 
+  it('keeps the code of an error of this library, and names the sample for it', async () => {
+    const reward = (batch: RewardSample[]) =>
+      batch.map(({ response }) => {
+        if (response === 'two') throw new LockstepError('REWARD_COLUMN', 'no column', { column: 'a' });
+        return 1;
+      });
+    const error = await failure(scoreWith(reward, { name: 'The reward "x"' }));
+    expect(error).toMatchObject({ code: 'REWARD_COLUMN', details: { sample: 1, column: 'a' } });
+    expect(error.message).toMatch(/^The reward "x", on sample 1 .*failed: no column\.$/);
+  });
+
   it('stops when the caller aborts', async () => {
     const controller = new AbortController();
     const hanging = scoreWith(() => new Promise(() => {}), { signal: controller.signal });
@@ -172,33 +184,6 @@ describe('reward files', () => {
     expect((await failure(loadReward(`${two}#c`))).message).toContain('"c"');
     expect((await failure(loadReward(file('numbers.ts', 'export const x = 1;')))).message).toContain('no function');
   });
-
-  it('run in a thread of their own and give the same rewards', async () => {
-    const specifier = file(
-      'thread.ts',
-      'export default async (s: { response: string }[]) => s.map((x) => x.response.length);',
-    );
-    await using open = await openReward(specifier);
-    expect(await scoreSamples(open.reward, samples, { ...options, batchSize: 2 })).toEqual([3, 3, 5]);
-  });
-
-  it('that throw in their thread are named like others; a file that does not load fails at once', async () => {
-    const throwing = file(
-      'throwing.ts',
-      'export default (s: { response: string }[]) => s.map((x) => { if (x.response === "three") throw new Error("bad"); return 1; });',
-    );
-    await using open = await openReward(throwing);
-    const error = await failure(scoreSamples(open.reward, samples, options));
-    expect(error).toMatchObject({ code: 'REWARD_THREW', details: { sample: 2 } });
-    expect((await failure(openReward(file('bad.ts', 'export const x = 1;')))).code).toBe('REWARD_EXPORT');
-  });
-
-  it('that block their thread are ended by the time-out', async () => {
-    await using open = await openReward(file('blocking.js', 'export default () => { for (;;); };'));
-    const error = await failure(scoreSamples(open.reward, samples, { timeoutSeconds: 0.2 }));
-    expect(error.code).toBe('REWARD_TIMEOUT');
-    await expect(open.reward(samples, { signal })).rejects.toThrow(/has ended/);
-  });
 });
 
 describe('spreading rewards over packed tokens', () => {
@@ -221,5 +206,31 @@ describe('spreading rewards over packed tokens', () => {
     const { scores, tokens } = spreadRewards(rewards, [4, 3, 5], [2, 1, 2]);
     expect([...scores]).toEqual([1.5, 9, 7]);
     expect([...tokens!]).toEqual([0, 0.5, 1, 0, 3, 4, 0, 0, 0, 0, 7, 0]);
+  });
+});
+
+describe('several terms', () => {
+  const lengths = [4, 3, 2];
+  // Position t predicts token t + 1; the second sequence has a gap at its end, the third no sampled token.
+  const sampled = Uint8Array.of(0, 1, 1, 0, 1, 0, 0, 0, 0);
+
+  it('add up by their weights', () => {
+    const rewards = [{ scores: Float64Array.of(1, 2, 3) }, { scores: Float64Array.of(10, -20, 0) }];
+    const terms = [
+      { weight: 2, rewards: rewards[0]! },
+      { weight: -0.5, rewards: rewards[1]! },
+    ];
+    expect(combineRewards(terms, lengths, sampled)).toEqual({ scores: Float64Array.of(-3, 14, 6) });
+    expect(combineRewards([{ weight: 1, rewards: rewards[0]! }], lengths, sampled)).toEqual(rewards[0]);
+  });
+
+  it('add token by token, and a score goes to the last sampled position where others lie on tokens', () => {
+    const dense = { scores: Float64Array.of(3, 5, 0), tokens: Float64Array.of(0, 1, 2, 0, 5, 0, 0, 0, 0) };
+    const plain = { scores: Float64Array.of(10, 20, 30) };
+    const steps = { scores: Float64Array.of(7, 0, 0), tokens: Float64Array.of(0, 0, 4, 0, 0, 0, 0, 0, 0) };
+    const terms = [dense, plain, steps].map((rewards, i) => ({ weight: [1, 0.1, 2][i]!, rewards }));
+    const { scores, tokens } = combineRewards(terms, lengths, sampled);
+    expect([...scores]).toEqual([18, 7, 3]);
+    expect([...tokens!]).toEqual([0, 1, 11, 0, 7, 0, 0, 0, 0]);
   });
 });

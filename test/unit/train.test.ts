@@ -248,6 +248,34 @@ describe('learning', () => {
     expect(both).toBeCloseTo(ofModel! + ofFunction!, 5);
   });
 
+  it('terms are added by their weights, and each has a metric of its own', async () => {
+    const weighted = [
+      { model: scorer, weight: 0.5 },
+      { function: join(folder, 'reward.js'), weight: 2, threads: 2, batchSize: 3 },
+      { length: { target: 3 }, name: 'brevity', weight: 0 },
+    ];
+    const [row] = await metrics(await ran(ppo({ reward: weighted, steps: 1 })));
+    const alone = async (given: unknown) =>
+      (await metrics(await ran(ppo({ reward: given, steps: 1 }))))[0]!['reward.mean']!;
+    expect(row!['reward.model']).toBeCloseTo(await alone({ model: scorer }), 5);
+    expect(row!['reward.function']).toBeCloseTo(await alone({ function: join(folder, 'reward.js') }), 5);
+    expect(row!['reward.brevity']).toBeCloseTo(await alone({ length: { target: 3 } }), 5);
+    expect(row!['reward.brevity']).toBeLessThan(0);
+    expect(row!['reward.mean']).toBeCloseTo(0.5 * row!['reward.model']! + 2 * row!['reward.function']!, 5);
+  });
+
+  it('a run goes on with the rewards it began with, in any form, and not with others', async () => {
+    const file = join(folder, 'reward.js');
+    const config = await ran(ppo({ reward: { model: scorer, function: file }, steps: 3 }));
+    const listed = [{ model: scorer }, { function: file, threads: 2 }];
+    await run({ ...config, reward: listed, steps: 4 } as ConfigInput, { resume: true });
+    const heavier = [{ model: scorer }, { function: file, weight: 2 }];
+    await expect(run({ ...config, reward: heavier, steps: 5 } as ConfigInput, { resume: true })).rejects.toMatchObject({
+      code: 'RUN_CONFIG_DIFFERS',
+      details: { path: 'reward.1.weight', before: 1, now: 2 },
+    });
+  });
+
   it('ppo takes a reward model that was trained here', async () => {
     const scoring = await ran(reward({ steps: 3 }));
     const rows = await metrics(
@@ -376,6 +404,24 @@ describe('a ppo run', () => {
     await writeFile(join(folder, 'throws.js'), 'export default () => { throw new Error("no idea"); };\n');
     await expect(run(ppo({ reward: { function: join(folder, 'throws.js') } }))).rejects.toMatchObject({
       code: 'REWARD_THREW',
+    });
+  });
+
+  it('is stopped by a term that fails, while another would run for ever', async () => {
+    await writeFile(join(folder, 'hangs.js'), 'export default () => { for (;;); };\n');
+    await writeFile(join(folder, 'throws.js'), 'export default () => { throw new Error("no idea"); };\n');
+    const reward = [
+      { function: join(folder, 'hangs.js'), timeoutSeconds: 1000 },
+      { function: join(folder, 'throws.js'), name: 'bad' },
+    ];
+    await expect(run(ppo({ reward }))).rejects.toThrow(/throws\.js \(thread 1 of 1\), on samples? 0 .*no idea/);
+  });
+
+  it('refuses rewards of texts that a model without a tokenizer cannot give', async () => {
+    const reward = [{ exact: { column: 'wanted' } }];
+    await expect(run(ppo({ reward }))).rejects.toMatchObject({
+      code: 'REWARD_TOKENIZER',
+      details: { reward: 'exact' },
     });
   });
 
