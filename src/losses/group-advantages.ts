@@ -203,6 +203,33 @@ export function overTokens(perSequence: Numbers, lengths: Numbers, mask: Numbers
   return expand(selection, data);
 }
 
+/** Packed sequences and the prompt of each. */
+export interface PromptBatch {
+  readonly lengths: Numbers;
+  readonly mask: Numbers;
+  /** Group id of each sequence; the sequences of one prompt share it, in any order. */
+  readonly groups: Numbers;
+}
+
+/**
+ * Weights under which the sum of all losses is the mean over prompts of each prompt's token mean (SkyRL): 1 / (prompts ·
+ * learned tokens of the prompt), packed, 0 where the mask is 0. A prompt without a learned token is not counted.
+ *
+ * Made over a whole mini-batch, they are the column `weights` of a `weighted` policy loss with the aggregation
+ * `token-sum`, however its rows are split. The entropy bonus and the KL loss have no weights.
+ */
+export function promptMeanWeights({ lengths, mask, groups }: PromptBatch): Float64Array {
+  const { starts } = select(lengths, mask);
+  const learned = Array.from({ length: lengths.length }, (_, b) => starts[b + 1]! - starts[b]!);
+  const prompts = groupRows({ groups, lengths: learned });
+  const weights = new Float64Array(lengths.length);
+  for (const rows of prompts) {
+    const tokens = rows.reduce((sum, row) => sum + learned[row]!, 0);
+    for (const row of rows) weights[row] = 1 / (prompts.length * tokens);
+  }
+  return overTokens(weights, lengths, mask);
+}
+
 /** Packed per-token rewards. */
 export interface TokenRewards {
   readonly lengths: Numbers;

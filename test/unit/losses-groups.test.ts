@@ -6,8 +6,11 @@ import {
   groupAdvantages,
   groupCounts,
   overTokens,
+  promptMeanWeights,
   returnsToGo,
 } from '../../src/losses/group-advantages.js';
+import { evaluateLoss, totalsOf } from '../../src/losses/loss.js';
+import { policyLosses } from '../../src/losses/policy-losses.js';
 import { whiten } from '../../src/losses/statistics.js';
 import { optimalTokenBaseline, remaxReturns } from '../../src/losses/token-baselines.js';
 
@@ -150,6 +153,57 @@ describe('advantages per token', () => {
     expect([...optimalTokenBaseline({ ...batch, ...certain })]).toEqual([1, 3, 3, 3, 5]);
     const even = { logprobs: Array<number>(5).fill(Math.log(0.5)), sumOfSquares: Array<number>(5).fill(0.5) };
     close(optimalTokenBaseline({ ...batch, ...even }), [-1, 1, 3, 3, 5], 6);
+  });
+});
+
+describe('mean over prompts', () => {
+  const batch = { lengths: [2, 3, 1, 2], mask: [1, 1, 1, 0, 1, 0, 1, 1], groups: [7, 3, 9, 7] };
+  const losses = [1, 2, 3, NaN, 5, NaN, 6, 7];
+
+  it("is the mean of the prompts' token means; one without a learned token is not counted", () => {
+    const weights = promptMeanWeights(batch);
+    const terms = losses.map((loss, t) => (batch.mask[t] ? loss * weights[t]! : 0));
+    expect(terms.reduce((a, b) => a + b)).toBeCloseTo(((1 + 2 + 6 + 7) / 4 + (3 + 5) / 2) / 2, 12);
+    close(weights, [1 / 8, 1 / 8, 1 / 4, 0, 1 / 4, 0, 1 / 8, 1 / 8], 12);
+  });
+
+  it('comes out the same from micro-batches that part the answers to a prompt, with its gradient', () => {
+    const { lengths, mask } = batch;
+    const columns = { oldLogprobs: losses, advantages: losses.map(() => -1), weights: promptMeanWeights(batch) };
+    const loss = policyLosses.reinforce({ weighted: true, aggregation: { mode: 'token-sum' } });
+    const evaluate = (rows: [number, number], tokens: [number, number]) => {
+      const cut = <T>(x: Iterable<T>) => [...x].slice(...tokens);
+      const part = {
+        lengths: lengths.slice(...rows),
+        mask: cut(mask),
+        columns: {
+          oldLogprobs: cut(columns.oldLogprobs),
+          advantages: cut(columns.advantages),
+          weights: cut(columns.weights),
+        },
+      };
+      return evaluateLoss(
+        loss,
+        part,
+        { logprobs: cut(losses), entropies: cut(losses) },
+        totalsOf({ ...batch, columns }),
+      );
+    };
+    const whole = evaluate([0, 4], [0, 8]);
+    const parts = [evaluate([0, 2], [0, 5]), evaluate([2, 4], [5, 8])];
+    expect(whole.loss).toBeCloseTo(4, 12);
+    expect(parts[0]!.loss + parts[1]!.loss).toBeCloseTo(whole.loss, 12);
+    close(
+      parts.flatMap(({ gradients }) => [...gradients.logprobs!]),
+      [...columns.weights],
+      12,
+    );
+  });
+
+  it('with nothing learned is 0, and wants a group for each sequence', () => {
+    expect([...promptMeanWeights({ ...batch, mask: batch.mask.map(() => 0) })]).toEqual(Array(8).fill(0));
+    const shape = expect.objectContaining({ code: 'LOSS_SHAPE' });
+    expect(() => promptMeanWeights({ ...batch, groups: [7, 3] })).toThrow(shape);
   });
 });
 

@@ -1,8 +1,7 @@
 /**
- * Every golden case of preference losses, KTO, Safe-RLHF and the pretraining mix, also with NaN in masked inputs, and the
- * literals that other projects and papers publish.
+ * Every golden case of preference losses, KTO, Safe-RLHF and the pretraining mix, also with NaN in masked inputs.
  */
-import { describe, expect, it } from 'vitest';
+import { expect } from 'vitest';
 import type { AggregationMode } from '../../src/losses/aggregation.js';
 import { kto, ktoBaseline } from '../../src/losses/kto.js';
 import { combineAdvantages, lagrangeMultiplier, safetyPenalty } from '../../src/losses/lagrange.js';
@@ -22,10 +21,8 @@ import {
   type Json,
   number,
   type Ragged,
-  readTopics,
   type Topic,
 } from '../rl-fixtures.js';
-import { notCheckedHere, published } from './rl-published-cases.js';
 
 type Inputs = Record<string, Json>;
 type Check = (test: Case, inputs: Inputs, poisoned: boolean) => void;
@@ -47,20 +44,6 @@ describeTopics(
     ]),
   ),
 );
-
-describe('published', () => {
-  const cases = readTopics().flatMap(({ topic, cases }) => (topic === 'published' ? cases : []));
-  const tables = { ...published, ...notCheckedHere };
-  for (const test of cases) {
-    const check = Object.values(published).find(({ is }) => is(test))?.check;
-    if (check) it(test.name, () => check(test));
-  }
-  it('every case has a check, or is of a formula that is listed as not checked here', () => {
-    expect(cases.length).toBeGreaterThan(0);
-    const unknown = cases.filter((test) => !Object.values(tables).some(({ is }) => is(test)));
-    expect(unknown.map(({ name }) => name)).toEqual([]);
-  });
-});
 
 /** Answers as rows of packed tokens: behind a prompt token and before a last token that predicts nothing, both masked. */
 class Answers {

@@ -1,6 +1,6 @@
 /**
- * Checks of the literals that other projects' tests and papers print, by formula. A case is of the first formula whose `is`
- * recognises its inputs.
+ * Checks of the literals that other projects' tests and papers print, by formula; policy losses and advantages of groups
+ * have files of their own. A case is of the first formula whose `is` recognises its inputs.
  */
 import { type GaeInputs, gae } from '../../src/losses/advantages.js';
 import { type Aggregation, aggregate, meanOverTokens } from '../../src/losses/aggregation.js';
@@ -9,37 +9,21 @@ import { adaptiveKl } from '../../src/losses/controllers.js';
 import { klEstimate, klPenalty } from '../../src/losses/kl.js';
 import { combineAdvantages, lagrangeMultiplier } from '../../src/losses/lagrange.js';
 import { evaluateLoss, type Loss } from '../../src/losses/loss.js';
-import { clippedSurrogate, policyLoss } from '../../src/losses/policy.js';
 import { preferenceLosses } from '../../src/losses/preference.js';
 import { bradleyTerry } from '../../src/losses/reward-model.js';
 import { select } from '../../src/losses/selection.js';
 import { whiten } from '../../src/losses/statistics.js';
 import { TokenArray } from '../../src/losses/tokens.js';
 import { valueLoss } from '../../src/losses/value.js';
-import { type Case, expectClose, flat, type Json, number } from '../rl-fixtures.js';
+import { type Case, expectClose, type Json, number } from '../rl-fixtures.js';
+import { groupFormulas } from './rl-published-groups.js';
+import { bound, type Formula, has, numbers, ones, rowsAndMask, text } from './rl-published-inputs.js';
+import { policyFormulas } from './rl-published-policies.js';
 
-interface Formula {
-  is(test: Case): boolean;
-  check(test: Case): void;
-}
-
-const has = ({ inputs }: Case, ...names: string[]): boolean => names.every((name) => name in inputs);
-const bound = ({ tolerance }: Case): number => number(tolerance);
-const ones = (n: number): number[] => Array<number>(n).fill(1);
-const numbers = ({ inputs }: Case, name: string): number[] => flat(inputs[name]!);
-/** A list of rows, also where a case gives the only row as a plain list. */
-const rowsOf = (value: Json): Json[][] =>
-  (value as Json[]).some(Array.isArray) ? (value as Json[][]) : [value as Json[]];
-
-export const published: Record<string, Formula> = {
+const formulas: Record<string, Formula> = {
   'KL in the reward': { is: (test) => has(test, 'score', 'k1', 'gamma'), check: checkKlInReward },
   'truncated GAE': { is: (test) => has(test, 'rewards', 'values', 'discounts'), check: checkTruncatedGae },
   GAE: { is: (test) => has(test, 'rewards', 'values', 'gamma'), check: checkGae },
-  'PPO with the clipped surrogate': {
-    is: (test) => has(test, 'advantages', 'clip') && /ppo_clip|dual_clip/.test(test.name),
-    check: checkSurrogate,
-  },
-  'clipped surrogate of logits': { is: (test) => has(test, 'logits', 'old_logits'), check: checkSurrogateOfLogits },
   'entropy of logits': {
     is: (test) => has(test, 'logits', 'weights') && !has(test, 'advantages'),
     check: checkEntropyOfLogits,
@@ -60,16 +44,10 @@ export const published: Record<string, Formula> = {
   'PPO-Lagrangian': { is: (test) => has(test, 'costs', 'learning_rate'), check: checkLagrangian },
 };
 
+export const published: Record<string, Formula> = { ...policyFormulas, ...groupFormulas, ...formulas };
+
 /** Formulas that no check above is for. One that gains a check moves up. */
 export const notCheckedHere: Record<string, Pick<Formula, 'is'>> = {
-  CISPO: { is: ({ name }) => /cispo/.test(name) },
-  GSPO: { is: ({ name }) => /gspo/.test(name) },
-  'weights of rollout correction': { is: (test) => has(test, 'rollout_log_probs') && /weight/.test(test.name) },
-  REINFORCE: { is: (test) => has(test, 'advantages') && !has(test, 'clip') && /reinforce|gradient/.test(test.name) },
-  'advantages of groups': { is: (test) => has(test, 'groups') || has(test, 'pair', 'triple') || has(test, 'scores') },
-  ReMax: { is: (test) => has(test, 'greedy') },
-  'mean over prompts': { is: (test) => has(test, 'losses', 'prompts') },
-  'overlong punishment': { is: (test) => has(test, 'max_length', 'cache') },
   'repetition reward': { is: (test) => has(test, 'ids', 'ngram') },
   'cosine length reward': { is: (test) => has(test, 'max_length', 'correct') },
 };
@@ -128,49 +106,7 @@ function checkGae(test: Case): void {
   expectLearned(returns, expected.returns);
   const unmasked = gae({ ...batch, mask: ones(rewards.length) }, discounts).advantages;
   expectLearned(whiten(unmasked, mask), expected.whitened);
-}
-
-function checkSurrogate(test: Case): void {
-  const { inputs, expected } = test;
-  const advantages = numbers(test, 'advantages');
-  const logprobs = inputs.ratios ? numbers(test, 'ratios').map(Math.log) : numbers(test, 'log_probs');
-  const oldLogprobs = inputs.ratios ? logprobs.map(() => 0) : numbers(test, 'old_log_probs');
-  const settings = { clip: number(inputs.clip), dualClip: inputs.c === undefined ? undefined : number(inputs.c) };
-  const mean = surrogateMean(logprobs, oldLogprobs, advantages, settings);
-  const selection = select([logprobs.length], ones(logprobs.length));
-  const constant = (x: number[]) => TokenArray.constant(selection, x);
-  const tokens = clippedSurrogate(
-    { logprobs: constant(logprobs), oldLogprobs: constant(oldLogprobs), advantages: constant(advantages) },
-    settings,
-  );
-  if (expected.tokens) expectClose(tokens.data, expected.tokens, bound(test));
-  if (expected.mean !== undefined) expectClose(mean, expected.mean, bound(test));
-  if (expected.sum !== undefined) expectClose(tokens.sum().value, expected.sum, bound(test));
-}
-
-function surrogateMean(
-  logprobs: number[],
-  oldLogprobs: number[],
-  advantages: number[],
-  settings: Parameters<typeof policyLoss>[0],
-): number {
-  const batch = { lengths: [logprobs.length], mask: ones(logprobs.length), columns: { oldLogprobs, advantages } };
-  return evaluateLoss(policyLoss(settings), batch, { logprobs, entropies: logprobs.map(() => 0) }).loss;
-}
-
-/** log p of the actions under rows of logits. */
-function logprobsOf(test: Case, name: string): number[] {
-  const actions = numbers(test, 'actions');
-  return (test.inputs[name] as number[][]).map((logits, t) => categorical(logits).logprobs[actions[t]!]!);
-}
-
-function checkSurrogateOfLogits(test: Case): void {
-  const [logprobs, old] = [logprobsOf(test, 'logits'), logprobsOf(test, 'old_logits')];
-  const losses = [1, -1].map((sign) => {
-    const advantages = numbers(test, 'advantages').map((advantage) => sign * advantage);
-    return surrogateMean(logprobs, old, advantages, { clip: number(test.inputs.clip) });
-  });
-  expectClose(losses, test.expected.losses!, bound(test));
+  expectLearned(unmasked, expected.buggy);
 }
 
 function checkEntropyOfLogits(test: Case): void {
@@ -253,18 +189,14 @@ function checkWhitening(test: Case): void {
 }
 
 function checkAggregation(test: Case): void {
-  const { inputs, expected, name, formula } = test;
-  const rows = rowsOf(inputs.losses!);
-  const mask = inputs.mask ? flat(inputs.mask) : ones(rows.flat().length);
-  const selection = select(
-    rows.map((row) => row.length),
-    mask,
-  );
+  const { inputs, expected } = test;
+  const { lengths, mask } = rowsAndMask(test, 'losses');
+  const selection = select(lengths, mask);
   const aggregation: Aggregation =
     inputs.horizon !== undefined
       ? { mode: 'seq-mean-token-sum-norm', horizon: number(inputs.horizon), sequences: 'all' }
-      : { mode: /sequence/.test(`${name} ${formula}`) ? 'seq-mean-token-mean' : 'token-mean' };
-  const value = aggregate(TokenArray.leaf(selection, flat(rows)), aggregation).value;
+      : { mode: /sequence/.test(text(test)) ? 'seq-mean-token-mean' : 'token-mean' };
+  const value = aggregate(TokenArray.leaf(selection, numbers(test, 'losses')), aggregation).value;
   expectClose(value, expected.value!, bound(test));
 }
 
