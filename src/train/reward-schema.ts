@@ -70,16 +70,28 @@ const http = z.strictObject({
   backoffSeconds: z.number().nonnegative().default(0.5),
 });
 
+const exact = z.strictObject({ column, ignoreCase: z.boolean().default(false) });
+const numeric = z.strictObject({ column, tolerance: z.number().nonnegative().default(1e-6) });
+const boxed = z.strictObject({ column });
+
+const cosine = z.strictObject({
+  max: count,
+  correct: z.tuple([z.number(), z.number()]).default([1, 0.5]),
+  wrong: z.tuple([z.number(), z.number()]).default([-1, -0.5]),
+  answer: z.union([z.strictObject({ exact }), z.strictObject({ numeric }), z.strictObject({ boxed })]),
+});
+
 /** One kind of term each, under its own key. */
 const term = z.union([
   z.strictObject({ model: text, ...common }),
   z.strictObject({ function: text, ...common, ...threaded }),
-  z.strictObject({ exact: z.strictObject({ column, ignoreCase: z.boolean().default(false) }), ...common }),
-  z.strictObject({ numeric: z.strictObject({ column, tolerance: z.number().nonnegative().default(1e-6) }), ...common }),
-  z.strictObject({ boxed: z.strictObject({ column }), ...common }),
+  z.strictObject({ exact, ...common }),
+  z.strictObject({ numeric, ...common }),
+  z.strictObject({ boxed, ...common }),
   z.strictObject({ regex, ...common, ...threaded }),
   z.strictObject({ jsonSchema: z.union([inlineSchema, schemaFile]), ...common, ...threaded }),
   z.strictObject({ length: z.union([overlong, target]), ...common }),
+  z.strictObject({ cosine, ...common }),
   z.strictObject({ repetition: z.strictObject({ ngram: count.default(3) }), ...common }),
   z.strictObject({ http, ...common }),
 ]);

@@ -96,6 +96,7 @@ const openers: { readonly [Kind in RewardKind]: Opener<Kind> } = {
   numeric: (term, name) => here(['numeric', term.numeric], name),
   boxed: (term, name) => here(['boxed', term.boxed], name),
   length: (term, name) => here(['length', term.length], name),
+  cosine: (term, name) => here(['cosine', term.cosine], name),
   repetition: (term, name) => here(['repetition', term.repetition], name),
   http: (term, name) => here(['http', term.http], name),
 };

@@ -278,3 +278,16 @@ describe('repetition', () => {
     expect(await scored(rewardFunctions.repetition({ ngram: 4 }), tokens(3), tokens(0))).toEqual([0, 0]);
   });
 });
+
+describe('cosine', () => {
+  const reward = rewardFunctions.cosine({
+    ...{ max: 4, correct: [1, 0.5], wrong: [-1, -0.5] },
+    answer: { exact: { column: 'answer', ignoreCase: false } },
+  });
+  const of = (response: string, tokens: number) => sample(response, { answer: 'yes' }, Array(tokens).fill(1));
+
+  it('pays correct answers less, wrong ones more the longer they are, and stays beyond the end', async () => {
+    const scores = await scored(reward, of('yes', 2), of('no', 2), of('yes', 4), of('no', 9));
+    expect(scores.map((score) => Math.round(Number(score) * 1e12) / 1e12)).toEqual([0.75, -0.75, 0.5, -0.5]);
+  });
+});

@@ -28,6 +28,10 @@ const terms: [unknown, Record<string, unknown>][] = [
   [{ regex: { pattern: 'x' } }, { regex: { pattern: 'x', flags: '' }, ...threaded }],
   [{ jsonSchema: { file: 's.json' } }, { jsonSchema: { file: 's.json', extract: 'whole' }, ...threaded }],
   [{ length: { target: 50 } }, { length: { target: 50, width: 50 } }],
+  [
+    { cosine: { max: 64, answer: { boxed: { column: 'a' } } } },
+    { cosine: { max: 64, correct: [1, 0.5], wrong: [-1, -0.5], answer: { boxed: { column: 'a' } } } },
+  ],
   [{ repetition: {} }, { repetition: { ngram: 3 } }],
   [
     { http: { url: 'http://h/r' } },

@@ -2,6 +2,7 @@
  * Checks of the literals that other projects' tests and papers print, by formula; policy losses and advantages of groups
  * have files of their own. A case is of the first formula whose `is` recognises its inputs.
  */
+
 import { type GaeInputs, gae } from '../../src/losses/advantages.js';
 import { type Aggregation, aggregate, meanOverTokens } from '../../src/losses/aggregation.js';
 import { categorical, categoricalKl } from '../../src/losses/categorical.js';
@@ -15,6 +16,8 @@ import { select } from '../../src/losses/selection.js';
 import { whiten } from '../../src/losses/statistics.js';
 import { TokenArray } from '../../src/losses/tokens.js';
 import { valueLoss } from '../../src/losses/value.js';
+import { cosineLength } from '../../src/rewards/built-in/cosine.js';
+import { repetitionOf } from '../../src/rewards/built-in/repetition.js';
 import { type Case, expectClose, type Json, number } from '../rl-fixtures.js';
 import { groupFormulas } from './rl-published-groups.js';
 import { bound, type Formula, has, numbers, ones, rowsAndMask, text } from './rl-published-inputs.js';
@@ -41,16 +44,12 @@ const formulas: Record<string, Formula> = {
   'clipped value': { is: (test) => has(test, 'values', 'old_values', 'returns'), check: checkClippedValue },
   'DPO, cDPO and IPO': { is: (test) => has(test, 'delta', 'beta'), check: checkPreferences },
   'Bradley-Terry': { is: (test) => has(test, 'difference', 'margin'), check: checkRewardPair },
+  'repetition reward': { is: (test) => has(test, 'ids', 'ngram'), check: checkRepetition },
+  'cosine length reward': { is: (test) => has(test, 'max_length', 'correct'), check: checkCosineLength },
   'PPO-Lagrangian': { is: (test) => has(test, 'costs', 'learning_rate'), check: checkLagrangian },
 };
 
 export const published: Record<string, Formula> = { ...policyFormulas, ...groupFormulas, ...formulas };
-
-/** Formulas that no check above is for. One that gains a check moves up. */
-export const notCheckedHere: Record<string, Pick<Formula, 'is'>> = {
-  'repetition reward': { is: (test) => has(test, 'ids', 'ngram') },
-  'cosine length reward': { is: (test) => has(test, 'max_length', 'correct') },
-};
 
 function checkKlInReward(test: Case): void {
   const { inputs, expected } = test;
@@ -250,4 +249,19 @@ function checkLagrangian(test: Case): void {
   expectClose(lagrange.multiplier, test.expected.lambda!, bound(test));
   const [reward, cost, lambda] = numbers(test, 'advantage');
   expectClose(combineAdvantages([reward!], [cost!], lambda!), [test.expected.advantage!], bound(test));
+}
+
+/** The built-in reward is the penalty of weight 1. */
+function checkRepetition(test: Case): void {
+  const repeated = repetitionOf(numbers(test, 'ids'), number(test.inputs.ngram));
+  expectClose(-number(test.inputs.penalty) * repeated, test.expected.value!, bound(test));
+}
+
+/** From 1 to ½ for correct answers, from −1 to −½ for wrong ones. */
+function checkCosineLength(test: Case): void {
+  const correct = numbers(test, 'correct');
+  const values = numbers(test, 'lengths').map((tokens, i) =>
+    cosineLength(tokens, number(test.inputs.max_length), correct[i] ? [1, 0.5] : [-1, -0.5]),
+  );
+  expectClose(values, test.expected.values!, bound(test));
 }

@@ -1,6 +1,7 @@
 /** The built-in rewards by name. Each makes a reward function of its settings, and throws `REWARD_SETTINGS` for wrong ones. */
 import type { RewardFunction } from '../reward-function.js';
 import { boxed } from './boxed.js';
+import { cosine } from './cosine.js';
 import { exact } from './exact.js';
 import { http } from './http.js';
 import { jsonSchema } from './json-schema.js';
@@ -9,7 +10,7 @@ import { numeric } from './numeric.js';
 import { regex } from './regex.js';
 import { repetition } from './repetition.js';
 
-export const rewardFunctions = { exact, numeric, boxed, regex, jsonSchema, length, repetition, http };
+export const rewardFunctions = { exact, numeric, boxed, regex, jsonSchema, length, cosine, repetition, http };
 
 export type RewardFunctions = typeof rewardFunctions;
 

@@ -11,10 +11,14 @@ export interface RepetitionSettings {
 }
 
 export function repetition({ ngram }: RepetitionSettings): RewardFunction {
-  return each(({ tokens }) => {
-    const count = tokens.length - ngram + 1;
-    if (count < 1) return 0;
-    const distinct = new Set(Array.from({ length: count }, (_, i) => tokens.subarray(i, i + ngram).join()));
-    return distinct.size / count - 1;
-  });
+  return each(({ tokens }) => repetitionOf(tokens, ngram));
+}
+
+/** distinct n-grams / n-grams − 1; 0 without one. */
+export function repetitionOf(tokens: ArrayLike<number>, ngram: number): number {
+  const ids = Array.from(tokens);
+  const count = ids.length - ngram + 1;
+  if (count < 1) return 0;
+  const distinct = new Set(Array.from({ length: count }, (_, i) => ids.slice(i, i + ngram).join()));
+  return distinct.size / count - 1;
 }
