@@ -9,6 +9,12 @@
 import type { TokenBatch } from '../data/batch.js';
 import type { Loss, LossBatch } from '../losses/loss.js';
 
+/**
+ * A value, or a handle to one that is not there yet. Workers take handles, so that data goes from one to the next without passing
+ * through the algorithm; what an algorithm awaits it has in its hands.
+ */
+export type Awaitable<T> = T | PromiseLike<T>;
+
 /** A prompt as data gives it. */
 export interface Prompt {
   readonly tokens: Int32Array;
@@ -75,23 +81,23 @@ export interface Learner {
 
 /** The policy. */
 export interface ActorWorker extends Learner {
-  generateSequences(prompts: readonly Prompt[], options: { readonly iteration: number }): Promise<Rollout>;
-  computeLogprobs(batch: TokenBatch): Promise<Float32Array>;
+  readonly generateSequences: (prompts: readonly Prompt[], options: { readonly iteration: number }) => Promise<Rollout>;
+  readonly computeLogprobs: (batch: Awaitable<TokenBatch>) => Promise<Float32Array>;
 }
 
 /** The value function. */
 export interface CriticWorker extends Learner {
-  computeValues(batch: TokenBatch): Promise<Float32Array>;
+  readonly computeValues: (batch: Awaitable<TokenBatch>) => Promise<Float32Array>;
 }
 
 /** The policy that KL is measured against. */
 export interface ReferenceWorker {
-  computeLogprobs(batch: TokenBatch): Promise<Float32Array>;
+  readonly computeLogprobs: (batch: Awaitable<TokenBatch>) => Promise<Float32Array>;
 }
 
 /** A reward model, a function, or both. */
 export interface RewardWorker {
-  computeRewards(rollout: Rollout): Promise<Rewards>;
+  readonly computeRewards: (rollout: Awaitable<Rollout>) => Promise<Rewards>;
 }
 
 /** The roles of reinforcement learning from feedback; an algorithm may use some of them. */

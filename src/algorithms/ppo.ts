@@ -9,7 +9,7 @@ import { type KlEstimator, type KlPenalty, klPenalty } from '../losses/kl.js';
 import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
-import type { Algorithm, Experience, Models, Prompt, Rewards, Rollout } from './algorithm.js';
+import type { Algorithm, Experience, Models, Prompt, Rewards, Rollout, UpdateStatistics } from './algorithm.js';
 import { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import { learnedMask, placeScores, type TruncationSettings } from './rollout.js';
 
@@ -44,31 +44,28 @@ export function ppo(settings: PpoSettings): Algorithm<Models, readonly Prompt[]>
   const { epochs, miniBatches, klCoefficient, kl } = settings;
   const beta =
     kl.controller === 'adaptive' ? adaptiveKl({ coefficient: klCoefficient, ...kl }) : fixedKl(klCoefficient);
+  const updates = (iteration: number) => ({ epochs, miniBatches, iteration });
+  const report = (
+    { experience, penalty }: ReturnType<typeof makeExperience>,
+    [rollout, rewards, ofCritic, ofActor]: [Rollout, Rewards, UpdateStatistics, UpdateStatistics],
+  ) => {
+    const ofRollout = { ...rolloutMetrics(rollout, rewards, settings), ...klMetrics(penalty, beta.coefficient) };
+    const metrics = { ...ofRollout, ...criticMetrics(experience, ofCritic), ...actorMetrics(ofActor) };
+    beta.update(penalty.perSequence, rollout.lengths.length);
+    return { metrics, rollout, rewards };
+  };
   return {
     models: ['actor', 'critic', 'reference', 'reward'],
 
     async iterate({ actor, critic, reference, reward }, prompts, { iteration }) {
-      const rollout = await actor.generateSequences(prompts, { iteration });
-      const [values, anchor, rewards] = await Promise.all([
-        critic.computeValues(rollout),
-        reference.computeLogprobs(rollout),
-        reward.computeRewards(rollout),
-      ]);
-      const coefficient = beta.coefficient;
-      const { experience, penalty } = makeExperience(rollout, values, anchor, rewards, settings, coefficient);
-      const update = { epochs, miniBatches, iteration };
-      const [ofCritic, ofActor] = await Promise.all([
-        critic.update(experience, valueLoss({ clip: settings.valueClip }), update),
-        actor.update(experience, actorLoss(settings, coefficient), update),
-      ]);
-      beta.update(penalty.perSequence, rollout.lengths.length);
-      const metrics = {
-        ...rolloutMetrics(rollout, rewards, settings),
-        ...klMetrics(penalty, coefficient),
-        ...criticMetrics(experience, ofCritic),
-        ...actorMetrics(ofActor),
-      };
-      return { metrics, rollout, rewards };
+      const rollout = actor.generateSequences(prompts, { iteration });
+      const values = critic.computeValues(rollout);
+      const anchor = reference.computeLogprobs(rollout);
+      const given = reward.computeRewards(rollout);
+      const made = makeExperience(...(await Promise.all([rollout, values, anchor, given])), settings, beta.coefficient);
+      const ofCritic = critic.update(made.experience, valueLoss({ clip: settings.valueClip }), updates(iteration));
+      const ofActor = actor.update(made.experience, actorLoss(settings, beta.coefficient), updates(iteration));
+      return report(made, await Promise.all([rollout, given, ofCritic, ofActor]));
     },
 
     state: () => ({ klCoefficient: beta.coefficient }),

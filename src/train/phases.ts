@@ -101,6 +101,7 @@ export function phasesOf(roles: readonly Role[], config: Config): RunPhase[] {
       ['valueUpdate', 'critic', 'train'],
       ['policyUpdate', 'policy', 'train'],
       ['evaluation', 'policy', 'generate', 'rare'],
+      ['logprobs', 'policy', 'score', 'rare'],
     ],
   }[config.algorithm] as [string, Role['name'], Kind, 'rare'?][];
   const byName = new Map(roles.map((role) => [role.name, role]));

@@ -1,5 +1,6 @@
 /** Rewards of a rollout: from a model, from a function of the user's, or their sum. */
-import type { Rewards, Rollout } from '../algorithms/algorithm.js';
+import type { Awaitable, Rewards, Rollout } from '../algorithms/algorithm.js';
+import { callSignal } from '../cluster/call-context.js';
 import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import { openReward } from '../rewards/load-reward.js';
@@ -12,34 +13,35 @@ import { textsOf } from './samples.js';
 import type { Workshop } from './task.js';
 
 export interface RewardSource {
-  computeRewards(rollout: Rollout): Promise<Rewards>;
+  readonly computeRewards: (rollout: Awaitable<Rollout>) => Promise<Rewards>;
 }
 
 /** `engine` is that of the reward model, when there is one. */
 export async function openRewards(
   { reward, batch }: PpoConfig,
   engine: Engine | undefined,
-  { turns, recorder, tokenizer, own }: Workshop,
+  { pools, recorder, tokenizer, own }: Workshop,
 ): Promise<RewardSource> {
   const model =
     engine &&
-    turns.wrap(RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: 'reward' }, recorder);
+    pools.place('reward', RewardWorker.create(engine, { microTokens: batch.microTokens }), {
+      computeRewards: 'reward',
+    });
   const opened = reward.function === undefined ? undefined : own(await openReward(reward.function));
   const fromFunction = async (rollout: Rollout): Promise<Rewards> => {
     const samples = textsOf(rollout, tokenizer).map((texts, i) => ({ ...texts, row: rollout.prompts[i]!.row }));
     const given = await scoreSamples(opened!.reward as RewardFunction, samples, {
       timeoutSeconds: reward.timeoutSeconds,
+      signal: callSignal(),
     });
     return spreadRewards(given, rollout.lengths, rollout.promptLengths);
   };
+  const call = (rollout: Rollout) => recorder.phase('rewardFunction', () => fromFunction(rollout));
   return {
     computeRewards: async (rollout) => {
-      const [scored, given] = await Promise.all([
-        model?.computeRewards(rollout),
-        opened && recorder.phase('rewardFunction', () => fromFunction(rollout)),
-      ]);
+      const [scored, given] = await Promise.all([model?.computeRewards(rollout), opened && call(await rollout)]);
       if (scored) checkFinite(scored);
-      return scored && given ? sum(rollout, scored, given) : (scored ?? given!);
+      return scored && given ? sum(await rollout, scored, given) : (scored ?? given!);
     },
   };
 }

@@ -71,12 +71,13 @@ export async function ppoTask(config: PpoConfig, workshop: Workshop): Promise<Ta
 function learners(
   config: PpoConfig,
   engines: Partial<Record<Role['name'], Engine>>,
-  { turns, recorder, tokenizer, endTokens }: Workshop,
+  { pools, tokenizer, endTokens }: Workshop,
 ) {
   const { rollout, seed, checks, critic } = config;
   const { temperature } = rollout;
   return {
-    actor: turns.wrap(
+    actor: pools.place(
+      'policy',
       ActorWorker.create(engines.policy!, {
         ...learnerSettings(config),
         temperature,
@@ -85,18 +86,18 @@ function learners(
         tokenizer,
         mismatch: checks.mismatch,
       }),
-      { generateSequences: 'generation', generateForEvaluation: 'evaluation', update: 'policyUpdate' },
-      recorder,
+      {
+        ...{ generateSequences: 'generation', generateForEvaluation: 'evaluation' },
+        ...{ computeLogprobs: 'logprobs', update: 'policyUpdate' },
+      },
     ),
-    critic: turns.wrap(
-      CriticWorker.create(engines.critic!, learnerSettings(config, critic.optimizer)),
-      { computeValues: 'values', update: 'valueUpdate' },
-      recorder,
-    ),
-    reference: turns.wrap(
+    critic: pools.place('critic', CriticWorker.create(engines.critic!, learnerSettings(config, critic.optimizer)), {
+      ...{ computeValues: 'values', update: 'valueUpdate' },
+    }),
+    reference: pools.place(
+      'reference',
       ReferenceWorker.create(engines.reference!, { microTokens: config.batch.microTokens, temperature }),
       { computeLogprobs: 'reference' },
-      recorder,
     ),
   };
 }

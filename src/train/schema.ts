@@ -3,6 +3,7 @@
  * the argument of `train()`. Rules that involve several keys are in rules.ts.
  */
 import { z } from 'zod';
+import { placementSchema } from './placement.js';
 
 const positive = z.number().positive();
 const nonNegative = z.number().nonnegative();
@@ -86,7 +87,7 @@ const common = {
       transition: z.enum(['hybridflow', 'hybridflow-v', 'ds-chat']).default('hybridflow'),
     })
     .optional(),
-  placement: z.string().default('colocated'),
+  placement: placementSchema,
   memory: section({
     /** Of each rank's device; ranks of one process have as much each, whatever the host has. */
     device: bytes.default('8GiB'),

@@ -21,12 +21,13 @@ interface SftItem extends SftExample {
 }
 
 export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Task> {
-  const { roles, turns, recorder, tokenizer } = workshop;
+  const { roles, pools, tokenizer } = workshop;
   const [policy] = roles as [Role];
   const convert = (row: Row): SftItem => sftItem(row, policy, workshop);
   const sources = await openSources(config, convert, workshop);
   const engine = await openEngine(policy, workshop);
-  const actor = turns.wrap(
+  const actor = pools.place(
+    policy.name,
     ActorWorker.create(engine, {
       ...learnerSettings(config),
       sampling: { ...config.rollout, seed: config.seed, stopTokens: workshop.endTokens },
@@ -35,7 +36,6 @@ export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Ta
       mismatch: config.checks.mismatch,
     }),
     { update: 'update', evaluate: 'evaluation', generateForEvaluation: 'generation' },
-    recorder,
   );
   return {
     ...supervised(sources, config, sft(), { actor }, sftBatch, workshop),
@@ -50,15 +50,13 @@ export async function sftTask(config: SftConfig, workshop: Workshop): Promise<Ta
 }
 
 export async function rewardTask(config: RewardConfig, workshop: Workshop): Promise<Task> {
-  const { roles, turns, recorder } = workshop;
+  const { roles, pools } = workshop;
   const [role] = roles as [Role];
   const sources = await openSources(config, (row) => pairOf(row, role, workshop), workshop);
   const engine = await openEngine(role, workshop);
-  const reward = turns.wrap(
-    RewardWorker.createLearner(engine, learnerSettings(config)),
-    { update: 'update', evaluate: 'evaluation' },
-    recorder,
-  );
+  const reward = pools.place(role.name, RewardWorker.createLearner(engine, learnerSettings(config)), {
+    ...{ update: 'update', evaluate: 'evaluation' },
+  });
   return {
     ...supervised(sources, config, rewardModel(), { reward }, rewardBatch, workshop),
     trained: [trainedModel(role, engine, workshop)],

@@ -1,4 +1,5 @@
 /** The policy: generates, scores and learns (HybridFlow, Table 4). */
+import { callProgress, callSignal } from '../cluster/call-context.js';
 import type { TokenBatch } from '../data/batch.js';
 import { packBatch } from '../data/batch.js';
 import { StopStrings } from '../data/stop-strings.js';
@@ -31,13 +32,22 @@ export const ActorWorker = {
 
     const sample = async (prompts: readonly Prompt[], iteration: number): Promise<Rollout> => {
       const stops = stopStrings(settings, prompts.length);
+      const alive = callProgress();
+      const signal = callSignal();
       const generated = await engine.generate(
         prompts.map(({ tokens }, i) => ({
           prompt: tokens,
           id: requestId(iteration, i),
           maxNewTokens: Math.min(settings.sampling.maxNewTokens, engine.shape.maxPositions - tokens.length),
         })),
-        { ...settings.sampling, ...(stops ? { onProgress: (p) => stops.push(p.requests, p.tokens) } : {}) },
+        {
+          ...settings.sampling,
+          ...(signal ? { signal } : {}),
+          onProgress: ({ requests, tokens, total }) => {
+            alive(`token ${total} of a generation`);
+            return stops?.push(requests, tokens);
+          },
+        },
       );
       return packRollout(
         prompts,

@@ -1,19 +1,13 @@
 /** PPO, SFT and reward modelling over tables in place of models: hand numbers and the laws of a first epoch. */
 import { describe, expect, it } from 'vitest';
-import type {
-  ActorWorker,
-  Experience,
-  Learner,
-  Models,
-  Prompt,
-  Rewards,
-  Rollout,
-} from '../../src/algorithms/algorithm.js';
+import type { Experience, Learner, Models, Prompt, Rewards, Rollout } from '../../src/algorithms/algorithm.js';
 import { rolloutMetrics } from '../../src/algorithms/metrics.js';
 import { makeExperience, type PpoSettings, ppo } from '../../src/algorithms/ppo.js';
 import { evaluateRewardModel, rewardBatch, rewardModel } from '../../src/algorithms/reward-model.js';
 import { learnedMask, placeScores } from '../../src/algorithms/rollout.js';
 import { evaluateSft, sft, sftBatch } from '../../src/algorithms/sft.js';
+import { ResourcePool } from '../../src/cluster/resource-pool.js';
+import type { TokenBatch } from '../../src/data/batch.js';
 import { categorical, categoricalGradient } from '../../src/losses/categorical.js';
 import { evaluateLoss, type Loss } from '../../src/losses/loss.js';
 
@@ -152,8 +146,8 @@ class Table implements Learner {
     return { logprobs, entropies, values: outputValues };
   }
 
-  computeLogprobs = async (batch: Experience | Rollout) => this.outputs(batch).logprobs;
-  computeValues = async (batch: Experience | Rollout) => this.outputs(batch).values;
+  computeLogprobs = async (batch: TokenBatch) => this.outputs(batch).logprobs;
+  computeValues = async (batch: TokenBatch) => this.outputs(batch).values;
   evaluate = async (batch: Experience, loss: Loss) => evaluateLoss(loss, batch, this.outputs(batch));
 
   async update(batch: Experience, loss: Loss, { epochs }: { epochs: number }) {
@@ -179,7 +173,7 @@ class Table implements Learner {
 const positions = (lengths: Int32Array) => Array.from(lengths).flatMap((length) => Array.from(Array(length).keys()));
 
 /** Samples every answer in turn, weighted by nothing: the law under test needs the log-probs, not the frequencies. */
-class TableActor extends Table implements ActorWorker {
+class TableActor extends Table {
   async generateSequences(prompts: readonly Prompt[]): Promise<Rollout> {
     const size = answerLength + 1;
     const tokens = prompts.flatMap((_, i) => [0, i % vocabulary, (i >> 2) % vocabulary, (i >> 4) % vocabulary]);
@@ -193,6 +187,24 @@ class TableActor extends Table implements ActorWorker {
       finish: prompts.map(() => 'stop'),
     };
   }
+}
+
+/** Each model in a pool of its own. */
+function placed(tables: { actor: TableActor; critic: Table; reference: TableActor; reward: Scorer }): Models {
+  const pool = (name: string) => ResourcePool.create({ name, devices: [name] });
+  const { actor, critic, reference, reward } = tables;
+  return {
+    actor: pool('actor').place('actor', actor, {
+      ...{ generateSequences: 'generation', computeLogprobs: 'logprobs', update: 'update', evaluate: 'evaluate' },
+    }),
+    critic: pool('critic').place('critic', critic, { computeValues: 'values', update: 'update', evaluate: 'evaluate' }),
+    reference: pool('reference').place('reference', reference, { computeLogprobs: 'logprobs' }),
+    reward: pool('reward').place('reward', reward, { computeRewards: 'rewards' }),
+  };
+}
+
+interface Scorer {
+  computeRewards(rollout: Rollout): Promise<Rewards>;
 }
 
 describe('an iteration of PPO', () => {
@@ -209,7 +221,7 @@ describe('an iteration of PPO', () => {
   const play = (options: Partial<PpoSettings> = {}) => {
     const actor = new TableActor(2);
     const critic = new Table(2);
-    const models: Models = { actor, critic, reference: new TableActor(0), reward };
+    const models: Models = placed({ actor, critic, reference: new TableActor(0), reward });
     return { actor, critic, models, algorithm: ppo({ ...settings, whiten: true, ...options }) };
   };
 
