@@ -201,6 +201,7 @@ describe.each([
 });
 
 it('a second interrupt stops in the middle of the step; resumed, the run is the one never stopped', async () => {
+  await writeReward();
   const output = join(folder, 'twice');
   // Steps long enough that the second comes before the first has ended the run.
   const config = await configFile(
