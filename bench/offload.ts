@@ -96,7 +96,7 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
     const plan = preflight(roles, turns).memory.totalBytes;
     turns.memory.device = plan;
     const all = preflight(roles, { ...turns, memory: { ...turns.memory, offload: 'none', device: 2 ** 40 } }).memory;
-    const { hostBytes, roundBytes } = preflight(roles, turns).rotation!;
+    const { hostBytes, roundBytes } = preflight(roles, turns).pools[0]!.rotation!;
     const watch = watched();
     const share: number[] = [];
     const slower: number[] = [];

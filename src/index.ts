@@ -3,6 +3,9 @@
  * addon is loaded when a model is opened. `lockstep-rlhf/algorithms` and `lockstep-rlhf/losses` have what algorithms are made of.
  */
 export { createDevice, createEngine } from './checkpoints/load-model.js';
+export type { Future, Materialised } from './cluster/future.js';
+export type { ResourcePool, ResourcePoolOptions } from './cluster/resource-pool.js';
+export { ResourcePools } from './cluster/resource-pools.js';
 export { LockstepError } from './errors.js';
 export { type Completion, type GenerateSettings, generate, type InputRow } from './inference/generate.js';
 export { type OpenModel, type OpenModelOptions, openModel } from './inference/open-model.js';

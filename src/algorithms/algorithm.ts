@@ -9,6 +9,12 @@
 import type { TokenBatch } from '../data/batch.js';
 import type { Loss, LossBatch } from '../losses/loss.js';
 
+/**
+ * A value, or a handle to one that is not there yet. Workers take handles, so that data goes from one to the next without passing
+ * through the algorithm; what an algorithm awaits it has in its hands.
+ */
+export type Awaitable<T> = T | PromiseLike<T>;
+
 /** A prompt as data gives it. */
 export interface Prompt {
   readonly tokens: Int32Array;
@@ -84,40 +90,37 @@ export interface Evaluation {
   readonly statistics: Readonly<Record<string, number>>;
 }
 
-/** A value, or the future of one: a call that is given a future starts when its value is there. */
-export type Awaitable<T> = T | PromiseLike<T>;
-
 /** A model that learns. */
 export interface Learner {
-  update(experience: Awaitable<Experience>, loss: Loss, options: UpdateOptions): Promise<UpdateStatistics>;
+  readonly update: (experience: Awaitable<Experience>, loss: Loss, options: UpdateOptions) => Promise<UpdateStatistics>;
   /** The loss at the present weights, without learning. */
-  computeLoss(experience: Awaitable<Experience>, loss: Loss): Promise<Evaluation>;
+  readonly computeLoss: (experience: Awaitable<Experience>, loss: Loss) => Promise<Evaluation>;
 }
 
 /** The policy. */
 export interface ActorWorker extends Learner {
-  generateSequences(prompts: Awaitable<readonly Prompt[]>, options: GenerationOptions): Promise<Rollout>;
-  computeLogprobs(batch: Awaitable<TokenBatch>): Promise<Float32Array>;
+  readonly generateSequences: (prompts: Awaitable<readonly Prompt[]>, options: GenerationOptions) => Promise<Rollout>;
+  readonly computeLogprobs: (batch: Awaitable<TokenBatch>) => Promise<Float32Array>;
 }
 
 /** The value function. */
 export interface CriticWorker extends Learner {
-  computeValues(batch: Awaitable<TokenBatch>): Promise<Float32Array>;
+  readonly computeValues: (batch: Awaitable<TokenBatch>) => Promise<Float32Array>;
 }
 
 /** The policy that KL is measured against. */
 export interface ReferenceWorker {
-  computeLogprobs(batch: Awaitable<TokenBatch>): Promise<Float32Array>;
+  readonly computeLogprobs: (batch: Awaitable<TokenBatch>) => Promise<Float32Array>;
 }
 
 /** A reward model, a function, or both. */
 export interface RewardWorker {
-  computeRewards(rollout: Awaitable<Rollout>): Promise<Rewards>;
+  readonly computeRewards: (rollout: Awaitable<Rollout>) => Promise<Rewards>;
 }
 
 /** A cost model, a function, or both: higher is worse. */
 export interface CostWorker {
-  computeCosts(rollout: Awaitable<Rollout>): Promise<Rewards>;
+  readonly computeCosts: (rollout: Awaitable<Rollout>) => Promise<Rewards>;
 }
 
 /** The roles of reinforcement learning from feedback; an algorithm may use some of them. */

@@ -9,7 +9,7 @@ import { type KlEstimator, type KlPenalty, klPenalty } from '../losses/kl.js';
 import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
-import type { Experience, Rewards, Rollout, RolloutAlgorithm } from './algorithm.js';
+import type { Experience, Rewards, Rollout, RolloutAlgorithm, UpdateStatistics } from './algorithm.js';
 import { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import { learnedMask, placeScores, pretrainingMix, sampledExperience, type TruncationSettings } from './rollout.js';
 
@@ -46,33 +46,30 @@ export function ppo(settings: PpoSettings): RolloutAlgorithm<'actor' | 'critic' 
   const { epochs, miniBatches, klCoefficient, kl } = settings;
   const beta =
     kl.controller === 'adaptive' ? adaptiveKl({ coefficient: klCoefficient, ...kl }) : fixedKl(klCoefficient);
+  const report = (
+    { experience, penalty }: ReturnType<typeof makeExperience>,
+    [rollout, rewards, ofCritic, ofActor]: readonly [Rollout, Rewards, UpdateStatistics, UpdateStatistics],
+  ) => {
+    const ofRollout = { ...rolloutMetrics(rollout, rewards, settings), ...klMetrics(penalty, beta.coefficient) };
+    const metrics = { ...ofRollout, ...criticMetrics(experience, ofCritic), ...actorMetrics(ofActor) };
+    beta.update(penalty.perSequence, rollout.lengths.length);
+    return { metrics, rollout, rewards };
+  };
   return {
     models: ['actor', 'critic', 'reference', 'reward'],
 
     async iterate({ actor, critic, reference, reward }, prompts, context) {
-      const sampled = actor.generateSequences(prompts, { iteration: context.iteration });
-      const [rollout, values, anchor, rewards] = await Promise.all([
-        sampled,
-        critic.computeValues(sampled),
-        reference.computeLogprobs(sampled),
-        reward.computeRewards(sampled),
-      ]);
-      const coefficient = beta.coefficient;
-      const { experience, penalty } = makeExperience(rollout, values, anchor, rewards, settings, coefficient);
       const update = { epochs, miniBatches, iteration: context.iteration };
-      const also = pretrainingMix(context, settings.ptxCoefficient ?? 0);
-      const [ofCritic, ofActor] = await Promise.all([
-        critic.update(experience, valueLoss({ clip: settings.valueClip }), update),
-        actor.update(experience, actorLoss(settings, coefficient), { ...update, also }),
-      ]);
-      beta.update(penalty.perSequence, rollout.lengths.length);
-      const metrics = {
-        ...rolloutMetrics(rollout, rewards, settings),
-        ...klMetrics(penalty, coefficient),
-        ...criticMetrics(experience, ofCritic),
-        ...actorMetrics(ofActor),
-      };
-      return { metrics, rollout, rewards };
+      const mixed = { ...update, also: pretrainingMix(context, settings.ptxCoefficient ?? 0) };
+
+      const rollout = actor.generateSequences(prompts, { iteration: context.iteration });
+      const values = critic.computeValues(rollout);
+      const anchor = reference.computeLogprobs(rollout);
+      const given = reward.computeRewards(rollout);
+      const made = makeExperience(...(await Promise.all([rollout, values, anchor, given])), settings, beta.coefficient);
+      const ofCritic = critic.update(made.experience, valueLoss({ clip: settings.valueClip }), update);
+      const ofActor = actor.update(made.experience, actorLoss(settings, beta.coefficient), mixed);
+      return report(made, await Promise.all([rollout, given, ofCritic, ofActor]));
     },
 
     state: () => ({ klCoefficient: beta.coefficient }),

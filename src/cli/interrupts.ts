@@ -1,6 +1,6 @@
 /**
  * SIGINT and SIGTERM: the first asks for an orderly end (training finishes its step and saves), the second ends the process
- * at once. Handlers are installed only while a command that can end in order is running.
+ * at once; of a command that can be cancelled it is the second that cancels, and the third that ends the process. Handlers are installed only while a command that can end in order is running.
  */
 import { constants } from 'node:os';
 import type { Terminal } from './terminal.js';
@@ -10,6 +10,7 @@ const names: readonly SignalName[] = ['SIGINT', 'SIGTERM'];
 
 export class Interrupts {
   readonly #controller = new AbortController();
+  readonly #cancel = new AbortController();
   #received: SignalName | undefined;
 
   constructor(private readonly terminal: Terminal) {}
@@ -23,21 +24,32 @@ export class Interrupts {
     return this.#received === undefined ? undefined : 128 + constants.signals[this.#received];
   }
 
-  /** Runs `work` with the handlers in place; `promise` says what an orderly end does. */
-  async during<T>(promise: string, work: (signal: AbortSignal) => Promise<T>): Promise<T> {
-    const handle = (name: SignalName) => this.#receive(name, promise);
+  /** Runs `work` with the handlers in place; `promise` says what an orderly end does, `cancelling` what a cancel does. */
+  async during<T>(
+    promise: string,
+    work: (signal: AbortSignal, cancel: AbortSignal) => Promise<T>,
+    cancelling?: string,
+  ): Promise<T> {
+    const handle = (name: SignalName) => this.#receive(name, promise, cancelling);
     for (const name of names) process.on(name, handle);
     try {
-      return await work(this.signal);
+      return await work(this.signal, this.#cancel.signal);
     } finally {
       for (const name of names) process.off(name, handle);
     }
   }
 
-  #receive(name: SignalName, promise: string): void {
-    if (this.#received !== undefined) process.exit(128 + constants.signals[name]);
+  #receive(name: SignalName, promise: string, cancelling: string | undefined): void {
+    const reason = new DOMException(`interrupted by ${name}`, 'AbortError');
+    if (this.#received === undefined) {
+      this.#received = name;
+      this.terminal.error(`${name}: ${promise}; again ends at once`);
+      this.#controller.abort(reason);
+      return;
+    }
+    if (cancelling === undefined || this.#cancel.signal.aborted) process.exit(128 + constants.signals[name]);
     this.#received = name;
-    this.terminal.error(`${name}: ${promise}; again ends at once`);
-    this.#controller.abort(new DOMException(`interrupted by ${name}`, 'AbortError'));
+    this.terminal.error(`${name}: ${cancelling}; again ends the process`);
+    this.#cancel.abort(reason);
   }
 }

@@ -87,7 +87,7 @@ function usage(command: Command, code: 'USAGE_FLAG' | 'USAGE_VALUE' | 'USAGE_WOR
 
 /** The candidate at the smallest edit distance, if at most half of the word differs. */
 export async function nearest(word: string, candidates: readonly string[]): Promise<string | undefined> {
-  const { editDistance } = await import('../train/config-errors.js');
+  const { editDistance } = await import('../train/nearest.js');
   const ranked = candidates
     .map((candidate) => ({ candidate, distance: editDistance(word.toLowerCase(), candidate.toLowerCase()) }))
     .sort((a, b) => a.distance - b.distance);

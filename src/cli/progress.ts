@@ -112,7 +112,11 @@ function metricsText(metrics: readonly [string, number][], limit: number): strin
 function memoryLines({ lines, totalBytes, budgetBytes }: MemoryTable, verbose: boolean): string[] {
   const total = `memory: ${formatBytes(totalBytes)} of ${formatBytes(budgetBytes)}`;
   if (!verbose) return [total];
-  return [total, ...lines.map(({ what, bytes }) => `  ${formatBytes(bytes).padStart(10)}  ${what}`)];
+  const where = (pool: string | undefined) => (pool === undefined ? '' : `${pool}: `);
+  return [
+    total,
+    ...lines.map(({ pool, what, bytes }) => `  ${formatBytes(bytes).padStart(10)}  ${where(pool)}${what}`),
+  ];
 }
 
 export function formatBytes(bytes: number): string {
@@ -122,7 +126,7 @@ export function formatBytes(bytes: number): string {
 }
 
 function interruptedText({ step, checkpoint, output }: Extract<TrainEvent, { type: 'interrupted' }>): string {
-  const saved = checkpoint === undefined ? 'nothing was saved' : `saved ${checkpoint}`;
+  const saved = checkpoint === undefined ? 'nothing was saved' : `the newest checkpoint is ${checkpoint}`;
   return `interrupted after step ${step}; ${saved}; go on with --resume (${output})`;
 }
 

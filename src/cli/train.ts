@@ -12,7 +12,8 @@ export const trainCommand: Command = {
     json: { help: 'Print the rows of metrics.jsonl on stdout as they come' },
   },
   notes: [
-    'The first Ctrl-C finishes the step and saves a checkpoint (exit code 130), the second ends at once. The run folder ' +
+    'The first Ctrl-C finishes the step and saves a checkpoint (exit code 130), the second stops in the middle of the step: --resume ' +
+      'goes on from the checkpoint before. The run folder ' +
       '(output in the configuration) holds config.yaml, metrics.jsonl, checkpoints/, rollouts/ and trace.json. Relative ' +
       'paths in a configuration are relative to the current directory.',
   ],
@@ -30,14 +31,18 @@ async function run(input: Input, { terminal, interrupts, verbose }: Session): Pr
   const { train } = await import('../train/train.js');
   const json = input.switches.has('json');
   const progress = new TrainProgress(terminal, { verbose });
-  return interrupts.during('finishing the step and saving', async (signal) => {
-    let exitCode = 0;
-    for await (const event of train(config, { signal, resume: input.switches.has('resume') })) {
-      progress.show(event);
-      const row = event.type === 'step' || (event.type === 'evaluation' && event.step === 0);
-      if (json && row) terminal.print(JSON.stringify(event.metrics));
-      if (event.type === 'interrupted') exitCode = interrupts.exitCode ?? 1;
-    }
-    return exitCode;
-  });
+  return interrupts.during(
+    'finishing the step and saving',
+    async (signal, cancel) => {
+      let exitCode = 0;
+      for await (const event of train(config, { signal, cancel, resume: input.switches.has('resume') })) {
+        progress.show(event);
+        const row = event.type === 'step' || (event.type === 'evaluation' && event.step === 0);
+        if (json && row) terminal.print(JSON.stringify(event.metrics));
+        if (event.type === 'interrupted') exitCode = interrupts.exitCode ?? 1;
+      }
+      return exitCode;
+    },
+    'stopping in the middle of the step',
+  );
 }

@@ -115,14 +115,12 @@ export class ResourcePool implements AsyncDisposable {
   }
 
   /** Runs work of the controller's in turn, in order with the calls. It has no time limit, and is not interrupted once it runs. */
-  async turn<T>(phase: string, work: () => Promise<T>): Promise<T> {
-    this.#refuseNested(phase);
-    const { signal } = this.#end;
-    const turn = this.#enqueue(async () => {
-      signal.throwIfAborted();
-      return this.#around(phase, work);
+  async turn<T>(work: () => Promise<T>): Promise<T> {
+    this.#refuseNested('a turn');
+    return this.#enqueue(async () => {
+      this.#end.signal.throwIfAborted();
+      return work();
     });
-    return turn;
   }
 
   /** A sign of life of the pool's devices. */

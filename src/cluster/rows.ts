@@ -7,7 +7,7 @@
  *   rows or over the packed tokens; `groupSize` keeps that many consecutive rows in one part.
  * - Objects nest: one without `lengths` is cut like the object around it, one with `lengths` by its own.
  */
-import type { RowRange } from '../data/batch.js';
+import { evenRanges, type RowRange } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 
 type TypedArray = Exclude<NodeJS.ArrayBufferView, DataView>;
@@ -39,16 +39,6 @@ export function sliceRows<T>(batch: T, { begin, end }: RowRange): T {
 export function concatRows<T>(parts: readonly T[]): T {
   if (parts.length === 0) throw invalid('there are no parts to join; expected at least one');
   return join(parts, 'batch') as T;
-}
-
-/** `rows` in `count` contiguous ranges of whole groups; earlier ones have one group more when they do not divide evenly. */
-export function evenRanges(rows: number, count: number, groupSize = 1): RowRange[] {
-  if (rows % groupSize !== 0) {
-    throw invalid(`${rows} rows are not whole groups of ${groupSize}; expected a multiple of groupSize`);
-  }
-  const groups = rows / groupSize;
-  const begin = (part: number) => groupSize * (part * Math.floor(groups / count) + Math.min(part, groups % count));
-  return Array.from({ length: count }, (_, part) => ({ begin: begin(part), end: begin(part + 1) }));
 }
 
 /** A batch that lies in parts: what ranks answered, in the order of rows. A call cuts it anew only where it needs other parts. */

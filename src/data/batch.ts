@@ -15,6 +15,23 @@ export interface RowRange {
   end: number;
 }
 
+/**
+ * `rows` in `count` contiguous ranges of whole groups; earlier ones have one group more when they do not divide evenly. It decides
+ * which rows a data-parallel or generation replica gets, wherever a batch is cut. Errors: `BATCH_INVALID`.
+ */
+export function evenRanges(rows: number, count: number, groupSize = 1): RowRange[] {
+  if (rows % groupSize !== 0) {
+    throw new LockstepError(
+      'BATCH_INVALID',
+      `${rows} rows are not whole groups of ${groupSize}; expected a multiple of groupSize.`,
+      { rows, groupSize },
+    );
+  }
+  const groups = rows / groupSize;
+  const begin = (part: number) => groupSize * (part * Math.floor(groups / count) + Math.min(part, groups % count));
+  return Array.from({ length: count }, (_, part) => ({ begin: begin(part), end: begin(part + 1) }));
+}
+
 export interface MicroBatchOptions {
   /** This many consecutive rows stay together (a pair: 2; the samples of a prompt). Default 1. */
   group?: number;

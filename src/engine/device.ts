@@ -1,6 +1,6 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
-import { LockstepError } from '../errors.js';
+import { type ErrorDetails, LockstepError } from '../errors.js';
 import { loadNative, type NativeDevice, requestedInstructionSet, type Timed, type WorkTimes } from './native.js';
 
 export interface DeviceOptions {
@@ -16,6 +16,8 @@ export interface DeviceOptions {
   implementation?: 'cpu' | 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
   poison?: boolean;
+  /** Among the ranks of a run: named in `details.rank` of its errors. */
+  rank?: number;
   /** Told of every work that its thread has done, in that order. */
   onWork?: (work: Work) => void;
 }
@@ -54,6 +56,7 @@ export class Device implements AsyncDisposable {
   private leavingBytes = 0;
   /** The largest workspace that a call has asked for: the native one is never smaller than what it holds. */
   private workspaceSeen = 0;
+  private readonly rank: number | undefined;
   private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
@@ -62,6 +65,7 @@ export class Device implements AsyncDisposable {
     this.threads = options.threads ?? availableParallelism();
     this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
     this.offloadFolder = options.offloadFolder ?? '.';
+    this.rank = options.rank;
     this.onWork = options.onWork;
     if (!Number.isInteger(this.threads) || this.threads < 1 || this.threads > 256) {
       throw new LockstepError('THREADS_INVALID', `threads: expected an integer in 1..256, received ${this.threads}.`);
@@ -176,7 +180,7 @@ export class Device implements AsyncDisposable {
 
   /** Runs a native call of a model, and tells of it. */
   async run<T>(operation: Work['operation'], call: () => Promise<Timed<T>>, microBatch?: number): Promise<T> {
-    const { value, ...times } = await rethrowAsync(call);
+    const { value, ...times } = await rethrowAsync(call, this.rank === undefined ? {} : { rank: this.rank });
     this.onWork?.({ operation, ...(microBatch === undefined ? {} : { microBatch }), ...times });
     return value;
   }
@@ -206,11 +210,11 @@ export interface Booking {
 const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 
 /** Native errors carry a code; here they become the library's own error. */
-export function toLockstepError(error: unknown): unknown {
+export function toLockstepError(error: unknown, details: ErrorDetails = {}): unknown {
   if (LockstepError.isInstance(error) || !(error instanceof Error)) return error;
   const code = (error as Error & { code?: unknown }).code;
   if (typeof code !== 'string') return error;
-  return new LockstepError(code as Uppercase<string>, error.message, {}, { cause: error });
+  return new LockstepError(code as Uppercase<string>, error.message, details, { cause: error });
 }
 
 export function rethrow<T>(run: () => T): T {
@@ -228,11 +232,11 @@ export function awaitedLater<T>(promise: Promise<T>): Promise<T> {
 }
 
 /** `run` may throw at once (a closed model) or reject. */
-async function rethrowAsync<T>(run: () => Promise<T>): Promise<T> {
+async function rethrowAsync<T>(run: () => Promise<T>, details: ErrorDetails = {}): Promise<T> {
   try {
     return await run();
   } catch (error) {
-    throw toLockstepError(error);
+    throw toLockstepError(error, details);
   }
 }
 

@@ -1,8 +1,8 @@
 /** Ranks that generate together, one copy of the model between them. */
+import { evenRanges, type RowRange } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 import { pagePositions } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
-import type { Range } from '../layout/stages.js';
 import type { Generated, GenerateOptions, GenerateRequest } from './engine.js';
 import type { NativeGenerate } from './native.js';
 import type { NativeEngine } from './native-engine.js';
@@ -60,12 +60,6 @@ export class Replica {
   }
 }
 
-/** As equal as can be, in order: items begin .. end - 1 of each. */
-export function shareOut(items: number, shares: number): Range[] {
-  const begin = (share: number) => Math.floor(items / shares) * share + Math.min(share, items % shares);
-  return Array.from({ length: shares }, (_, share) => ({ begin: begin(share), end: begin(share + 1) }));
-}
-
 type Report = NonNullable<GenerateOptions['onProgress']>;
 
 /** Progress of one share of the requests as progress of all. Requests to end go to the share that has them, at its next report. */
@@ -74,7 +68,7 @@ class SharedProgress {
   private readonly ending: number[][];
 
   constructor(
-    private readonly shares: readonly Range[],
+    private readonly shares: readonly RowRange[],
     private readonly report: Report,
   ) {
     this.totals = shares.map(() => 0);
@@ -106,7 +100,7 @@ export async function generateOver(
   options: GenerateOptions,
   all = false,
 ): Promise<Generated[]> {
-  const shares = shareOut(requests.length, replicas.length);
+  const shares = evenRanges(requests.length, replicas.length);
   const progress = options.onProgress && new SharedProgress(shares, options.onProgress);
   const failure = new AbortController();
   const signal = AbortSignal.any([failure.signal, ...(options.signal ? [options.signal] : [])]);

@@ -1,15 +1,12 @@
 /** Batches cut by rows for data-parallel replicas, and what they give for them joined again. */
-import type { TokenBatch } from '../data/batch.js';
+import { evenRanges, type TokenBatch } from '../data/batch.js';
 import type { ForwardOutput, ForwardResult, TokenGradients } from './engine.js';
 
 /** As many batches as asked for, of rows that follow each other, as equally many as can be; some may be empty. */
 export function cutRows({ tokens, lengths }: TokenBatch, count: number): TokenBatch[] {
   let token = 0;
-  return Array.from({ length: count }, (_, i) => {
-    const rows = lengths.subarray(
-      Math.floor((i * lengths.length) / count),
-      Math.floor(((i + 1) * lengths.length) / count),
-    );
+  return evenRanges(lengths.length, count).map(({ begin: row, end }) => {
+    const rows = lengths.subarray(row, end);
     const begin = token;
     token += rows.reduce((sum, length) => sum + length, 0);
     return { tokens: tokens.subarray(begin, token), lengths: rows };

@@ -89,8 +89,9 @@ export async function openEach<T extends { close(): Promise<void> }>(
 
 const ranksOf = ({ pipeline = 1, tensor = 1, data = 1 }: LayoutSettings): number => pipeline * tensor * data;
 
-const deviceOf = ({ threads, memoryBytes, onWork }: DeviceSettings, rank: number): DeviceOptions => ({
-  ...{ threads, memoryBytes },
+const deviceOf = ({ onWork, ...settings }: Omit<DeviceSettings, 'layout'>, rank: number): DeviceOptions => ({
+  ...settings,
+  rank,
   ...(onWork ? { onWork: (work) => onWork(work, rank) } : {}),
 });
 

@@ -2,6 +2,7 @@
 import { z } from 'zod';
 import { LockstepError } from '../errors.js';
 import { at, explainUnions, type Issue } from './config-unions.js';
+import { nearest } from './nearest.js';
 import { algorithms, configSchema } from './schema.js';
 
 type Problem = { code: 'CONFIG_UNKNOWN_KEY' | 'CONFIG_INVALID'; message: string; path: string };
@@ -27,7 +28,8 @@ function unknownKey(key: string, path: readonly PropertyKey[], known: Known): Pr
   const parent = generic(path).join('.');
   const full = [...generic(path), key].join('.');
   const siblings = known.names.filter((name) => name.slice(0, Math.max(0, name.lastIndexOf('.'))) === parent);
-  const guess = nearest(full, siblings) ?? nearest(key, known.names, lastSegment) ?? undefined;
+  const guess =
+    nearest(lastSegment(full), siblings, lastSegment) ?? nearest(lastSegment(key), known.names, lastSegment);
   const belongs = elsewhere(full);
   const hint = siblings.includes(full)
     ? `it goes with ${known.needing(generic(path), key).join(', ')}`
@@ -150,29 +152,4 @@ function elsewhere(full: string): string | undefined {
 
 function lastSegment(name: string): string {
   return name.slice(name.lastIndexOf('.') + 1);
-}
-
-/** The candidate at the smallest edit distance, if that is at most half of the longer word. */
-function nearest(word: string, candidates: readonly string[], by = (name: string) => name): string | undefined {
-  let best: string | undefined;
-  let bestDistance = Number.POSITIVE_INFINITY;
-  for (const candidate of candidates) {
-    const distance = editDistance(lastSegment(word).toLowerCase(), lastSegment(by(candidate)).toLowerCase());
-    const limit = Math.max(lastSegment(word).length, lastSegment(candidate).length) / 2;
-    if (distance <= limit && distance < bestDistance) [best, bestDistance] = [candidate, distance];
-  }
-  return best;
-}
-
-/** Levenshtein distance. */
-export function editDistance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
-  for (let i = 1; i <= a.length; i++) {
-    const next = [i];
-    for (let j = 1; j <= b.length; j++) {
-      next[j] = Math.min(row[j]! + 1, next[j - 1]! + 1, row[j - 1]! + Number(a[i - 1] !== b[j - 1]));
-    }
-    row = next;
-  }
-  return row[b.length]!;
 }

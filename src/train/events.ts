@@ -18,12 +18,15 @@ export interface Sample {
 
 /** One line of the arithmetic that decides whether a run fits its memory budget. */
 export interface MemoryLine {
+  /** In a run of several pools. */
+  pool?: string;
   what: string;
   bytes: number;
 }
 
 export interface MemoryTable {
   lines: readonly MemoryLine[];
+  /** Of a device; in a run of several pools, of the pool that needs most. */
   totalBytes: number;
   budgetBytes: number;
 }

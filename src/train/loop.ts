@@ -13,6 +13,8 @@ export interface Run {
   recorder: Recorder;
   task: Task;
   signal: AbortSignal | undefined;
+  /** Makes the task's steps and evaluations end at once. */
+  cancel: AbortSignal | undefined;
   /** `performance.now()` when the run began. */
   started: number;
 }
@@ -22,7 +24,7 @@ export interface RunWarning {
   message: string;
 }
 
-/** Runs the steps after `done`; the last one is always saved, also when the signal ends the run early. */
+/** Runs the steps after `done`; the last one is always saved, also when the signal ends the run early, but not when it is cancelled. */
 export async function* loop(run: Run, done: number): AsyncGenerator<TrainEvent> {
   const { config, folder, signal } = run;
   const saver = new Saver(run);
@@ -30,7 +32,8 @@ export async function* loop(run: Run, done: number): AsyncGenerator<TrainEvent> 
   try {
     if (step === 0 && step < config.steps && !signal?.aborted) yield* evaluateBefore(run);
     while (step < config.steps && !signal?.aborted) {
-      yield* oneStep(run, ++step);
+      yield* oneStep(run, step + 1);
+      step++;
       yield* some(await saver.ended());
       const due = config.checkpoint.every > 0 && step % config.checkpoint.every === 0;
       if (!due && step < config.steps && !signal?.aborted) continue;
@@ -39,6 +42,9 @@ export async function* loop(run: Run, done: number): AsyncGenerator<TrainEvent> 
       if (!config.checkpoint.async) yield* some(await saver.wait());
     }
     yield* some(await saver.wait());
+  } catch (error) {
+    if (!cameOf(error, run.cancel)) throw error;
+    yield* some(await saver.wait().catch(() => undefined));
   } finally {
     // A step that fails leaves the checkpoint before it complete; its own error is the run's.
     await saver.wait().catch(() => undefined);
@@ -48,8 +54,21 @@ export async function* loop(run: Run, done: number): AsyncGenerator<TrainEvent> 
   if (step >= config.steps) {
     yield { type: 'done', step, checkpoint: checkpoint!, output, seconds: (performance.now() - run.started) / 1000 };
   } else {
-    yield { type: 'interrupted', step, ...(checkpoint === undefined ? {} : { checkpoint }), output };
+    yield interrupted(step, checkpoint, output);
   }
+}
+
+export function interrupted(step: number, checkpoint: string | undefined, output: string): TrainEvent {
+  return { type: 'interrupted', step, ...(checkpoint === undefined ? {} : { checkpoint }), output };
+}
+
+/** Whether an error, or a cause of it, is the reason of a signal that fired. */
+export function cameOf(error: unknown, signal: AbortSignal | undefined): boolean {
+  if (!signal?.aborted) return false;
+  for (let at = error; at !== undefined; at = at instanceof Error ? at.cause : undefined) {
+    if (at === signal.reason) return true;
+  }
+  return false;
 }
 
 const some = <T>(value: T | undefined): T[] => (value === undefined ? [] : [value]);

@@ -72,10 +72,11 @@ export async function ktoTask(config: ConfigOf<'kto'>, workshop: Workshop): Prom
 }
 
 async function openModels(config: PreferenceConfig, workshop: Workshop) {
-  const { roles, turns, recorder, tokenizer, endTokens } = workshop;
+  const { roles, pools, tokenizer, endTokens } = workshop;
   const [policy, reference] = roles as [Role, Role | undefined];
   const engine = await openEngine(policy, workshop);
-  const actor = turns.wrap(
+  const actor = pools.place(
+    policy.name,
     ActorWorker.create(engine, {
       ...learnerSettings(config),
       sampling: { ...config.rollout, seed: config.seed, stopTokens: endTokens },
@@ -83,14 +84,13 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
       mismatch: config.checks.mismatch,
     }),
     { computeLogprobs: 'logprobs', update: 'update', computeLoss: 'evaluation' },
-    recorder,
   );
   const anchor =
     reference &&
-    turns.wrap(
+    pools.place(
+      reference.name,
       ReferenceWorker.create(await openEngine(reference, workshop), { microTokens: config.batch.microTokens }),
       { computeLogprobs: 'reference' },
-      recorder,
     );
   return {
     // Losses without a reference call none.

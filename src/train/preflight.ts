@@ -5,35 +5,62 @@ import { largestPhase, RotationPlan, stateGroups } from '../layout/rotation.js';
 import { type Config, parseBytes } from './config.js';
 import type { MemoryLine, MemoryTable } from './events.js';
 import { mostOf, phasesOf, type RunPhase, statesOf } from './phases.js';
+import { type PlacedRoles, poolsOf } from './placement.js';
 import type { Role } from './roles.js';
 
 interface HostLine extends MemoryLine {
   advice: string;
 }
 
-/** The arithmetic, and with `memory.offload` the plan that the run follows. */
-export interface Preflight {
-  memory: MemoryTable;
+/** A pool, and with `memory.offload` the plan that it follows. */
+export interface PoolPlan {
+  pool: PlacedRoles<Role['name']>;
   rotation?: RotationPlan;
 }
 
+/** The arithmetic, and the pools of the run. */
+export interface Preflight {
+  memory: MemoryTable;
+  pools: PoolPlan[];
+}
+
 /**
- * Without offload the models' weights, gradients and optimizer state, and the largest of the calls that use the workspace in
- * turn; with it what the call that needs most has on the device.
+ * Of each pool, without offload the models' weights, gradients and optimizer state, and the largest of the calls that use the
+ * workspace in turn; with it what the call that needs most has on the device.
  *
- * @throws LockstepError MEMORY_BUDGET when they exceed `memory.device`, or what leaves the device or is copied for checkpoints
- * exceeds `memory.host`.
+ * @throws LockstepError CONFIG_CONTRADICTION for a placement that does not fit the run's models; MEMORY_BUDGET when they exceed
+ * `memory.device`, or what leaves the devices or is copied for checkpoints exceeds `memory.host`.
  */
 export function preflight(roles: readonly Role[], config: Config): Preflight {
+  const names = roles.map(({ name }) => name);
+  const places = poolsOf(config.placement, names);
+  const pools = places.map((pool) => {
+    const own = roles.filter(({ name }) => pool.roles.includes(name));
+    return { ...planPool(own, config, places.length === 1 ? undefined : pool.name), pool };
+  });
+  const { totalBytes, budgetBytes } = pools
+    .map(({ memory }) => memory)
+    .reduce((a, b) => (b.totalBytes > a.totalBytes ? b : a));
+  const rotations = pools.flatMap(({ rotation }) => (rotation ? [rotation] : []));
+  checkHost(hostLines(roles, config, rotations), config);
+  return {
+    memory: { lines: pools.flatMap(({ memory }) => memory.lines), totalBytes, budgetBytes },
+    pools: pools.map(({ pool, rotation }) => ({ pool, ...(rotation ? { rotation } : {}) })),
+  };
+}
+
+/** `pool` is its name in a run of several. */
+function planPool(roles: readonly Role[], config: Config, pool: string | undefined) {
   const { offload } = config.memory;
   const budgetBytes = parseBytes(config.memory.device);
-  const lines = offload === 'none' ? allLines(roles, config) : largestLines(roles, config);
+  const lines = (offload === 'none' ? allLines(roles, config) : largestLines(roles, config)).map((line) => ({
+    ...(pool === undefined ? {} : { pool }),
+    ...line,
+  }));
   const totalBytes = lines.reduce((sum, line) => sum + line.bytes, 0);
-  const memory = { lines, totalBytes, budgetBytes };
-  if (totalBytes > budgetBytes) throw tooLarge(memory, roles, config);
-  const rotation = offload === 'none' ? undefined : new RotationPlan(rotationSettings(roles, config));
-  checkHost(hostLines(roles, config, rotation), config);
-  return { memory, ...(rotation ? { rotation } : {}) };
+  const memory: MemoryTable = { lines, totalBytes, budgetBytes };
+  if (totalBytes > budgetBytes) throw tooLarge(memory, roles, config, pool);
+  return { memory, rotation: offload === 'none' ? undefined : new RotationPlan(rotationSettings(roles, config)) };
 }
 
 function rotationSettings(roles: readonly Role[], config: Config) {
@@ -44,11 +71,16 @@ function rotationSettings(roles: readonly Role[], config: Config) {
   };
 }
 
-function tooLarge(memory: MemoryTable, roles: readonly Role[], config: Config): LockstepError {
+function tooLarge(
+  memory: MemoryTable,
+  roles: readonly Role[],
+  config: Config,
+  pool: string | undefined,
+): LockstepError {
   const { lines, totalBytes, budgetBytes } = memory;
   return new LockstepError(
     'MEMORY_BUDGET',
-    `the run needs ${mebibytes(totalBytes)}, more than memory.device (${mebibytes(budgetBytes)}):\n` +
+    `${pool === undefined ? 'the run' : `pool ${pool}`} needs ${mebibytes(totalBytes)}, more than memory.device (${mebibytes(budgetBytes)}):\n` +
       lines.map(({ what, bytes }) => `  ${mebibytes(bytes).padStart(12)}  ${what}`).join('\n') +
       `\nraise memory.device, lower batch.microTokens, or set memory.recompute${offloadAdvice(roles, config)}`,
     { ...memory },
@@ -64,7 +96,7 @@ function offloadAdvice(roles: readonly Role[], config: Config): string {
   const rotation = new RotationPlan(settings);
   const { hostBytes } = rotation;
   const inHost = { ...config, memory: { ...config.memory, offload: 'host' as const } };
-  const allBytes = hostLines(roles, inHost, rotation).reduce((sum, line) => sum + line.bytes, 0);
+  const allBytes = hostLines(roles, inHost, [rotation]).reduce((sum, line) => sum + line.bytes, 0);
   const place = allBytes <= parseBytes(config.memory.host) ? 'host' : 'file';
   return (
     `; memory.offload: ${place} would fit: in turn the models need ${mebibytes(bytes)} of the device (${phase.name}) and ` +
@@ -73,13 +105,14 @@ function offloadAdvice(roles: readonly Role[], config: Config): string {
 }
 
 /** What leaves the device, and what a checkpoint is written from behind the steps. */
-function hostLines(roles: readonly Role[], config: Config, rotation: RotationPlan | undefined): HostLine[] {
+function hostLines(roles: readonly Role[], config: Config, rotations: readonly RotationPlan[]): HostLine[] {
+  const leaving = rotations.reduce((sum, { hostBytes }) => sum + hostBytes, 0);
   const trained = roles.filter((role) => role.trained);
   const copied = trained.reduce((sum, role) => sum + mostOf(role, config, ({ table }) => snapshotBytes(table)), 0);
   const names = trained.map(({ name }) => name).join(' and ');
   return [
-    ...(config.memory.offload === 'host' && rotation
-      ? [{ what: 'models off the device', bytes: rotation.hostBytes, advice: 'set memory.offload: file' }]
+    ...(config.memory.offload === 'host' && rotations.length > 0
+      ? [{ what: 'models off the device', bytes: leaving, advice: 'set memory.offload: file' }]
       : []),
     ...(config.checkpoint.async
       ? [{ what: `a checkpoint's copy of ${names}`, bytes: copied, advice: 'set checkpoint.async: false' }]

@@ -1,39 +1,14 @@
 /**
- * Where the time goes: phases of a step, summed for its metrics row (`seconds.<phase>`) and kept as a Chrome trace
- * (trace.json, for about:tracing and Perfetto). Algorithms and workers are wrapped from outside and know nothing of it.
+ * Where the time goes: phases of a step, summed for its metrics row (`seconds.<phase>`) and drawn in the trace. Algorithms and
+ * workers are wrapped from outside and know nothing of it.
  *
- * Each rank has a row of its own: its works, and between them `idle`. What a work spent in communicators is drawn at its
- * begin, first the waits for other ranks (`idle`), then the rest (`communication`): the sums are exact, the places are not.
+ * A run of several pools has rows for each. Each rank has a row of its own: its works, and between them `idle`. What a work spent in
+ * communicators is drawn at its begin, first the waits for other ranks (`idle`), then the rest (`communication`): the sums are
+ * exact, the places are not. The row `materialised` lists the answers whose data came to the controller.
  */
-import { type FileHandle, open, readFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import type { Materialised } from '../cluster/future.js';
 import type { Work } from '../engine/device.js';
-
-interface TraceEvent {
-  name: string;
-  cat: string;
-  ph: 'X';
-  pid: 1;
-  tid: number;
-  /** Microseconds. */ ts: number;
-  dur: number;
-  args?: { step: number };
-}
-
-interface Drawn extends Pick<TraceEvent, 'name' | 'cat' | 'tid'> {
-  start: number;
-  end: number;
-  step: number;
-}
-
-/** The name of a row. */
-interface RowName {
-  name: 'thread_name';
-  ph: 'M';
-  pid: 1;
-  tid: number;
-  args: { name: string };
-}
+import { Trace } from './trace.js';
 
 /** Works that move tensors instead of computing. */
 const transfers: ReadonlySet<Work['operation']> = new Set([
@@ -44,78 +19,64 @@ const transfers: ReadonlySet<Work['operation']> = new Set([
   'read',
   'write',
 ] as const);
-/** Rows of the trace; ranks come behind them. What goes on behind the steps is in no sum. */
+/** Rows of a lane; ranks come behind them. What goes on behind the steps is in no sum. */
 const rows = { phase: 1, native: 2, transfer: 3, background: 4 } as const;
 type Category = keyof typeof rows;
 const firstRankRow = 5;
+const materialisedRow = 99;
+const rowsOfLane = 100;
+/** What the rows of a pool's lane are called. */
+const rowNames: Record<Category, string> = {
+  ...{ phase: 'calls', native: 'native calls', transfer: 'transfers', background: 'background' },
+};
 /** Milliseconds of process.hrtime(), which works carry, when performance.now() is 0: one clock, two origins. */
 const clockOffset = Number(process.hrtime.bigint()) / 1e6 - performance.now();
 /** Shorter parts of a work are not drawn. */
 const drawnSeconds = 1e-6;
 
-export class Recorder {
-  /** Milliseconds of the process clock that are microsecond `#base` of the trace. */
-  #origin = performance.now();
-  #base = 0;
-  /** By metric. */
-  #sums = new Map<string, number>();
-  #events: (TraceEvent | RowName)[] = [];
+/** Rows of the trace for what does not overlap: the run's own, or one of several pools'. */
+export class Lane {
   /** Seconds at which each rank's last work ended. */
-  #idleSince = new Map<number, number>();
-  #file: FileHandle | undefined;
-  #empty = true;
-  step = 0;
+  readonly #idleSince = new Map<number, number>();
 
-  /** Appends to the trace of an earlier part of the run, after its last event. */
-  async open(folder: string): Promise<void> {
-    const path = join(folder, 'trace.json');
-    const earlier = parseTrace(await readFile(path, 'utf8').catch(() => ''));
-    this.#base = earlier.reduce((end, event) => Math.max(end, event.ts + event.dur), 0);
-    this.#origin = performance.now();
-    this.#file = await open(path, 'w');
-    this.#events.unshift(...earlier);
-    await this.#file.writeFile('[');
-    await this.flush();
-  }
+  /** `index` is 0 for the run, 1, 2, .. for its pools; the names of a pool's rows begin with its own. */
+  constructor(
+    protected readonly trace: Trace,
+    /** By metric. */
+    protected readonly sums: Map<string, number>,
+    private readonly index = 0,
+    private readonly pool?: string,
+  ) {}
 
   /** Runs `work` as a phase; native calls, transfers and what goes on behind the steps are drawn on rows of their own. */
   async phase<T>(name: string, work: () => Promise<T> | T, category: Category = 'phase'): Promise<T> {
     const start = performance.now();
-    const step = this.step;
+    const { step } = this.trace;
     try {
       return await work();
     } finally {
       const end = performance.now();
       const seconds = (end - start) / 1000;
       if (category !== 'background') this.add(`seconds.${category === 'phase' ? name : category}`, seconds);
-      this.#draw({ name, cat: category, tid: rows[category], start, end, step });
+      const tid = this.row(rows[category], rowNames[category]);
+      this.trace.draw({ name, cat: category, tid, start, end, args: { step } });
     }
   }
 
   /** Adds to a metric of the present row: `seconds.<phase>` or `bytes.<transfer>`. */
   add(metric: string, amount: number): void {
-    this.#sums.set(metric, (this.#sums.get(metric) ?? 0) + amount);
-  }
-
-  /** `start` and `end` in milliseconds of performance.now(). The trace begins when its file is open. */
-  #draw({ start, end, step, ...event }: Drawn): void {
-    if (!this.#file) return;
-    const at = (milliseconds: number): number => Math.round((milliseconds - this.#origin) * 1000);
-    const ts = this.#base + at(start);
-    this.#events.push({ ...event, ph: 'X', pid: 1, ts, dur: at(end) - at(start), args: { step } });
+    this.sums.set(metric, (this.sums.get(metric) ?? 0) + amount);
   }
 
   /** A work of a rank, each rank's in their order. */
   work({ operation, microBatch, begin, end, communicating, waiting }: Work, rank: number): void {
-    if (!this.#file) return;
-    const tid = firstRankRow + rank;
-    if (!this.#idleSince.has(rank)) {
-      this.#events.push({ name: 'thread_name', ph: 'M', pid: 1, tid, args: { name: `rank ${rank}` } });
-    }
+    if (!this.trace.isOpen) return;
+    const tid = this.index * rowsOfLane + firstRankRow + rank;
+    this.trace.nameRow(tid, this.pool === undefined ? `rank ${rank}` : `${this.pool}/rank ${rank}`);
     const draw = (name: string, cat: string, from: number, to: number): void => {
       if (to - from < drawnSeconds) return;
       const [start, end] = [from, to].map((seconds) => seconds * 1000 - clockOffset) as [number, number];
-      this.#draw({ name, cat, tid, start, end, step: this.step });
+      this.trace.draw({ name, cat, tid, start, end });
     };
     draw('idle', 'idle', this.#idleSince.get(rank) ?? begin, begin);
     this.#idleSince.set(rank, end);
@@ -125,59 +86,75 @@ export class Recorder {
     draw('communication', 'communication', begin + waiting, begin + communicating);
   }
 
-  /** What was added since the last call. */
-  take(): Record<string, number> {
-    const entries = [...this.#sums].map(([metric, sum]) => [metric, Number(sum.toFixed(6))]);
-    this.#sums.clear();
-    return Object.fromEntries(entries);
-  }
-
-  /** Leaves the seconds since the last call to the trace; bytes count in the next row. */
-  forgetSeconds(): void {
-    for (const metric of this.#sums.keys()) if (metric.startsWith('seconds.')) this.#sums.delete(metric);
-  }
-
-  async flush(): Promise<void> {
-    if (!this.#file || this.#events.length === 0) return;
-    const text = this.#events.map((event) => JSON.stringify(event)).join(',\n');
-    this.#events = [];
-    await this.#file.appendFile((this.#empty ? '\n' : ',\n') + text);
-    this.#empty = false;
-  }
-
-  async close(): Promise<void> {
-    await this.flush();
-    await this.#file?.appendFile('\n]\n');
-    await this.#file?.close();
-    this.#file = undefined;
-  }
-
   /** An object whose listed methods are phases, also when it calls them itself; a phase is named by its table entry. */
   wrap<T extends object>(target: T, phases: Partial<Record<keyof T, string>>, category?: Category): T {
-    const recorder = this;
+    const lane = this;
     return new Proxy(target, {
       get(object, key, proxy) {
         const value = Reflect.get(object, key, object) as unknown;
         if (typeof value !== 'function') return value;
         const name = phases[key as keyof T];
         if (name === undefined) return value.bind(proxy);
-        return (...args: unknown[]) =>
-          recorder.phase(name, () => value.apply(object, args) as Promise<unknown>, category);
+        return (...args: unknown[]) => lane.phase(name, () => value.apply(object, args) as Promise<unknown>, category);
       },
     });
   }
+
+  private row(row: number, name: string): number {
+    const tid = this.index * rowsOfLane + row;
+    if (this.pool !== undefined) this.trace.nameRow(tid, `${this.pool}/${name}`);
+    return tid;
+  }
 }
 
-/** Events of a trace file, which may lack its end when the process was killed. */
-function parseTrace(text: string): TraceEvent[] {
-  return text
-    .split('\n')
-    .flatMap((line) => {
-      try {
-        return [JSON.parse(line.replace(/,$/, '')) as TraceEvent];
-      } catch {
-        return [];
-      }
-    })
-    .filter((event) => event !== null && typeof event === 'object' && typeof event.ts === 'number');
+export class Recorder extends Lane {
+  constructor() {
+    super(new Trace(), new Map());
+  }
+
+  /** The rows of one of several pools, numbered from 0. */
+  lane(pool: string, index: number): Lane {
+    return new Lane(this.trace, this.sums, index + 1, pool);
+  }
+
+  get step(): number {
+    return this.trace.step;
+  }
+
+  set step(step: number) {
+    this.trace.step = step;
+  }
+
+  open(folder: string): Promise<void> {
+    return this.trace.open(folder);
+  }
+
+  /** An answer that came to the controller; one without arrays is not worth a line. */
+  materialised({ label, bytes }: Materialised): void {
+    if (bytes === 0) return;
+    this.add('bytes.materialised', bytes);
+    this.trace.nameRow(materialisedRow, 'materialised');
+    const now = performance.now();
+    this.trace.draw({ name: label, cat: 'materialise', tid: materialisedRow, start: now, end: now, args: { bytes } });
+  }
+
+  /** What was added since the last call. */
+  take(): Record<string, number> {
+    const entries = [...this.sums].map(([metric, sum]) => [metric, Number(sum.toFixed(6))]);
+    this.sums.clear();
+    return Object.fromEntries(entries);
+  }
+
+  /** Leaves the seconds since the last call to the trace; bytes count in the next row. */
+  forgetSeconds(): void {
+    for (const metric of this.sums.keys()) if (metric.startsWith('seconds.')) this.sums.delete(metric);
+  }
+
+  flush(): Promise<void> {
+    return this.trace.flush();
+  }
+
+  close(): Promise<void> {
+    return this.trace.close();
+  }
 }

@@ -1,6 +1,7 @@
 /** Rewards of a rollout: the weighted sum of the terms that the configuration lists. */
 import { readFile } from 'node:fs/promises';
 import type { Awaitable, Rewards, Rollout } from '../algorithms/algorithm.js';
+import { callSignal } from '../cluster/call-context.js';
 import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import { type BuiltIn, builtInReward } from '../rewards/built-in/registry.js';
@@ -16,7 +17,7 @@ import { textsOf } from './samples.js';
 import type { Workshop } from './task.js';
 
 export interface RewardSource {
-  computeRewards(rollout: Awaitable<Rollout>): Promise<Rewards>;
+  readonly computeRewards: (rollout: Awaitable<Rollout>) => Promise<Rewards>;
 }
 
 /** `engine` is that of the model that scores, when there is one; `phase` names its calls. Throws what opening a term does. */
@@ -25,11 +26,11 @@ export async function openRewards(
   phase: 'reward' | 'cost',
   engine: Engine | undefined,
   { batch }: Pick<RolloutConfig, 'batch'>,
-  { turns, recorder, tokenizer, own }: Pick<Workshop, 'turns' | 'recorder' | 'tokenizer' | 'own'>,
+  { pools, recorder, tokenizer, own }: Pick<Workshop, 'pools' | 'recorder' | 'tokenizer' | 'own'>,
 ): Promise<RewardSource> {
   const model =
     engine &&
-    turns.wrap(RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: phase }, recorder);
+    pools.place(phase, RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: phase });
   const scorers = new Map<RewardTerm, Scorer>();
   for (const term of reward) {
     if (!tokenizer) checkReadable(term);
@@ -45,9 +46,11 @@ export async function openRewards(
   };
   return {
     computeRewards: async (given) => {
+      // The model's turn is taken now; functions read arrays, so that they wait for the rollout.
+      const scoring = model?.computeRewards(given);
       const rollout = await given;
       const [scored, answered] = await Promise.all([
-        model?.computeRewards(rollout),
+        scoring,
         scorers.size > 0 ? recorder.phase(`${phase}Function`, () => fromScorers(rollout)) : [],
       ]);
       if (scored) checkFinite(scored);
@@ -63,17 +66,19 @@ export async function openRewards(
   };
 }
 
-/** All at once; the first that fails aborts the others, and is thrown when they have ended. */
+/** All at once; the first that fails aborts the others, and is thrown when they have ended. So does the end of the iteration. */
 async function inParallel<T, R>(items: readonly T[], work: (item: T, signal: AbortSignal) => Promise<R>): Promise<R[]> {
   const failed = new AbortController();
+  const released = callSignal();
+  const signal = released ? AbortSignal.any([failed.signal, released]) : failed.signal;
   const results = items.map((item) =>
-    work(item, failed.signal).catch((error: unknown) => {
+    work(item, signal).catch((error: unknown) => {
       failed.abort(error);
       throw error;
     }),
   );
   await Promise.allSettled(results);
-  failed.signal.throwIfAborted();
+  signal.throwIfAborted();
   return Promise.all(results);
 }
 

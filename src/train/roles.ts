@@ -7,16 +7,15 @@ import { type Checkpoint, openCheckpoint } from '../checkpoints/hugging-face.js'
 import { philox } from '../data/sampler.js';
 import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
-import type { BackendDevice } from '../inference/backend.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
 import { learnsFromRollouts, rolloutAlgorithm } from './algorithms.js';
 import type { Closable } from './closing.js';
 import type { Config, ConfigOf } from './config.js';
+import type { RunPools } from './pools.js';
 import { preferenceModels } from './preferences.js';
-import type { Recorder } from './recorder.js';
+import type { Lane, Recorder } from './recorder.js';
 import { rewardModel } from './reward-schema.js';
-import type { Turns } from './turns.js';
 
 /** Models of a run; the policy is the actor of algorithms. */
 export type RoleName = 'policy' | 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost' | 'teacher';
@@ -137,9 +136,8 @@ export async function foreignTokenizers([policy, ...others]: readonly Role[]): P
 
 export interface EngineContext {
   config: Config;
-  device: BackendDevice;
   recorder: Recorder;
-  turns: Turns;
+  pools: RunPools;
   /** The run's checkpoint to continue from. */
   from?: string | undefined;
   /** Has a resource closed when the run ends, however it ends. */
@@ -148,7 +146,8 @@ export interface EngineContext {
 
 /** An engine for a role, with the weights of the checkpoint that the run continues or of the role's start. */
 export async function openEngine(role: Role, context: EngineContext): Promise<Engine> {
-  const { config, device, recorder, turns, from } = context;
+  const { config, pools, from } = context;
+  const { device, rotation, lane } = pools.of(role.name);
   const saved = role.trained && from !== undefined;
   const create = async () =>
     device.createEngine(saved ? await openCheckpoint(join(from, role.folder)) : role.checkpoint, {
@@ -159,12 +158,12 @@ export async function openEngine(role: Role, context: EngineContext): Promise<En
       recompute: config.memory.recompute,
       ...(role.generates && config.generation ? { generation: config.generation } : {}),
     });
-  const engine = context.own(await (turns.rotation ? turns.rotation.open(role.name, create) : create()));
+  const engine = context.own(await (rotation ? rotation.open(role.name, create) : create()));
   if (role.trained && !saved && role.head === 'score' && role.checkpoint.shape.head !== 'score') {
     await engine.writeTensor('score.weight', initialScoreHead(role.shape.width, config.seed));
     await engine.publish();
   }
-  countTransitions(engine, recorder);
+  countTransitions(engine, lane);
   const calls = {
     forward: 'forward',
     forwardEach: 'forward',
@@ -174,11 +173,11 @@ export async function openEngine(role: Role, context: EngineContext): Promise<En
     // Of one rank its forwards and backwards are recorded.
     ...(engine.replicas > 1 || 'ranks' in engine ? { accumulate: 'accumulate' as const } : {}),
   } as const;
-  return recorder.wrap(engine, calls, 'native');
+  return lane.wrap(engine, calls, 'native');
 }
 
 /** Bytes and seconds of the ways to the generation layout, in the metrics of the step that they are made in. */
-function countTransitions(engine: Engine, recorder: Recorder): void {
+function countTransitions(engine: Engine, recorder: Lane): void {
   engine.onTransition = ({ receivedBytes, seconds }) => {
     recorder.add(
       'bytes.transition',

@@ -73,11 +73,12 @@ type OpenModels = Awaited<ReturnType<typeof openModels>>;
 
 /** The workers of the roles that a run has, under the names that algorithms know. */
 async function openModels(config: RolloutConfig, engines: Engines, workshop: Workshop) {
-  const { turns, recorder, tokenizer, endTokens } = workshop;
+  const { pools, tokenizer, endTokens } = workshop;
   const { rollout, seed, checks, batch } = config;
   const { temperature } = rollout;
   const forward = { microTokens: batch.microTokens, temperature };
-  const actor = turns.wrap(
+  const actor = pools.place(
+    'policy',
     ActorWorker.create(engines.policy!, {
       ...learnerSettings(config),
       temperature,
@@ -92,16 +93,15 @@ async function openModels(config: RolloutConfig, engines: Engines, workshop: Wor
       computeLogprobs: 'logprobs',
       update: 'policyUpdate',
     },
-    recorder,
   );
   const critic = (role: 'critic' | 'costCritic', values: string, update: string) => {
     const engine = engines[role];
     const settings = learnerSettings(config, (config as Partial<ConfigOf<'safe-rlhf'>>)[role]?.optimizer);
-    return engine && turns.wrap(CriticWorker.create(engine, settings), { computeValues: values, update }, recorder);
+    return engine && pools.place(role, CriticWorker.create(engine, settings), { computeValues: values, update });
   };
   const frozen = (role: 'reference' | 'teacher') => {
     const engine = engines[role];
-    return engine && turns.wrap(ReferenceWorker.create(engine, forward), { computeLogprobs: role }, recorder);
+    return engine && pools.place(role, ReferenceWorker.create(engine, forward), { computeLogprobs: role });
   };
   const { reward, cost } = config as Partial<Pick<ConfigOf<'safe-rlhf'>, 'reward' | 'cost'>>;
   const costs = cost && (await openRewards(cost, 'cost', engines.cost, config, workshop));

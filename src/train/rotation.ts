@@ -6,19 +6,19 @@ import type { Engine } from '../engine/engine.js';
 import { type ModelState, moveState, type StateMove, type StatePlace } from '../engine/model-state.js';
 import { type Exchange, type RotationPlan, stateGroups } from '../layout/rotation.js';
 import { opening } from './phases.js';
-import type { Recorder } from './recorder.js';
+import type { Lane } from './recorder.js';
 import type { Role } from './roles.js';
 
 export class Rotation {
   readonly #plan: RotationPlan;
   readonly #place: 'host' | 'file';
-  readonly #recorder: Recorder;
+  readonly #recorder: Lane;
   readonly #states = new Map<string, readonly ModelState[]>();
   /** Groups on the device once the moves under way have ended. */
   #present: ReadonlySet<string> = new Set();
   #beside: Promise<void> = Promise.resolve();
 
-  constructor(plan: RotationPlan, place: 'host' | 'file', recorder: Recorder) {
+  constructor(plan: RotationPlan, place: 'host' | 'file', recorder: Lane) {
     this.#plan = plan;
     this.#place = place;
     this.#recorder = recorder;

@@ -72,10 +72,6 @@ const commonRules: Rule<Config>[] = [
           'it does not move weights that two layouts share; leave out generation',
         )
       : undefined,
-  ({ placement }) =>
-    placement !== 'colocated'
-      ? unsupported('placement', placement, 'all models share one rank in this version; use colocated')
-      : undefined,
   ({ numerics: { parts } }) =>
     parts !== 'auto' && (parts & (parts - 1)) !== 0
       ? contradiction('numerics.parts', `${parts} is not a power of two; use auto, 1, 2, 4 or 8`)

@@ -4,6 +4,7 @@
  */
 import { z } from 'zod';
 import { shapes } from './algorithm-schemas.js';
+import { placementSchema } from './placement.js';
 import { bytes, count, countOrZero, nonNegative, positive, section, text } from './schema-parts.js';
 
 const optimizerShape = {
@@ -66,7 +67,7 @@ const common = {
       transition: z.enum(['hybridflow', 'hybridflow-v', 'ds-chat']).default('hybridflow'),
     })
     .optional(),
-  placement: z.string().default('colocated'),
+  placement: placementSchema,
   memory: section({
     /** Of each rank's device; ranks of one process have as much each, whatever the host has. */
     device: bytes.default('8GiB'),

@@ -29,12 +29,13 @@ interface SftItem extends SftExample {
 }
 
 export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Promise<Task> {
-  const { roles, turns, recorder, tokenizer } = workshop;
+  const { roles, pools, tokenizer } = workshop;
   const [policy] = roles as [Role];
   const convert = (row: Row): SftItem => sftItem(row, policy, workshop);
   const sources = await openSources(config, convert, workshop);
   const engine = await openEngine(policy, workshop);
-  const actor = turns.wrap(
+  const actor = pools.place(
+    policy.name,
     ActorWorker.create(engine, {
       ...learnerSettings(config),
       sampling: { ...config.rollout, seed: config.seed, stopTokens: workshop.endTokens },
@@ -43,7 +44,6 @@ export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Prom
       mismatch: config.checks.mismatch,
     }),
     { update: 'update', computeLoss: 'evaluation', generateForEvaluation: 'generation' },
-    recorder,
   );
   return {
     ...supervised(sources, config, sft(), { actor }, sftBatch, workshop),
@@ -70,15 +70,13 @@ async function pairTask<P extends Pair>(
   pack: (pairs: readonly P[]) => Experience,
   workshop: Workshop,
 ): Promise<Task> {
-  const { roles, turns, recorder } = workshop;
+  const { roles, pools } = workshop;
   const [role] = roles as [Role];
   const sources = await openSources(config, (row) => convert(row, role, workshop), workshop);
   const engine = await openEngine(role, workshop);
-  const reward = turns.wrap(
-    RewardWorker.createLearner(engine, learnerSettings(config)),
-    { update: 'update', computeLoss: 'evaluation' },
-    recorder,
-  );
+  const reward = pools.place(role.name, RewardWorker.createLearner(engine, learnerSettings(config)), {
+    ...{ update: 'update', computeLoss: 'evaluation' },
+  });
   return {
     ...supervised(sources, config, algorithm, { reward }, pack, workshop),
     trained: [trainedModel(role, engine, workshop)],

@@ -5,7 +5,7 @@ import type { Engine } from '../engine/engine.js';
 import type { LearnerSettings } from '../workers/learner.js';
 import type { Config } from './config.js';
 import type { Sample } from './events.js';
-import { holding } from './phases.js';
+import type { RunPools } from './pools.js';
 import type { EngineContext, Role } from './roles.js';
 import type { Skipped } from './row-source.js';
 import { learningRateAt, type ScheduleSettings } from './schedule.js';
@@ -23,8 +23,18 @@ export interface TrainedModel {
   hold<T>(work: () => Promise<T>): Promise<T>;
 }
 
-export function trainedModel(role: Role, engine: Engine, { turns }: Pick<Workshop, 'turns'>): TrainedModel {
-  return { role, engine, hold: (work) => turns.run(holding(role.name), work) };
+export function trainedModel(role: Role, engine: Engine, { pools }: Pick<Workshop, 'pools'>): TrainedModel {
+  return { role, engine, hold: (work) => pools.hold(role.name, work) };
+}
+
+/** A task whose steps and evaluations end with the first call that fails, or with a cancel. */
+export function supervised(task: Task, pools: RunPools): Task {
+  const { evaluate } = task;
+  return {
+    ...task,
+    step: (step) => pools.supervise(() => task.step(step)),
+    ...(evaluate ? { evaluate: () => pools.supervise(() => evaluate()) } : {}),
+  };
 }
 
 export interface Task {

@@ -6,25 +6,26 @@ import { endTokensOf } from '../inference/open-model.js';
 import { learnsFromRollouts } from './algorithms.js';
 import { checkResumable, layoutOf, restoreCheckpoint } from './checkpoint.js';
 import { Closing } from './closing.js';
-import { type Config, type ConfigInput, parseBytes, parseConfig, printConfig } from './config.js';
+import { type Config, type ConfigInput, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
 import { loadProgram } from './load-program.js';
-import { loop, type Run, type RunWarning } from './loop.js';
+import { cameOf, interrupted, loop, type Run, type RunWarning } from './loop.js';
+import { RunPools } from './pools.js';
 import { ktoTask, preferenceTask } from './preferences.js';
 import { preflight } from './preflight.js';
 import { Recorder } from './recorder.js';
 import { layoutWarning } from './resumed-layout.js';
 import { foreignTokenizers, type Role, rolesOf } from './roles.js';
 import { rolloutTask } from './rollouts.js';
-import { Rotation } from './rotation.js';
 import { RunFolder } from './run-folder.js';
 import { scorerTask, sftTask } from './supervised.js';
-import type { Task, Workshop } from './task.js';
-import { Turns } from './turns.js';
+import { supervised, type Task, type Workshop } from './task.js';
 
 export interface TrainOptions {
   /** Aborting it ends the run after the present step and a checkpoint. */
   signal?: AbortSignal;
+  /** Aborting it ends the run at once, in the middle of a step: what was saved before is complete, and `resume` goes on from it. */
+  cancel?: AbortSignal;
   /** Continue the run that the output folder holds. */
   resume?: boolean;
   /**
@@ -37,13 +38,13 @@ export interface TrainOptions {
 }
 
 /**
- * Trains. The run folder is written as the events come; leaving the iteration early stops the run where it is.
+ * Trains. A run that is stopped early ends with the event `interrupted`. The run folder is written as the events come; leaving the iteration early stops the run where it is.
  *
  * @throws LockstepError CONFIG_*; RUN_EXISTS, RUN_LOCKED, RUN_FOLDER; MEMORY_BUDGET; RUN_CONFIG_DIFFERS,
- * CHECKPOINT_OTHER_MODEL; MISMATCH; LOSS_NOT_FINITE; CHECKPOINT_WRITE_FAILED; what models, data and rewards throw.
+ * CHECKPOINT_OTHER_MODEL; MISMATCH; LOSS_NOT_FINITE; WORKER_HUNG; CHECKPOINT_WRITE_FAILED; what models, data and rewards throw.
  */
 export async function* train(input: Config | ConfigInput, options: TrainOptions = {}): AsyncGenerator<TrainEvent> {
-  const { signal, resume = false, backend = nativeBackend } = options;
+  const { signal, cancel, resume = false, backend = nativeBackend } = options;
   const started = performance.now();
   const config = parseConfig(input);
   const folder = await RunFolder.open(config.output, { resume });
@@ -51,32 +52,27 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   const closing = new Closing();
   closing.own(folder);
   closing.own(recorder);
+  let pools: RunPools | undefined;
+  let latest: { step: number; directory: string } | undefined;
   try {
-    const latest = (await folder.checkpoints()).at(-1);
+    latest = (await folder.checkpoints()).at(-1);
+    const step = latest?.step ?? 0;
     const algorithm = options.algorithm ?? (await programOf(config));
     const roles = await rolesOf(config, algorithm?.models);
-    const { memory, rotation: plan } = preflight(roles, config);
+    const { memory, pools: plans } = preflight(roles, config);
     const earlier = await folder.config();
     if (latest) await checkResumable(latest.directory, config, roles, earlier);
-    const device = await backend.openDevice({
-      threads: config.threads,
-      memoryBytes: parseBytes(config.memory.device),
-      hostBytes: parseBytes(config.memory.host),
+    pools = await RunPools.open({
+      ...{ config, plans, backend, recorder, cancel, closing },
       offloadFolder: folder.path,
-      layout: config.parallel,
-      onWork: (work, rank) => recorder.work(work, rank),
     });
-    closing.own(device);
-    const { offload } = config.memory;
-    const turns = new Turns(plan && offload !== 'none' ? new Rotation(plan, offload, recorder) : undefined);
     const own: Workshop['own'] = (resource) => closing.own(resource);
-    const parts = { roles, device, recorder, turns, own, from: latest?.directory };
+    const parts = { roles, recorder, pools, own, from: latest?.directory };
     const task = await openTask(config, parts, algorithm);
     if (latest) await restoreCheckpoint(task, latest.directory);
-    const step = latest?.step ?? 0;
     await folder.begin(printConfig(config), step);
     await recorder.open(folder.path);
-    const run: Run = { config, folder, recorder, task, signal, started };
+    const run: Run = { config, folder, recorder, task: supervised(task, pools), signal, cancel, started };
     yield {
       type: 'start',
       step,
@@ -91,7 +87,12 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       yield { type: 'warning', step, ...warning };
     }
     yield* loop(run, step);
+  } catch (error) {
+    if (!cameOf(error, cancel)) throw error;
+    yield interrupted(latest?.step ?? 0, latest?.directory, folder.path);
   } finally {
+    // What runs on engines and devices ends before they are closed.
+    await pools?.close();
     await closing.close();
   }
 }
@@ -105,7 +106,7 @@ const trainedShapes = (roles: readonly Role[]) => roles.filter(({ trained }) => 
 
 async function openTask(
   config: Config,
-  parts: Pick<Workshop, 'roles' | 'device' | 'recorder' | 'turns' | 'own' | 'from'>,
+  parts: Pick<Workshop, 'roles' | 'recorder' | 'pools' | 'own' | 'from'>,
   algorithm: RolloutAlgorithm | undefined,
 ): Promise<Task> {
   const { checkpoint } = parts.roles[0]!;

@@ -1,4 +1,5 @@
 /** The policy: generates, scores and learns (HybridFlow, Table 4). */
+import { callProgress, callSignal } from '../cluster/call-context.js';
 import type { TokenBatch } from '../data/batch.js';
 import { packBatch } from '../data/batch.js';
 import { StopStrings } from '../data/stop-strings.js';
@@ -41,6 +42,8 @@ export const ActorWorker = {
       { iteration, round, greedy }: GenerationOptions,
     ): Promise<Rollout> => {
       const stops = stopStrings(settings, prompts.length);
+      const alive = callProgress();
+      const signal = callSignal();
       const generated = await engine.generate(
         prompts.map(({ tokens }, i) => ({
           prompt: tokens,
@@ -50,7 +53,11 @@ export const ActorWorker = {
         {
           ...settings.sampling,
           ...(greedy ? { temperature: 0 } : {}),
-          ...(stops ? { onProgress: (p) => stops.push(p.requests, p.tokens) } : {}),
+          ...(signal ? { signal } : {}),
+          onProgress: ({ requests, tokens, total }) => {
+            alive(`token ${total} of a generation`);
+            return stops?.push(requests, tokens);
+          },
         },
       );
       return packRollout(

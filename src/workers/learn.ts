@@ -2,7 +2,8 @@
  * The one place that walks epochs x mini-batches x micro-batches: forward, the loss's gradient per token, backward, step.
  * Normalisers are those of the whole mini-batch, so how it is cut into micro-batches changes no number.
  */
-import { microBatches, type RowRange } from '../data/batch.js';
+import { callSignal } from '../cluster/call-context.js';
+import { evenRanges, microBatches, type RowRange } from '../data/batch.js';
 import { shuffledRows } from '../data/sampler.js';
 import type { Engine, ForwardOutput, StepOptions, TokenGradients } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
@@ -48,7 +49,10 @@ export interface LearnResult {
   updates: number;
 }
 
-/** @throws LockstepError LOSS_NOT_FINITE before the update that it would spoil; MISMATCH from the canary. */
+/**
+ * Ends between two micro-batches when its call is released, with an update half done.
+ * @throws LockstepError LOSS_NOT_FINITE before the update that it would spoil; MISMATCH from the canary; the reason of `callSignal()`.
+ */
 export async function learn(
   engine: Engine,
   batch: LearningBatch,
@@ -108,7 +112,8 @@ interface LossValue {
 function sharesOf(also: readonly Addition[], m: number, count: number): Addition[] {
   return also.flatMap((addition) => {
     const { experience, loss } = addition;
-    const share = takeRange(experience, shardRanges(experience, loss.couples, count)[m]!);
+    const ranges = evenRanges(experience.lengths.length, count, unitSize(experience, loss.couples));
+    const share = takeRange(experience, ranges[m]!);
     return share.lengths.length > 0 ? [{ ...addition, experience: share }] : [];
   });
 }
@@ -123,11 +128,14 @@ async function accumulate(
 ): Promise<LossValue> {
   const totals = totalsOf(batch);
   const outputs = outputsOf(loss) as ForwardOutput[];
-  const shards = shardRanges(batch, loss.couples, engine.replicas).map((rows) => takeRange(batch, rows));
+  const ranges = evenRanges(batch.lengths.length, engine.replicas, unitSize(batch, loss.couples));
+  const shards = ranges.map((rows) => takeRange(batch, rows));
   const microBatches = shards.map((shard) => microBatchesOf(shard, loss.couples, microTokens));
+  const signal = callSignal();
   const firstRows = rowsBefore(microBatches);
   const parts = microBatches.map((own): LossValue[] => own.map(() => ({ value: 0, statistics: {} })));
   await engine.accumulate(microBatches, { outputs, temperature, final }, (result, replica, index) => {
+    signal?.throwIfAborted();
     const part = microBatches[replica]![index]!;
     const row = firstRows[replica]![index]!;
     if (check) check.canary.compare(part, check.rows.subarray(row, row + part.lengths.length), result.logprobs!);
@@ -175,14 +183,6 @@ function miniBatchRows(
 
 function unitSize(batch: LearningBatch, couples: Coupling): number {
   return couples === 'pair' ? 2 : couples === 'group' ? (batch.groupSize ?? 1) : 1;
-}
-
-/** Rows of each replica, in order and as equally many as whole units allow. */
-function shardRanges(batch: LearningBatch, couples: Coupling, replicas: number): RowRange[] {
-  const size = unitSize(batch, couples);
-  const units = batch.lengths.length / size;
-  const begin = (replica: number): number => Math.floor((replica * units) / replicas) * size;
-  return Array.from({ length: replicas }, (_, replica) => ({ begin: begin(replica), end: begin(replica + 1) }));
 }
 
 function takeRange(batch: LearningBatch, { begin, end }: RowRange): LearningBatch {

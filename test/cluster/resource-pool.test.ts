@@ -91,9 +91,9 @@ describe('a pool', () => {
     };
     const p = pool('p', { around });
     const worker = p.place('w', { run: async () => log.push('run') }, { run: 'phase' });
-    await Promise.all([worker.run(), p.turn('hold', async () => log.push('hold')), worker.run()]);
-    const of = (phase: string, work: string) => [`enter ${phase}`, work, `leave ${phase}`];
-    expect(log).toEqual([...of('phase', 'run'), ...of('hold', 'hold'), ...of('phase', 'run')]);
+    await Promise.all([worker.run(), p.turn(async () => log.push('hold')), worker.run()]);
+    const call = ['enter phase', 'run', 'leave phase'];
+    expect(log).toEqual([...call, 'hold', ...call]);
   });
 
   it('leaves other methods and fields of a worker as they are', async () => {
@@ -380,6 +380,6 @@ describe('cancelling', () => {
     await p.close();
     await p.close();
     expect(await errorOf(placed.run())).toMatchObject({ code: 'POOL_CLOSED' });
-    expect(await errorOf(p.turn('hold', async () => 1))).toMatchObject({ code: 'POOL_CLOSED' });
+    expect(await errorOf(p.turn(async () => 1))).toMatchObject({ code: 'POOL_CLOSED' });
   });
 });

@@ -1,7 +1,7 @@
 /** Laws of batches: parts are views, all rows are there once and in order, and joining undoes cutting without a copy. */
 import { describe, expect, it } from 'vitest';
-import { concatRows, evenRanges, rowCount, Shards, sliceRows } from '../../src/cluster/rows.js';
-import { type TokenBatch, unpackBatch } from '../../src/data/batch.js';
+import { concatRows, rowCount, Shards, sliceRows } from '../../src/cluster/rows.js';
+import { evenRanges, type TokenBatch, unpackBatch } from '../../src/data/batch.js';
 
 const ascending = (length: number) => Array.from({ length }, (_, i) => i);
 

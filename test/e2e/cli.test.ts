@@ -168,18 +168,24 @@ describe('an interrupt', () => {
     const { Interrupts } = await import(${JSON.stringify(join(root, 'dist', 'cli', 'interrupts.js'))});
     const { Terminal } = await import(${JSON.stringify(join(root, 'dist', 'cli', 'terminal.js'))});
     const interrupts = new Interrupts(new Terminal());
-    await interrupts.during('finishing', async (signal) => {
+    const cancelling = process.argv[1];
+    await interrupts.during('finishing', async (signal, cancel) => {
       const busy = setInterval(() => {}, 1000);
       process.stdout.write('working\\n');
       await new Promise((done) => signal.addEventListener('abort', done));
-      await new Promise((done) => setTimeout(done, 300));
-      process.stdout.write('saved\\n');
+      const cancelled = await new Promise((done) => {
+        setTimeout(() => done(false), 300);
+        cancel.addEventListener('abort', () => setTimeout(() => done(true), 300));
+      });
+      process.stdout.write(cancelled ? 'cancelled\\n' : 'saved\\n');
       clearInterval(busy);
-    });
+    }, cancelling);
     process.exit(interrupts.exitCode ?? 0);`;
 
-  async function interrupted(...signals: NodeJS.Signals[]) {
-    const child = spawn(process.execPath, ['--input-type=module', '-e', script]);
+  const interrupted = (...signals: NodeJS.Signals[]) => interruptedWith([], ...signals);
+
+  async function interruptedWith(args: string[], ...signals: NodeJS.Signals[]) {
+    const child = spawn(process.execPath, ['--input-type=module', '-e', script, ...args]);
     let [stdout, stderr] = ['', ''];
     child.stderr.on('data', (chunk: Buffer) => {
       stderr += String(chunk);
@@ -205,5 +211,13 @@ describe('an interrupt', () => {
   test('a second one ends at once', async () => {
     expect(await interrupted('SIGINT', 'SIGINT')).toMatchObject({ code: 130, stdout: 'working\n' });
     expect(await interrupted('SIGINT', 'SIGTERM')).toMatchObject({ code: 143, stdout: 'working\n' });
+  });
+
+  test('of work that can be cancelled a second one cancels it, and a third ends at once', async () => {
+    const stderr = 'SIGINT: finishing; again ends at once\nSIGTERM: cancelling; again ends the process\n';
+    const cancelled = await interruptedWith(['cancelling'], 'SIGINT', 'SIGTERM');
+    expect(cancelled).toEqual({ code: 143, stdout: 'working\ncancelled\n', stderr });
+    const ended = await interruptedWith(['cancelling'], 'SIGINT', 'SIGTERM', 'SIGINT');
+    expect(ended).toEqual({ code: 130, stdout: 'working\n', stderr });
   });
 });

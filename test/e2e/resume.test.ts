@@ -199,3 +199,31 @@ describe.each([
     expect(parted).toEqual(whole);
   });
 });
+
+it('a second interrupt stops in the middle of the step; resumed, the run is the one never stopped', async () => {
+  await writeReward();
+  const output = join(folder, 'twice');
+  // Steps long enough that the second comes before the first has ended the run.
+  const config = await configFile(
+    folder,
+    { ...ppo('twice'), steps: 4, checkpoint: { every: 1, keep: 9 } },
+    'twice.json',
+  );
+  const { child, ended, output: printed } = start(['train', config, '--json']);
+  const watch = setInterval(() => {
+    if (printed().split('\n').length <= 2) return;
+    clearInterval(watch);
+    child.kill('SIGINT');
+    child.stderr.on('data', (chunk) => {
+      if (String(chunk).includes('finishing the step')) child.kill('SIGINT');
+    });
+  }, 2);
+  const { code, stderr } = await ended;
+  expect([code, stderr]).toEqual([130, expect.stringContaining('stopping in the middle of the step')]);
+  expect(stderr).toMatch(/interrupted after step \d+; the newest checkpoint is .*; go on with --resume/);
+  expect((await readdir(output)).filter((name) => name.startsWith('.'))).toEqual([]);
+  expect((await lockstep(['train', config, '--resume'])).code).toBe(0);
+  const whole = await configFile(folder, { ...ppo('once'), steps: 4, checkpoint: { every: 1, keep: 9 } }, 'once.json');
+  expect((await lockstep(['train', whole])).code).toBe(0);
+  await expectSameRun(join(folder, 'once'), output);
+});

@@ -6,13 +6,12 @@
 import { afterAll, describe, expect, test } from 'vitest';
 import { checkpointTensors, openCheckpoint } from '../../src/checkpoints/hugging-face.js';
 import { createDevice, createEngine, createParallelEngine } from '../../src/checkpoints/load-model.js';
-import { packBatch } from '../../src/data/batch.js';
+import { evenRanges, packBatch } from '../../src/data/batch.js';
 import type { Device } from '../../src/engine/device.js';
 import type { Dtype, Generated, GenerateOptions, GenerateRequest } from '../../src/engine/engine.js';
 import { HybridEngine } from '../../src/engine/hybrid-engine.js';
 import { NativeEngine } from '../../src/engine/native-engine.js';
 import { ParallelEngine } from '../../src/engine/parallel-engine.js';
-import { shareOut } from '../../src/engine/replica.js';
 import { readShards, writeShards } from '../../src/engine/shard-access.js';
 import { together } from '../../src/engine/together.js';
 import { worldOf } from '../../src/engine/transition.js';
@@ -447,7 +446,7 @@ test('requests are shared out in order, as equally as can be, d_g at a time', ()
   expect(microReplicas({ pipeline: 2, tensor: 2, data: 1 }, { pipeline: 1, tensor: 1 })).toBe(4);
   for (const items of [0, 1, 3, 4, 7, 16]) {
     for (const shares of [1, 3, 4]) {
-      const ranges = shareOut(items, shares);
+      const ranges = evenRanges(items, shares);
       expect(ranges[0]!.begin).toBe(0);
       expect(ranges.at(-1)!.end).toBe(items);
       for (let i = 1; i < shares; i++) expect(ranges[i]!.begin).toBe(ranges[i - 1]!.end);

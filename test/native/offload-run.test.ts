@@ -160,7 +160,8 @@ describe('ppo in the memory of its largest call', () => {
     const config = { ...configs.ppo(), evaluation: { every: 0 } };
     const parsed = parseConfig({ ...config, memory: { offload: 'host' } });
     const device = await needed(parsed);
-    const plan = preflight(await rolesOf(parsed), { ...parsed, memory: { ...parsed.memory, device } }).rotation!;
+    const plan = preflight(await rolesOf(parsed), { ...parsed, memory: { ...parsed.memory, device } }).pools[0]!
+      .rotation!;
     const { rows, device: seen } = await run(config, {
       memory: { offload: 'host', device },
       checkpoint: { every: 0 },

@@ -120,7 +120,7 @@ describe('training progress', () => {
     progress.show({ type: 'evaluation', step: 5, metrics: { step: 5, loss: 1, 'eval.loss': 2.5 }, samples: [] });
     progress.show({ type: 'interrupted', step: 5, checkpoint: '/c', output: '/runs/x' });
     expect(err()).toBe(
-      'warning SAMPLING_BIAS: biased\nevaluation at step 5: eval.loss 2.5\ninterrupted after step 5; saved /c; go on with --resume (/runs/x)\n',
+      'warning SAMPLING_BIAS: biased\nevaluation at step 5: eval.loss 2.5\ninterrupted after step 5; the newest checkpoint is /c; go on with --resume (/runs/x)\n',
     );
   });
 

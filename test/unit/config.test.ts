@@ -11,7 +11,7 @@ import {
   parseConfig,
   printConfig,
 } from '../../src/train/config.js';
-import { editDistance } from '../../src/train/config-errors.js';
+import { editDistance } from '../../src/train/nearest.js';
 import { presets } from '../../src/train/presets.js';
 
 const sft = { algorithm: 'sft', model: 'm', data: { train: 'd.jsonl' } };
@@ -185,15 +185,6 @@ describe('contradictions', () => {
     expect(error.code).toBe('CONFIG_CONTRADICTION');
     expect(error.message).toContain(message);
   });
-
-  it.each([[{ ...sft, placement: 'split' }, 'use colocated']])(
-    'what this version lacks is refused with what there is: %j',
-    (input, message) => {
-      const error = failure(input);
-      expect(error.code).toBe('CONFIG_UNSUPPORTED');
-      expect(error.message).toContain(message);
-    },
-  );
 
   it('the same KL loss with k3 is accepted', () => {
     expect(parseConfig({ ...ppo, ppo: { kl: { in: 'loss', estimator: 'k3' } } })).toMatchObject({ algorithm: 'ppo' });

@@ -12,7 +12,6 @@ import { Closing } from '../../src/train/closing.js';
 import { Recorder } from '../../src/train/recorder.js';
 import { rewardSchema } from '../../src/train/reward-schema.js';
 import { openRewards } from '../../src/train/rewards.js';
-import { Turns } from '../../src/train/turns.js';
 
 const directory = mkdtempSync(join(tmpdir(), 'reward-source-'));
 const closing = new Closing();
@@ -56,7 +55,8 @@ const open = (reward: unknown) =>
     undefined,
     { batch: { sequences: 3, microTokens: 64 } },
     {
-      turns: new Turns(),
+      // Without a reward model nothing is placed.
+      pools: undefined as never,
       recorder: new Recorder(),
       tokenizer,
       own: (resource) => closing.own(resource),

@@ -9,7 +9,6 @@ import type { Loss } from '../../src/losses/loss.js';
 import { bradleyTerry } from '../../src/losses/reward-model.js';
 import { crossEntropy } from '../../src/losses/sft.js';
 import { initialScoreHead } from '../../src/train/roles.js';
-import { Turns } from '../../src/train/turns.js';
 import { ActorWorker, packRollout } from '../../src/workers/actor.js';
 import { forwardAll, offsets } from '../../src/workers/batches.js';
 import { Canary } from '../../src/workers/canary.js';
@@ -279,21 +278,6 @@ it('a new score head is normal with standard deviation 1/sqrt(D + 1), by the see
   expect(deviation * Math.sqrt(4097)).toBeCloseTo(1, 1);
   expect(initialScoreHead(4096, 1)).toEqual(head);
   expect(initialScoreHead(4096, 2)).not.toEqual(head);
-});
-
-it('workers of a device take turns, also after a failure', async () => {
-  const turns = new Turns();
-  const log: string[] = [];
-  const work = (name: string, fails = false) =>
-    turns.run('work', async () => {
-      log.push(`${name} begins`);
-      await new Promise((resolve) => setTimeout(resolve, 5));
-      log.push(`${name} ends`);
-      if (fails) throw new Error(name);
-    });
-  const results = await Promise.allSettled([work('a'), work('b', true), work('c')]);
-  expect(log).toEqual(['a begins', 'a ends', 'b begins', 'b ends', 'c begins', 'c ends']);
-  expect(results.map(({ status }) => status)).toEqual(['fulfilled', 'rejected', 'fulfilled']);
 });
 
 describe('generated text', () => {

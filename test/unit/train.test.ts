@@ -371,6 +371,7 @@ describe('a ppo run', () => {
       'eval.response.length',
       'eval.response.truncated',
       'eval.response.empty',
+      'bytes.materialised',
     ]);
     expect(first).not.toHaveProperty('eval.reward.mean');
     expect(second).toHaveProperty('eval.reward.mean');
