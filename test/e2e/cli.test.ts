@@ -174,8 +174,11 @@ describe('an interrupt', () => {
       process.stdout.write('working\\n');
       await new Promise((done) => signal.addEventListener('abort', done));
       const cancelled = await new Promise((done) => {
-        setTimeout(() => done(false), 300);
-        cancel.addEventListener('abort', () => setTimeout(() => done(true), 300));
+        const saving = setTimeout(() => done(false), 300);
+        cancel.addEventListener('abort', () => {
+          clearTimeout(saving);
+          setTimeout(() => done(true), 300);
+        });
       });
       process.stdout.write(cancelled ? 'cancelled\\n' : 'saved\\n');
       clearInterval(busy);
