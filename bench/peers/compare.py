@@ -1,4 +1,4 @@
-"""Ours and a peer in turn: compare.py training|decode|iteration. Prints a JSON line per round and the medians of the ratios."""
+"""Ours and a peer in turn: compare.py training|decode|iteration|grpo. Prints a JSON line per round and the medians of the ratios."""
 import argparse
 import json
 import os
@@ -59,15 +59,21 @@ def decode(options):
     return ratios, {**us, "llama.cpp": single, "torch": many}
 
 
-def iteration(options):
+def iteration(options, algorithm="PPO"):
     us = ours("iteration")
     runs = [[], ["--bfloat16"]] if options.bfloat16 else [[]]
-    peer = min(lines_of(sys.executable, HERE / "trl_ppo.py", *flags)[-1]["secondsPerIteration"] for flags in runs)
-    return {"PPO iteration": peer / us["PPO iteration"]}, {**us, "TRL seconds": peer}
+    script = HERE / f"trl_{algorithm.lower()}.py"
+    peer = min((lines_of(sys.executable, script, *flags)[-1] for flags in runs), key=lambda line: line["secondsPerIteration"])
+    ratio = peer["secondsPerIteration"] / us[f"{algorithm} iteration"]
+    return {f"{algorithm} iteration": ratio}, {**us, "TRL": peer}
+
+
+def grpo(options):
+    return iteration(options, "GRPO")
 
 
 def main():
-    works = {"training": training, "decode": decode, "iteration": iteration}
+    works = {"training": training, "decode": decode, "iteration": iteration, "grpo": grpo}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=works)
     parser.add_argument("--rounds", type=int, default=3)

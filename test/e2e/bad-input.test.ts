@@ -160,7 +160,7 @@ describe('a configuration', () => {
   it.each([
     [{ optimiser: {} }, [/optimiser/, /optimizer/]],
     [{ steps: 'many' }, [/steps/, /many/]],
-    [{ algorithm: 'grpo' }, [/grpo/, /ppo/]],
+    [{ algorithm: 'grop' }, [/grop/, /grpo/]],
     [{ parallel: { tensor: 2 } }, [/parallel\.tensor/]],
     [{ algorithm: 'ppo', reward: { function: 'r.ts' }, batch: { sequences: 2 } }, [/miniBatches/, /sequences/]],
   ])('that is wrong: %j', async (changes, messages) => {

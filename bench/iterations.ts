@@ -1,0 +1,98 @@
+/** Iterations of reinforcement learning over llama-25m in bfloat16, 32 sequences of 64 + 128 tokens: what several benches time. */
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import type { BenchOptions } from '../src/cli/bench.js';
+import { parseConfig } from '../src/train/config.js';
+import { train } from '../src/train/train.js';
+import { randomTokens, writeModel } from './support.js';
+
+export const sequences = 32;
+const promptLength = 64;
+export const newTokens = 128;
+
+export interface Timing {
+  seconds: number;
+  /** Share of it that no native call runs. */
+  outside: number;
+  /** Share of it in which no rank computes or transfers. */
+  controller: number;
+}
+
+/** `runs` iterations after one that is not counted; each is checked: mismatch 0 and responses of full length. */
+export async function iterations(
+  { runs, threads, signal, note }: BenchOptions,
+  settings: Record<string, unknown>,
+  { samples = 1 }: { samples?: number } = {},
+): Promise<Timing[]> {
+  const folder = await mkdtemp(join(tmpdir(), 'lockstep-bench-'));
+  try {
+    await writeModel('llama-25m', join(folder, 'policy'), 'language', 1);
+    await writeModel('llama-25m', join(folder, 'reward'), 'score', 2);
+    const prompts = (sequences / samples) * (runs + 1);
+    const rows = Array.from({ length: prompts }, (_, i) =>
+      JSON.stringify({ tokens: [...randomTokens(promptLength, 4096, i + 1)] }),
+    );
+    await writeFile(join(folder, 'prompts.jsonl'), rows.join('\n'));
+    await writeFile(join(folder, 'reward.mjs'), rewardSource);
+    const config = parseConfig({
+      model: join(folder, 'policy'),
+      reward: samples > 1 ? { function: join(folder, 'reward.mjs') } : { model: join(folder, 'reward') },
+      data: { train: join(folder, 'prompts.jsonl') },
+      batch: { sequences, microTokens: 2048 },
+      rollout: { maxNewTokens: newTokens, samples },
+      steps: runs + 1,
+      threads,
+      checkpoint: { every: 0 },
+      output: join(folder, 'run'),
+      ...settings,
+    });
+    const rowsOfSteps: { seconds: number; outside: number }[] = [];
+    for await (const event of train(config, { signal })) {
+      if (event.type !== 'step') continue;
+      const { metrics } = event;
+      if (metrics['mismatch.max'] !== 0 || metrics['response.length'] !== newTokens) {
+        throw new Error('the trainer and the rollout disagree, or responses are short');
+      }
+      const seconds = metrics['seconds.step']!;
+      note(`${config.algorithm} iteration ${event.step}: ${seconds.toFixed(2)} s`);
+      if (event.step > 1) rowsOfSteps.push({ seconds, outside: 1 - metrics['seconds.native']! / seconds });
+    }
+    const shares = idleShares(JSON.parse(await readFile(join(folder, 'run', 'trace.json'), 'utf8')) as Span[]);
+    return rowsOfSteps.map((row, i) => ({ ...row, controller: shares[i + 1]! }));
+  } finally {
+    await rm(folder, { recursive: true, force: true });
+  }
+}
+
+/** As TRL's benchmark rewards: by length, so that it costs nothing. */
+const rewardSource = 'export default (samples) => samples.map(({ tokens }, i) => (tokens[0] + i) % 7);\n';
+
+interface Span {
+  name: string;
+  cat: string;
+  ph: string;
+  ts: number;
+  dur: number;
+}
+
+/** Of each step the share of its time in which no rank works. */
+function idleShares(trace: readonly Span[]): number[] {
+  const spans = trace.filter(({ ph }) => ph === 'X');
+  const steps = spans.filter(({ name, cat }) => name === 'step' && cat === 'phase').sort((a, b) => a.ts - b.ts);
+  const works = spans
+    .filter(({ cat }) => cat === 'compute' || cat === 'transfer')
+    .map(({ ts, dur }) => [ts, ts + dur] as const)
+    .sort((a, b) => a[0] - b[0]);
+  return steps.map(({ ts, dur }) => {
+    let busy = 0;
+    let reached = ts;
+    for (const [begin, end] of works) {
+      const from = Math.max(begin, reached);
+      const to = Math.min(end, ts + dur);
+      if (to > from) busy += to - from;
+      reached = Math.max(reached, Math.min(end, ts + dur));
+    }
+    return 1 - busy / dur;
+  });
+}
