@@ -2,7 +2,7 @@
  * One live run per folder. The lock names the process and its start time, so that a lock whose process has died (or whose
  * number another process has taken since) is recognised and taken over.
  */
-import { link, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { link, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { LockstepError } from '../errors.js';
@@ -24,6 +24,7 @@ export async function lockRun(folder: string): Promise<RunLock> {
   const own = JSON.stringify({ pid: process.pid, started: await startOf(process.pid), host: hostname() } as Holder);
   const holder = await acquire(path, own);
   if (holder) throw locked(folder, path, holder);
+  await removeLeavings(folder);
   return { release: () => rm(path, { force: true }) };
 }
 
@@ -63,6 +64,15 @@ async function written(path: string, text: string): Promise<string> {
   return name;
 }
 
+/** What a process left behind that was killed between writing its text and linking it. */
+async function removeLeavings(folder: string): Promise<void> {
+  for (const name of await readdir(folder)) {
+    const pid = /^\.lock-(?:claim-)?(\d+)-\d+$/.exec(name)?.[1];
+    if (pid === undefined || exists(Number(pid))) continue;
+    await rm(join(folder, name), { force: true });
+  }
+}
+
 /** The lock appears with its text, or not at all. */
 async function create(path: string, text: string): Promise<boolean> {
   const name = await written(path, text);
@@ -88,12 +98,15 @@ function parseHolder(text: string): Holder | undefined {
 
 async function isAlive({ pid, started, host }: Holder): Promise<boolean> {
   if (host !== hostname()) return true;
+  return exists(pid) && ((await startOf(pid)) === started);
+}
+
+function exists(pid: number): boolean {
   try {
-    process.kill(pid, 0);
+    return process.kill(pid, 0);
   } catch (error) {
     return (error as NodeJS.ErrnoException).code === 'EPERM';
   }
-  return (await startOf(pid)) === started;
 }
 
 /** The 22nd field of /proc/PID/stat; the second, a name in parentheses, may hold spaces. A zombie counts as gone. */

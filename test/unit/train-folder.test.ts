@@ -48,6 +48,16 @@ describe('a run folder', () => {
     await (await RunFolder.open(root, { resume: true })).close();
   });
 
+  it('is rid of what a killed process left beside the lock, not of what a live one is writing', async () => {
+    const gone = spawn(process.execPath, ['-e', '']);
+    await new Promise((resolve) => gone.once('close', resolve));
+    const live = `.lock-${process.pid}-999`;
+    for (const name of [`.lock-${gone.pid}-0`, `.lock-claim-${gone.pid}-1`, live]) await writeFile(join(root, name), '{');
+    const lock = await lockRun(root);
+    expect((await readdir(root)).sort()).toEqual(['.lock', live]);
+    await lock.release();
+  });
+
   it('drops on resume what lies past the checkpoint, unfinished lines and leftovers', async () => {
     const folder = await RunFolder.open(root, { resume: false });
     await folder.begin('x', 0);
