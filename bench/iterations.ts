@@ -2,10 +2,10 @@
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import type { BenchOptions } from '../src/cli/bench.js';
+import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import { parseConfig } from '../src/train/config.js';
 import { train } from '../src/train/train.js';
-import { randomTokens, writeModel } from './support.js';
+import { randomTokens, round, spread, writeModel } from './support.js';
 
 export const sequences = 32;
 const promptLength = 64;
@@ -63,6 +63,26 @@ export async function iterations(
   } finally {
     await rm(folder, { recursive: true, force: true });
   }
+}
+
+/** Of an algorithm's iteration: seconds, and the share of it outside native calls. */
+export async function* timedIterations(
+  name: string,
+  options: BenchOptions,
+  settings: Record<string, unknown>,
+  samples: number,
+): AsyncGenerator<Measurement> {
+  const timings = await iterations(options, settings, { samples });
+  const seconds = spread(timings.map((timing) => timing.seconds));
+  yield {
+    ...{ name: `${name} iteration`, value: round(seconds.median), unit: 's' },
+    ...{ min: round(seconds.min), max: round(seconds.max) },
+  };
+  const share = spread(timings.map(({ outside }) => outside));
+  yield {
+    ...{ name: `${name}: outside native calls`, value: round(share.median), unit: 'share of an iteration' },
+    ...{ min: round(share.min), max: round(share.max) },
+  };
 }
 
 /** As TRL's benchmark rewards: by length, so that it costs nothing. */

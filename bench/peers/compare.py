@@ -16,7 +16,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 def lines_of(*command):
     """JSON lines that a command prints."""
     result = subprocess.run([str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"')]
     if result.returncode != 0 or not found:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stderr[-2000:]}")
     return found
@@ -59,8 +59,8 @@ def decode(options):
     return ratios, {**us, "llama.cpp": single, "torch": many}
 
 
-def iteration(options, algorithm="PPO"):
-    us = ours("iteration")
+def iteration(options, bench="iteration", algorithm="PPO"):
+    us = ours(bench)
     runs = [[], ["--bfloat16"]] if options.bfloat16 else [[]]
     script = HERE / f"trl_{algorithm.lower()}.py"
     peer = min((lines_of(sys.executable, script, *flags)[-1] for flags in runs), key=lambda line: line["secondsPerIteration"])
@@ -69,7 +69,7 @@ def iteration(options, algorithm="PPO"):
 
 
 def grpo(options):
-    return iteration(options, "GRPO")
+    return iteration(options, "grpo", "GRPO")
 
 
 def main():

@@ -9,7 +9,7 @@ import { Terminal } from './terminal.js';
 /** Commands load when they are called, so that help comes at once. */
 const commands: Readonly<Record<string, { summary: string; load: () => Promise<Command> }>> = {
   train: {
-    summary: 'Train a model: fine-tuning, reward model or PPO',
+    summary: 'Train a model: fine-tuning, reward models, PPO and its relatives, preferences',
     load: async () => (await import('./train.js')).trainCommand,
   },
   generate: {

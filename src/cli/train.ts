@@ -4,7 +4,7 @@ import { TrainProgress } from './progress.js';
 
 export const trainCommand: Command = {
   name: 'train',
-  summary: 'train a model: fine-tuning, reward model or PPO',
+  summary: 'train a model: fine-tuning, reward models, PPO and its relatives, preferences',
   words: [{ name: 'CONFIG', help: 'a YAML or JSON configuration' }],
   flags: {
     set: { value: 'path=value', help: 'Override a setting; may be repeated', repeated: true },
