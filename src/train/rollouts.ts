@@ -1,6 +1,6 @@
 /** Reinforcement learning as a task: one iteration of prompts, rollout, rewards and updates per step. */
 import type { Models, Prompt, Rollout, RolloutAlgorithm } from '../algorithms/algorithm.js';
-import { rolloutMetrics } from '../algorithms/metrics.js';
+import { costMetrics, rolloutMetrics } from '../algorithms/metrics.js';
 import { sumsBySequence } from '../algorithms/rollout.js';
 import { sftBatch } from '../algorithms/sft.js';
 import { checkTokens, toPrompt } from '../data/examples.js';
@@ -137,7 +137,7 @@ async function evaluate(
   const costs = cost && (await cost.computeCosts(rollout));
   const metrics = {
     ...rolloutMetrics(rollout, given, truncationOf(config)),
-    ...(costs ? { 'cost.mean': costs.scores.reduce((sum, score) => sum + score, 0) / costs.scores.length } : {}),
+    ...(costs ? costMetrics(costs) : {}),
   };
   return {
     metrics: ofEvaluation(metrics),
