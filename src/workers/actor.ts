@@ -1,5 +1,5 @@
 /** The policy: generates, scores and learns (HybridFlow, Table 4). */
-import { callProgress, callSignal } from '../cluster/call-context.js';
+import { callFirstRow, callProgress, callSignal } from '../cluster/call-context.js';
 import type { TokenBatch } from '../data/batch.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import type { Engine, SamplingOptions } from '../engine/engine.js';
@@ -40,12 +40,13 @@ function create(engine: Engine, settings: ActorSettings) {
     { iteration, round, greedy }: GenerationOptions,
   ): Promise<Rollout> => {
     const stops = stopStrings(settings.stop, settings.tokenizer, prompts.length);
+    const first = callFirstRow();
     const alive = callProgress();
     const signal = callSignal();
     const generated = await engine.generate(
       prompts.map(({ tokens }, i) => ({
         prompt: tokens,
-        id: requestId(iteration, round ?? 0, i),
+        id: requestId(iteration, round ?? 0, first + i),
         maxNewTokens: Math.min(settings.sampling.maxNewTokens, engine.shape.maxPositions - tokens.length),
       })),
       {
@@ -65,7 +66,7 @@ function create(engine: Engine, settings: ActorSettings) {
   };
 
   return {
-    /** Responses to prompts: a function of the weights, the prompts, the settings, the iteration and the index. */
+    /** Responses to prompts: a function of the weights, the prompts, the settings, the iteration and the index in the call. */
     generateSequences: sample,
     /** Like `generateSequences` for iteration 0, which training does not use: the texts of an evaluation. */
     generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, { iteration: 0 }),

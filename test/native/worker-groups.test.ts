@@ -4,9 +4,10 @@
  */
 import { describe, expect, test } from 'vitest';
 import { WorkerGroup } from '../../src/cluster/worker-group.js';
-import { packBatch, type TokenBatch } from '../../src/data/batch.js';
+import { packBatch, type TokenBatch, unpackBatch } from '../../src/data/batch.js';
 import type { Engine } from '../../src/engine/engine.js';
 import { withHead } from '../../src/layout/config.js';
+import { type ActorSettings, ActorWorker } from '../../src/workers/actor.js';
 import { CostWorker } from '../../src/workers/cost.js';
 import { CriticWorker } from '../../src/workers/critic.js';
 import type { LearnerSettings } from '../../src/workers/learner.js';
@@ -30,6 +31,11 @@ const settings: LearnerSettings = {
   optimizer: { betas: [0.9, 0.95], epsilon: 1e-8, weightDecay: 0, clipNorm: 1 },
 };
 
+const sampling: ActorSettings = {
+  ...{ ...settings, mismatch: 'first' },
+  sampling: { maxNewTokens: 12, temperature: 1, topP: 1, topK: 0, stopTokens: [7], seed: 5 },
+};
+
 /** Runs with one engine and with that of each replica. */
 function withReplicas(
   { dtype, of }: { dtype: (typeof dtypes)[number]; of: TestModel },
@@ -40,6 +46,27 @@ function withReplicas(
 }
 
 describe.each(dtypes)('a worker group over two replicas in %s', (dtype) => {
+  test("gives the actor's responses, to the same prompt too, and its log-probs", () =>
+    withReplicas({ dtype, of: model('language') }, async (one, each) => {
+      const worker = ActorWorker.create(one, { ...sampling, ...alone });
+      const group = WorkerGroup.create({
+        ...{ name: 'actor', layout: replicas, generation: { pipeline: 1, tensor: 1 } },
+        worker: each.map((engine) => ActorWorker.create(engine, { ...sampling, ...beside })),
+        protocols: ActorWorker.protocols,
+      });
+      for (const lengths of [[5, 5, 5, 5], [9, 3, 30], [17]]) {
+        const [question] = sequencesOf(tinyShape, [40]);
+        const prompts = lengths.map((length) => ({ tokens: question!.subarray(0, length), row: { length } }));
+        const expected = await worker.generateSequences(prompts, { iteration: 2, round: 1 });
+        const rollout = await group.generateSequences(prompts, { iteration: 2, round: 1 });
+        expect(rollout).toEqual(expected);
+        sameBits(rollout.logprobs, expected.logprobs, 'log-probs of responses');
+        sameBits(await group.computeLogprobs(rollout), await worker.computeLogprobs(expected), 'logprobs');
+        const texts = unpackBatch(rollout).map(String);
+        expect(new Set(texts).size).toBe(texts.length);
+      }
+    }));
+
   test("gives the reference's log-probs", () =>
     withReplicas({ dtype, of: model('language') }, async (one, each) => {
       const worker = ReferenceWorker.create(one, alone);
