@@ -24,6 +24,7 @@ export {
 export type { MetricsRow, Sample, TrainEvent } from './train/events.js';
 export { type TrainOptions, train } from './train/train.js';
 export { ActorWorker } from './workers/actor.js';
+export { CostWorker } from './workers/cost.js';
 export { CriticWorker } from './workers/critic.js';
 export { ReferenceWorker } from './workers/reference.js';
 export { RewardWorker } from './workers/reward.js';

@@ -1,4 +1,4 @@
-"""GRPO iterations of TRL on the work of bench/iteration.ts: 8 prompts x 4 answers, 64 + 128 tokens. Prints one JSON line."""
+"""GRPO iterations of TRL on the work of bench/grpo.ts: 8 prompts x 4 answers, 64 + 128 tokens. Prints one JSON line."""
 import argparse
 import json
 import os

@@ -50,6 +50,8 @@ export interface Rewards {
 export interface Experience extends TokenBatch, LossBatch {
   readonly tokens: Int32Array;
   readonly lengths: Int32Array;
+  /** So many rows follow each other that belong together; default 1. */
+  readonly groupSize?: number;
 }
 
 export interface UpdateOptions {

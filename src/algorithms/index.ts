@@ -17,7 +17,7 @@ export {
 export { type DistillationSettings, distillation } from './distillation.js';
 export { type GrpoSettings, grpo, makeExperience as groupExperience } from './grpo.js';
 export { kto } from './kto.js';
-export { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
+export { actorMetrics, costMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 export { makeExperience as ppoExperience, type PpoSettings, ppo } from './ppo.js';
 export { preference } from './preference.js';
 export { type ReinforcePlusPlusSettings, reinforcePlusPlus } from './reinforce-plus-plus.js';

@@ -8,7 +8,8 @@ export type Metrics = Readonly<Record<string, number>>;
 
 /**
  * `reward.mean`: score with the truncation penalty, over the rows that are learned from; `reward.model`: score as it was
- * given, over all rows; `reward.<name>`: of one of several terms, without its weight (also when the name is `model`); `response.length` in tokens; `response.truncated` and `response.empty` as fractions of rows.
+ * given, over all rows; `reward.<name>`: of one of several terms (also when the name is `model`); `response.length` in tokens;
+ * `response.truncated` and `response.empty` as fractions of rows.
  */
 export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: TruncationSettings): Metrics {
   const rows = Array.from(rollout.finish.keys());
@@ -19,14 +20,22 @@ export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: Tru
   return {
     'reward.mean': mean(counted.map((row) => rewards.scores[row]! - penalty(rollout, row, settings))),
     'reward.model': mean(Array.from(rewards.scores)),
-    ...Object.fromEntries(
-      Object.entries(rewards.terms ?? {}).map(([name, scores]) => [`reward.${name}`, mean(Array.from(scores))]),
-    ),
+    ...termMetrics('reward', rewards),
     'response.length': mean(lengths),
     'response.truncated': mean(rollout.finish.map((finish) => (finish === 'length' ? 1 : 0))),
     'response.empty': mean(lengths.map((length) => (length === 0 ? 1 : 0))),
   };
 }
+
+/** `cost.mean`: of the costs that the constraint is about; `cost.<name>`: of one of several terms. */
+export const costMetrics = (costs: Rewards): Metrics => ({
+  'cost.mean': mean(costs.scores),
+  ...termMetrics('cost', costs),
+});
+
+/** The mean of each of several terms, without its weight. */
+const termMetrics = (kind: 'reward' | 'cost', { terms = {} }: Rewards): Metrics =>
+  Object.fromEntries(Object.entries(terms).map(([name, scores]) => [`${kind}.${name}`, mean(scores)]));
 
 /** `kl.mean` in nats per token, `kl.sequence` in nats per answer, `kl.outliers` the fraction of tokens with |d| > 10. */
 export const klMetrics = ({ mean: perToken, perSequence, outliers }: KlPenalty, beta: number): Metrics => ({

@@ -68,7 +68,7 @@ export function preferenceBatch(pairs: readonly Preference[]): Experience {
     { tokens: chosen, promptLength },
     { tokens: rejected, promptLength },
   ]);
-  return answerBatch(answers);
+  return { ...answerBatch(answers), groupSize: 2 };
 }
 
 /** A prompt and an answer to it. */

@@ -77,5 +77,5 @@ function scoredSequences(pairs: readonly Pair[]) {
     mask[end - 1] = 1;
     return end - 1;
   });
-  return { tokens, lengths, mask, ends };
+  return { tokens, lengths, mask, ends, groupSize: 2 };
 }

@@ -8,7 +8,7 @@ import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
 import type { Rewards, Rollout, RolloutAlgorithm } from './algorithm.js';
-import { actorMetrics, criticMetrics, klMetrics, mean, rolloutMetrics } from './metrics.js';
+import { actorMetrics, costMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import { learnedMask, placeScores, pretrainingMix, sampledExperience, type TruncationSettings } from './rollout.js';
 
 export interface SafeRlhfSettings extends TruncationSettings {
@@ -60,7 +60,7 @@ export function safeRlhf(
       ]);
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
-        'cost.mean': mean(costs.scores),
+        ...costMetrics(costs),
         'cost.multiplier': multiplier.multiplier,
         ...klMetrics(penalty, settings.klCoefficient),
         ...criticMetrics(experience.ofRewards, ofCritic),

@@ -9,6 +9,8 @@ export interface CallContext {
   readonly alive?: ((what: string) => void) | undefined;
   /** `worker.method` of the pool's call that is running; undefined in the controller. */
   readonly running?: string | undefined;
+  /** Row of a group's batch with which the part of this rank begins. */
+  readonly firstRow?: number | undefined;
   /** Of the calls that end together. */
   readonly supervisor?: Supervisor | undefined;
 }
@@ -39,6 +41,11 @@ export function callSignal(): AbortSignal | undefined {
 /** For workers: tells the pool that the call goes on, also from callbacks. Takes what has happened, such as `token 12`. */
 export function callProgress(): (what: string) => void {
   return contexts.getStore()?.alive ?? (() => undefined);
+}
+
+/** For workers whose answers depend on where a row stands in the batch: the row with which their part begins; 0 outside of a group. */
+export function callFirstRow(): number {
+  return contexts.getStore()?.firstRow ?? 0;
 }
 
 /** For any number of calls that listen; more than ten are no leak here. */

@@ -25,19 +25,26 @@ export interface RankFailure {
   readonly error: unknown;
 }
 
+/** What each rank of a call is given, and whose answers it gives back. */
+export interface Spread {
+  readonly collected: readonly boolean[];
+  /** By rank; see `callFirstRow`. Default: 0. */
+  readonly firstRows?: readonly number[] | undefined;
+  argsOf(rank: number): readonly unknown[];
+}
+
 /** setTimeout takes no more milliseconds. */
 const longestTimer = 2 ** 31 - 1;
 
 /**
- * Answers by rank, undefined for those that are not `collected`. `argsOf` gives a rank's arguments.
+ * Answers by rank, undefined for those that are not `collected`.
  * @throws LockstepError RANK_FAILED once every rank has returned or the time-out is over; the reason of the call that this one is
  * part of, when that is released.
  */
 export async function callRanks(
   group: Group,
   method: string,
-  collected: readonly boolean[],
-  argsOf: (rank: number) => readonly unknown[],
+  { collected, firstRows, argsOf }: Spread,
 ): Promise<unknown[]> {
   const { name, ranks, workers, transport, timeoutSeconds } = group;
   const outside = callContext();
@@ -56,9 +63,10 @@ export async function callRanks(
   const failures: RankFailure[] = [];
   const runs = workers.map(async (worker, rank) => {
     try {
-      const call = { group: name, method, rank, args: argsOf(rank), answers: collected[rank]!, signal };
+      const firstRow = firstRows?.[rank] ?? 0;
+      const call = { group: name, method, rank, args: argsOf(rank), firstRow, answers: collected[rank]!, signal };
       const answer = await transport.call(call, async (args) =>
-        inContext({ ...outside, signal }, () => worker[method]!(...args)),
+        inContext({ ...outside, signal, firstRow }, () => worker[method]!(...args)),
       );
       if (collected[rank]) answers[rank] = answer;
     } catch (error) {

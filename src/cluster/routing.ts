@@ -4,7 +4,7 @@
  */
 import { LockstepError } from '../errors.js';
 import { type Degrees, type GenerationDegrees, worldSize } from '../layout/parallel.js';
-import { Shards } from './rows.js';
+import { rowCount, Shards } from './rows.js';
 
 /** The ranks of a group; routings are functions of this. */
 export interface RankLayout {
@@ -28,6 +28,8 @@ export interface Protocol<Argument = unknown, Part = unknown, Answer = unknown, 
   collect(answers: readonly Answer[], ranks: RankLayout): Result;
   /** Ranks whose answers `collect` reads: the others' stay where they are. Default: all. */
   answers?(ranks: RankLayout): readonly boolean[];
+  /** Row of the argument with which each rank's part begins, where parts are rows. Default: 0. */
+  firstRows?(parts: readonly Part[], ranks: RankLayout): readonly number[];
   /** What `collect` joins, in parts: another group takes it so. Default: what `collect` gives. */
   parts?(answers: readonly Answer[], ranks: RankLayout): unknown;
 }
@@ -63,10 +65,21 @@ export function routed<Takes extends Form, Gives extends Form>(
       const parts = takes === 'list' ? listed(argument, count) : shardsOf(argument).cut(count);
       return shardOfRank.map((shard) => parts[shard]);
     },
+    // The entries of a list are whole values.
+    firstRows: (parts, ranks) => (takes === 'list' ? parts.map(() => 0) : firstRowsOf(parts, routeOf(ranks))),
     collect: (answers, ranks) =>
       gives === 'list' ? listOf(answers, ranks) : new Shards(listOf(answers, ranks)).join(),
     parts: (answers, ranks) => (gives === 'list' ? listOf(answers, ranks) : new Shards(listOf(answers, ranks))),
   };
+}
+
+/** By rank: rows of the shards before its own. */
+function firstRowsOf(parts: readonly unknown[], { shardOfRank }: Routing): number[] {
+  const starts = [0];
+  for (let shard = 0; shard < Math.max(...shardOfRank); shard++) {
+    starts.push(starts[shard]! + rowCount(parts[shardOfRank.indexOf(shard)]));
+  }
+  return shardOfRank.map((shard) => starts[shard]!);
 }
 
 function shardsOf(argument: unknown): Shards<unknown> {

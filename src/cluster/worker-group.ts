@@ -137,7 +137,11 @@ function methodOver(group: Group, method: string, entry: ProtocolEntry): Method 
         `${name}.${method}: distribute made ${counts}; expected one for each.`,
       );
     }
-    const answers = await callRanks(group, method, collected, (rank) => (parts ? [parts[rank], ...others] : []));
+    const answers = await callRanks(group, method, {
+      collected,
+      firstRows: parts && protocol.firstRows?.(parts, ranks),
+      argsOf: (rank) => (parts ? [parts[rank], ...others] : []),
+    });
     return within(() => (protocol.parts ? protocol.parts(answers, ranks) : protocol.collect(answers, ranks)));
   };
   const whole = (held: unknown) => within(() => wholeOf(held));

@@ -1,6 +1,8 @@
 /** Which metrics make which chart, and what to say about them. Metrics that a run lacks leave no empty chart. */
 import type { MetricsRow } from '../train/events.js';
-import { metricNames, type Series, seriesOf, total } from './series.js';
+import { foldTail, phaseSeries } from './phases.js';
+import { hasTeacher, type RunRecord } from './run-record.js';
+import { metricNames, type Series, seriesOf } from './series.js';
 
 export interface ChartSpec {
   title: string;
@@ -24,14 +26,40 @@ interface ChartDefinition {
   /** Not noisy: drawn as it is, without a moving average. */
   exact?: boolean;
   unit?: string;
+  /** Left out while no value changes. */
+  varying?: boolean;
+  /** Of a student, whose metrics compare it with its teacher. */
+  taught?: { title: string; note: string };
 }
 
-const definitions: readonly ChartDefinition[] = [
+/** What is paid and what it costs. The terms of either follow, under the names that the configuration gives. */
+const rewards: readonly ChartDefinition[] = [
   {
     title: 'Reward',
     note: 'What the policy is paid per response. It should rise, then level off.',
-    metrics: { 'reward.mean': 'reward', 'reward.model': 'reward model', 'cost.mean': 'cost' },
+    metrics: { 'reward.mean': 'reward', 'reward.model': 'reward model', 'reward.greedy': 'greedy response' },
+    taught: {
+      title: 'Reward',
+      note: 'How much likelier the teacher finds a response than the student. It should rise to 0.',
+    },
   },
+];
+const costs: readonly ChartDefinition[] = [
+  {
+    title: 'Cost',
+    note: 'What a response costs. It should fall to the threshold of the constraint.',
+    metrics: { 'cost.mean': 'cost' },
+  },
+  {
+    title: 'Cost multiplier',
+    note: 'Weight of the cost against the reward. A rise to its maximum means that the constraint is not met.',
+    metrics: { 'cost.multiplier': 'multiplier' },
+    fromZero: true,
+    exact: true,
+  },
+];
+
+const others: readonly ChartDefinition[] = [
   {
     title: 'Loss',
     note: 'Of the weights before each update.',
@@ -39,23 +67,55 @@ const definitions: readonly ChartDefinition[] = [
   },
   {
     title: 'Accuracy',
-    note: 'Share of pairs in which the chosen answer scores above the rejected one.',
+    note: 'Share of pairs in the right order: by score, or by how much likelier the policy made either answer.',
     metrics: { 'reward.accuracy': 'accuracy' },
   },
   {
-    title: 'Score margin',
-    note: 'Score of the chosen answer minus the rejected one.',
+    title: 'Margin',
+    note: 'How far the better answers are ahead of the others, in score or in implicit reward.',
     metrics: { 'reward.margin': 'margin' },
   },
   {
+    title: 'Rewards of the answers',
+    note: 'Their log-likelihood, against the reference where there is one. Where both fall, other answers gain.',
+    metrics: { 'reward.chosen': 'chosen', 'reward.rejected': 'rejected' },
+  },
+  {
     title: 'KL to the reference',
-    note: 'How far the policy has moved from where it started. A run-away curve means that it exploits the reward.',
+    note: 'Per token: how far the policy has moved from where it started. A run-away curve means that it exploits the reward.',
     metrics: { 'kl.mean': 'KL' },
+    taught: {
+      title: 'KL to the teacher',
+      note: 'Per token: how far the student is from its teacher. It should fall to 0.',
+    },
+  },
+  {
+    title: 'KL per response',
+    note: 'Summed over the tokens of a response.',
+    metrics: { 'kl.sequence': 'KL', 'kl.baseline': "KTO's baseline" },
+  },
+  {
+    title: 'KL coefficient',
+    note: 'Weight of the KL term, where a controller steers it.',
+    metrics: { 'kl.coefficient': 'coefficient' },
+    ...{ fromZero: true, exact: true, varying: true },
+  },
+  {
+    title: 'Groups without a difference',
+    note: 'Prompts of a step whose responses all have the same score: nothing is learned from them.',
+    metrics: { 'groups.equal': 'groups' },
+    fromZero: true,
+  },
+  {
+    title: 'Dynamic sampling',
+    note: 'Groups that were sampled and left out, and the rounds that a step took.',
+    metrics: { 'groups.dropped': 'groups left out', 'groups.rounds': 'rounds' },
+    fromZero: true,
   },
   {
     title: 'Value loss',
     note: 'Error of the critic.',
-    metrics: { 'value.loss': 'value loss' },
+    metrics: { 'value.loss': 'of rewards', 'cost.value.loss': 'of costs' },
     fromZero: true,
   },
   {
@@ -77,22 +137,50 @@ const definitions: readonly ChartDefinition[] = [
     fromZero: true,
   },
   {
+    title: 'Empty responses',
+    note: 'Share without a token.',
+    metrics: { 'response.empty': 'empty' },
+    ...{ fromZero: true, varying: true },
+  },
+  {
+    title: 'Unknown tokens',
+    note: 'Sampled tokens that the tokenizer does not have.',
+    metrics: { 'response.unknown': 'unknown' },
+    fromZero: true,
+    unit: 'tokens',
+  },
+  {
     title: 'KL of one update',
     note: 'Between the policy that sampled and the updated one.',
     metrics: { 'policy.kl': 'KL' },
   },
-  { title: 'Policy loss', note: 'The clipped surrogate.', metrics: { 'policy.loss': 'policy loss' } },
+  {
+    title: 'Policy loss',
+    note: 'The surrogate whose gradient is taken. It has no trend to expect: read the reward.',
+    metrics: { 'policy.loss': 'policy loss' },
+  },
   {
     title: 'Clip fraction',
     note: 'Share of tokens whose ratio left the clip range. Above 0.3, lower the learning rate.',
-    metrics: { 'policy.clipFraction': 'clipped' },
+    metrics: { 'policy.clipFraction': 'policy', 'value.clipFraction': 'critic' },
     fromZero: true,
+  },
+  {
+    title: 'Outliers',
+    note: 'Share of tokens whose log-ratio is beyond any useful range.',
+    metrics: { 'policy.outliers': 'to the policy that sampled', 'kl.outliers': 'to the reference' },
+    ...{ fromZero: true, varying: true },
   },
   {
     title: 'Entropy',
     note: 'Of the policy, per token. A collapse to 0 ends exploration.',
     metrics: { entropy: 'entropy' },
     fromZero: true,
+  },
+  {
+    title: 'Pretraining loss',
+    note: 'Of the texts that are imitated in the same steps (ptx). A rise means that the policy forgets them.',
+    metrics: { 'ptx.loss': 'loss' },
   },
   {
     title: 'Gradient norm',
@@ -127,61 +215,28 @@ const definitions: readonly ChartDefinition[] = [
     exact: true,
     unit: 'bytes',
   },
+  {
+    title: 'Data that came to the program',
+    note: 'Answers of workers that the algorithm awaited. All others go from worker to worker.',
+    metrics: { 'bytes.materialised': 'materialised' },
+    ...{ fromZero: true, exact: true },
+    unit: 'bytes',
+  },
 ];
 
-/** Curves of the reward chart and of reward models. */
-const ownRewards: ReadonlySet<string> = new Set(['reward.mean', 'reward.model', 'reward.accuracy', 'reward.margin']);
+const ownMetrics = new Set([...rewards, ...costs, ...others].flatMap(({ metrics }) => Object.keys(metrics)));
 
-/** Of a reward with several terms: their metrics have the names that the configuration gives. */
-const rewardTerms = (rows: readonly MetricsRow[]): ChartDefinition => ({
-  title: 'Reward terms',
-  note: 'Each term of the reward, without its weight.',
+/** Of a reward or a cost with several terms: the metrics under it that have no chart of their own. */
+const terms = (kind: 'reward' | 'cost', rows: readonly MetricsRow[]): ChartDefinition => ({
+  title: `${kind === 'reward' ? 'Reward' : 'Cost'} terms`,
+  note: `Each term of the ${kind}, without its weight.`,
   metrics: Object.fromEntries(
     metricNames(rows)
-      .filter((name) => name.startsWith('reward.') && !ownRewards.has(name))
-      .map((name) => [name, name.slice('reward.'.length)]),
+      .map((name) => name.replace(/^eval\./, ''))
+      .filter((name) => name.startsWith(`${kind}.`) && !ownMetrics.has(name))
+      .map((name) => [name, name.slice(kind.length + 1)]),
   ),
 });
-
-/** `seconds.*` that run over other phases and would be counted twice in a stack. */
-const overlapping = new Set(['step', 'native', 'transfer', 'transition', 'total']);
-
-/**
- * Seconds by phase, the longest phase first. What phases leave of `seconds.step` is a phase of its own; a run whose models
- * are called without phases shows the time in native calls instead.
- */
-export function phaseSeries(rows: readonly MetricsRow[]): Series[] {
-  const phases = metricNames(rows)
-    .filter((name) => name.startsWith('seconds.') && !overlapping.has(name.slice('seconds.'.length)))
-    .map((name) => seriesOf(rows, name, name.slice('seconds.'.length)));
-  const inner = phases.filter(({ label }) => label !== 'evaluation' && label !== 'checkpoint');
-  const step = seriesOf(rows, 'seconds.step', 'step');
-  const native = seriesOf(rows, 'seconds.native', 'model');
-  const inPhases = inner.reduce((seconds, series) => seconds + total(series), 0);
-  if (inPhases < 0.2 * total(step) && total(native) <= total(step)) inner.push(native);
-  const covered = new Map<number, number>();
-  for (const { points } of inner)
-    for (const { step: at, value } of points) covered.set(at, (covered.get(at) ?? 0) + value);
-  const left = step.points.map(({ step: at, value }) => ({
-    step: at,
-    value: Math.max(0, value - (covered.get(at) ?? 0)),
-  }));
-  const rest: Series = { key: 'seconds.rest', label: inner.length > 0 ? 'rest' : 'step', points: left };
-  return [...new Set([...phases, ...inner, rest])]
-    .filter((series) => total(series) > 0)
-    .sort((a, b) => total(b) - total(a));
-}
-
-/** The first `count` - 1 series, and the sum of the others as one. */
-function foldTail(series: readonly Series[], count: number): Series[] {
-  if (series.length <= count) return [...series];
-  const sums = new Map<number, number>();
-  for (const { points } of series.slice(count - 1)) {
-    for (const { step, value } of points) sums.set(step, (sums.get(step) ?? 0) + value);
-  }
-  const points = [...sums].map(([step, value]) => ({ step, value })).sort((a, b) => a.step - b.step);
-  return [...series.slice(0, count - 1), { key: 'seconds.others', label: 'others', points }];
-}
 
 /** Without the series that repeat an earlier one, point for point. */
 export function distinct(series: readonly Series[]): Series[] {
@@ -192,20 +247,24 @@ export function distinct(series: readonly Series[]): Series[] {
   });
 }
 
+const changes = ({ points }: Series): boolean => points.some(({ value }) => value !== points[0]!.value);
+
 /** The charts of a run, in reading order. */
-export function chartsOf(rows: readonly MetricsRow[]): ChartSpec[] {
+export function chartsOf(run: Pick<RunRecord, 'rows' | 'config'>): ChartSpec[] {
+  const { rows } = run;
   const charts: ChartSpec[] = [];
   const surrogate = rows.some((row) => 'policy.loss' in row);
-  const [reward, ...others] = definitions;
-  for (const { metrics, ...definition } of [reward!, rewardTerms(rows), ...others]) {
-    // The loss of a policy is its surrogate, which has a chart of its own.
+  const definitions = [...rewards, terms('reward', rows), ...costs, terms('cost', rows), ...others];
+  for (const { metrics, varying, taught, ...definition } of definitions) {
+    // The loss of a policy that samples is its surrogate, which has a chart of its own.
     if (surrogate && 'loss' in metrics) continue;
     const series = Object.entries(metrics).flatMap(([key, label]) => [
       seriesOf(rows, key, label),
       { ...seriesOf(rows, `eval.${key}`, `${label}, evaluation`), sparse: true },
     ]);
     const present = distinct(series.filter(({ points }) => points.length > 0));
-    if (present.length > 0) charts.push({ ...definition, kind: 'lines', series: present });
+    if (present.length === 0 || (varying && !present.some(changes))) continue;
+    charts.push({ ...definition, ...(hasTeacher(run) ? taught : {}), kind: 'lines', series: present });
   }
   const phases = phaseSeries(rows);
   if (phases.length > 0) {
@@ -221,14 +280,19 @@ export function chartsOf(rows: readonly MetricsRow[]): ChartSpec[] {
   return charts;
 }
 
-/** The metrics that a summary shows first, by what the run trains. */
-export function headlineMetrics(algorithm: unknown): string[] {
-  switch (algorithm) {
-    case 'sft':
-      return ['loss', 'eval.loss', 'gradient.norm', 'tokens'];
-    case 'reward':
-      return ['loss', 'eval.loss', 'eval.reward.accuracy', 'reward.accuracy', 'gradient.norm'];
-    default:
-      return ['reward.mean', 'kl.mean', 'response.length', 'value.explained', 'entropy', 'policy.clipFraction'];
-  }
+/** Of a policy that learns from what it samples: what it is paid, what that takes, and what would go wrong first. */
+const ofRollouts = [
+  ...['reward.mean', 'cost.mean', 'cost.multiplier', 'reward.greedy', 'kl.mean', 'groups.equal'],
+  ...['response.length', 'value.explained', 'entropy', 'policy.clipFraction'],
+];
+/** Of a model that learns from rows: whether it orders answers right, where there are any, and its loss. */
+const ofRows = [
+  ...['eval.reward.accuracy', 'reward.accuracy', 'eval.reward.margin', 'reward.margin'],
+  ...['loss', 'eval.loss', 'gradient.norm', 'tokens'],
+];
+
+/** The metrics that a summary shows first, among those that a run has. */
+export function headlineMetrics(names: readonly string[]): string[] {
+  const samples = names.some((name) => ['policy.loss', 'reward.mean', 'eval.reward.mean'].includes(name));
+  return (samples ? ofRollouts : ofRows).filter((name) => names.includes(name));
 }

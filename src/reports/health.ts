@@ -1,9 +1,9 @@
 /**
  * What an experienced eye would say about a run's curves. Each rule reads summaries of metrics and is silent when a run
- * lacks them. Thresholds are rules of thumb of PPO practice, not guarantees.
+ * lacks them, so that it speaks of every algorithm that has them. Thresholds are rules of thumb, not guarantees.
  */
 import { formatNumber } from './numbers.js';
-import type { RunRecord } from './run-record.js';
+import { hasTeacher, type RunRecord, settingOf } from './run-record.js';
 import { type SeriesSummary, seriesOf, summarise } from './series.js';
 
 export interface Hint {
@@ -15,8 +15,28 @@ type Lookup = (key: string) => SeriesSummary | undefined;
 type Rule = (metric: Lookup, run: RunRecord) => Hint | undefined;
 
 const percent = (share: number) => `${formatNumber(share * 100, 3)} %`;
+const fromTo = ({ start, end }: SeriesSummary) => `from ${formatNumber(start)} to ${formatNumber(end)}`;
+/** ` or lower ppo.epochs`, of an algorithm that has the setting. */
+const orSet = (run: RunRecord, verb: 'raise' | 'lower', key: string): string => {
+  const setting = settingOf(run, key);
+  return setting ? ` or ${verb} ${setting.path}` : '';
+};
 
-const rules: readonly Rule[] = [
+/** Of all algorithms. */
+const ofRuns: readonly Rule[] = [
+  (metric) => {
+    const norm = metric('gradient.norm');
+    if (!norm || norm.count < 10 || norm.maximum <= 20 * Math.max(norm.end, norm.start)) return undefined;
+    return { level: 'notice', text: `the gradient norm spiked to ${formatNumber(norm.maximum)}` };
+  },
+  (_, { unreadableLines }) =>
+    unreadableLines > 0
+      ? { level: 'notice', text: `${unreadableLines} line(s) of metrics.jsonl are cut or damaged and were left out` }
+      : undefined,
+];
+
+/** Of a policy that learns from what it samples. Its loss is a surrogate and says nothing about progress. */
+const ofRollouts: readonly Rule[] = [
   (metric) => {
     const mismatch = metric('mismatch.max');
     const tokens = metric('mismatch.tokens');
@@ -33,7 +53,7 @@ const rules: readonly Rule[] = [
       text: `rollout and trainer gave equal log-probabilities, bit for bit,${counted} in every step`,
     };
   },
-  (metric) => {
+  (metric, run) => {
     const reward = metric('reward.mean');
     if (!reward || reward.count < 5) return undefined;
     const gain = reward.end - reward.start;
@@ -41,35 +61,81 @@ const rules: readonly Rule[] = [
     if (gain > 0 && peakLoss > 2 * Math.max(gain, 1e-9) && reward.count >= 20) {
       return {
         level: 'warning',
-        text: `reward fell back to ${formatNumber(reward.end)} from a peak of ${formatNumber(reward.maximum)}: lower the learning rate or raise ppo.klCoefficient`,
+        text: `reward fell back to ${formatNumber(reward.end)} from a peak of ${formatNumber(reward.maximum)}: lower the learning rate${orSet(run, 'raise', 'klCoefficient')}`,
       };
     }
-    const direction = gain > 0 ? 'rose' : 'did not rise:';
+    if (gain > 0) return { level: 'good', text: `reward rose ${fromTo(reward)}` };
+    const cost = metric('cost.mean');
+    const text = `reward did not rise: ${formatNumber(reward.start)} to ${formatNumber(reward.end)}`;
+    // A constraint that is not met comes first.
+    return cost && cost.end < cost.start ? { level: 'notice', text } : { level: 'warning', text };
+  },
+  (metric, run) => {
+    const cost = metric('cost.mean');
+    if (!cost || cost.count < 5) return undefined;
+    const { threshold } = (settingOf(run, 'constraint')?.value ?? {}) as { threshold?: number };
+    if (threshold !== undefined && cost.end <= threshold) {
+      return {
+        level: 'good',
+        text: `the cost is ${formatNumber(cost.end)}, within its threshold of ${formatNumber(threshold)}`,
+      };
+    }
+    const fell = cost.end < cost.start;
+    const limit = threshold === undefined ? '' : `; its threshold is ${formatNumber(threshold)}`;
     return {
-      level: gain > 0 ? 'good' : 'warning',
-      text: `reward ${direction} ${gain > 0 ? 'from ' : ''}${formatNumber(reward.start)} to ${formatNumber(reward.end)}`,
+      level: fell ? 'good' : 'warning',
+      text: `the cost ${fell ? 'fell' : 'did not fall'}: ${formatNumber(cost.start)} to ${formatNumber(cost.end)}${limit}`,
+    };
+  },
+  (metric, run) => {
+    const kl = metric('kl.mean');
+    if (!kl || kl.end < -0.1 || !hasTeacher(run) || kl.count < 5) return undefined;
+    const fell = kl.end < kl.start;
+    return {
+      level: fell ? 'good' : 'warning',
+      text: `the KL to the teacher ${fell ? 'fell' : 'did not fall'}: ${formatNumber(kl.start)} to ${formatNumber(kl.end)} a token`,
+    };
+  },
+  (metric, run) => {
+    const kl = metric('kl.mean');
+    if (!kl || kl.end <= 3 || hasTeacher(run)) return undefined;
+    return {
+      level: 'warning',
+      text: `KL reached ${formatNumber(kl.end)} a token: the policy is far from its reference; read the samples before trusting the reward`,
     };
   },
   (metric) => {
     const kl = metric('kl.mean');
-    if (!kl || (kl.end <= 15 && kl.end >= -0.1)) return undefined;
-    if (kl.end < 0) {
-      return {
-        level: 'notice',
-        text: `the KL estimate is ${formatNumber(kl.end)}, below zero: samples do not come from the policy itself (rollout.topP, rollout.topK), or are too few`,
-      };
-    }
+    if (!kl || kl.end >= -0.1) return undefined;
     return {
-      level: 'warning',
-      text: `KL reached ${formatNumber(kl.end)}: the policy is far from its reference; read the samples before trusting the reward`,
+      level: 'notice',
+      text: `the KL estimate is ${formatNumber(kl.end)}, below zero: samples do not come from the policy itself (rollout.topP, rollout.topK), or are too few`,
     };
   },
-  (metric) => {
+  (metric, run) => {
+    const equal = metric('groups.equal');
+    const groups = groupsOf(run);
+    if (!equal || !groups || equal.end <= 0.5 * groups) return undefined;
+    return {
+      level: 'notice',
+      text: `the responses of ${percent(equal.end / groups)} of the prompts all score the same and teach nothing: choose prompts that are neither too easy nor too hard${orSet(run, 'raise', 'samplingRounds')}`,
+    };
+  },
+  (metric, run) => {
+    const rounds = metric('groups.rounds');
+    const most = settingOf(run, 'samplingRounds');
+    if (!rounds || !most || rounds.end < Number(most.value)) return undefined;
+    return {
+      level: 'notice',
+      text: `dynamic sampling takes all ${formatNumber(rounds.end)} rounds of ${most.path}: too few prompts have responses of different scores`,
+    };
+  },
+  (metric, run) => {
     const clip = metric('policy.clipFraction');
     if (!clip || clip.end <= 0.3) return undefined;
     return {
       level: 'warning',
-      text: `${percent(clip.end)} of tokens are clipped: lower the learning rate or ppo.epochs`,
+      text: `${percent(clip.end)} of tokens are clipped: lower the learning rate${orSet(run, 'lower', 'epochs')}`,
     };
   },
   (metric) => {
@@ -77,7 +143,7 @@ const rules: readonly Rule[] = [
     if (!explained || explained.count < 10 || explained.end >= 0) return undefined;
     return {
       level: 'warning',
-      text: `the critic explains ${formatNumber(explained.end)} of the returns' variance, worse than their mean: raise the critic's learning rate or warm it up`,
+      text: `the critic explains ${formatNumber(explained.end)} of the returns' variance, worse than their mean: raise critic.optimizer.learningRate or warm it up`,
     };
   },
   (metric) => {
@@ -86,6 +152,14 @@ const rules: readonly Rule[] = [
     return {
       level: 'notice',
       text: `${percent(truncated.end)} of responses reach rollout.maxNewTokens: raise it, or set rollout.truncation`,
+    };
+  },
+  (metric) => {
+    const empty = metric('response.empty');
+    if (!empty || empty.end <= 0.2) return undefined;
+    return {
+      level: 'warning',
+      text: `${percent(empty.end)} of responses are empty: the policy ends before it answers`,
     };
   },
   (metric) => {
@@ -101,41 +175,81 @@ const rules: readonly Rule[] = [
     if (!entropy || entropy.start <= 0 || entropy.end > 0.1 * entropy.start) return undefined;
     return {
       level: 'notice',
-      text: `entropy fell from ${formatNumber(entropy.start)} to ${formatNumber(entropy.end)}: little is left to explore`,
+      text: `entropy fell ${fromTo(entropy)}: little is left to explore`,
+    };
+  },
+];
+
+/** Of a model that learns from rows, which the names of its metrics tell from a policy that samples. */
+const ofRows: readonly Rule[] = [
+  (metric) => {
+    if (metric('policy.loss')) return undefined;
+    const [accuracy, what] = heldOut(metric, 'reward.accuracy');
+    if (!accuracy) return undefined;
+    if (accuracy.end <= 0.5) {
+      return { level: 'warning', text: `${what}accuracy is ${percent(accuracy.end)}: no better than chance` };
+    }
+    const rose = accuracy.end > accuracy.start;
+    const change = `${percent(accuracy.start)} to ${percent(accuracy.end)}`;
+    return { level: rose ? 'good' : 'notice', text: `${what}accuracy ${rose ? 'rose' : 'did not rise'}: ${change}` };
+  },
+  (metric) => {
+    if (metric('policy.loss')) return undefined;
+    const [margin, what] = heldOut(metric, 'reward.margin');
+    if (!margin) return undefined;
+    const rose = margin.end > margin.start;
+    const change = `${formatNumber(margin.start)} to ${formatNumber(margin.end)}`;
+    return { level: rose ? 'good' : 'warning', text: `${what}margin ${rose ? 'rose' : 'did not rise'}: ${change}` };
+  },
+  (metric) => {
+    const [chosen, margin] = [metric('reward.chosen'), metric('reward.margin')];
+    if (!chosen || !margin || chosen.count < 10) return undefined;
+    if (chosen.start - chosen.end <= Math.max(margin.end - margin.start, 0)) return undefined;
+    return {
+      level: 'notice',
+      text: `the reward of the chosen answers fell ${fromTo(chosen)}, by more than the margin grew: the policy makes them less likely, too; lower the learning rate`,
     };
   },
   (metric) => {
-    const norm = metric('gradient.norm');
-    if (!norm || norm.count < 10 || norm.maximum <= 20 * Math.max(norm.end, norm.start)) return undefined;
-    return { level: 'notice', text: `the gradient norm spiked to ${formatNumber(norm.maximum)}` };
-  },
-  (metric, { config }) => {
     const [loss, held] = [metric('loss'), metric('eval.loss')];
-    if (config.algorithm === 'ppo' || !held || held.count < 3 || held.end <= held.minimum * 1.02) return undefined;
+    if (metric('policy.loss') || !held || held.count < 3 || held.end <= held.minimum * 1.02) return undefined;
     const trained = loss ? ` while the training loss went to ${formatNumber(loss.end)}` : '';
     return {
       level: 'notice',
       text: `the evaluation loss rose again, from ${formatNumber(held.minimum)} to ${formatNumber(held.end)}${trained}: the model begins to overfit`,
     };
   },
-  (metric, { config }) => {
+  (metric) => {
     const loss = metric('loss');
-    if (config.algorithm === 'ppo' || !loss || loss.count < 5) return undefined;
+    // Where answers are compared, their margin says more.
+    if (metric('policy.loss') || metric('reward.margin') || !loss || loss.count < 5) return undefined;
     const fell = loss.end < loss.start;
     return {
       level: fell ? 'good' : 'warning',
       text: `the loss ${fell ? 'fell' : 'did not fall'}: ${formatNumber(loss.start)} to ${formatNumber(loss.end)}`,
     };
   },
-  (_, { unreadableLines }) =>
-    unreadableLines > 0
-      ? { level: 'notice', text: `${unreadableLines} line(s) of metrics.jsonl are cut or damaged and were left out` }
-      : undefined,
 ];
+
+/** A metric on held-out rows when there are several evaluations, else on those learned from; and what to call it. */
+function heldOut(metric: Lookup, key: string): [SeriesSummary | undefined, string] {
+  const held = metric(`eval.${key}`);
+  if (held && held.count >= 2) return [held, 'held-out '];
+  const trained = metric(key);
+  return [trained && trained.count >= 5 ? trained : undefined, 'the '];
+}
+
+/** Prompts of a step. */
+function groupsOf({ config }: RunRecord): number | undefined {
+  const { batch, rollout } = config as { batch?: { sequences?: number }; rollout?: { samples?: number } };
+  return batch?.sequences && rollout?.samples ? batch.sequences / rollout.samples : undefined;
+}
 
 /** Warnings first. */
 export function healthHints(run: RunRecord): Hint[] {
   const lookup: Lookup = (key) => summarise(seriesOf(run.rows, key));
   const order = { warning: 0, notice: 1, good: 2 };
-  return rules.flatMap((rule) => rule(lookup, run) ?? []).sort((a, b) => order[a.level] - order[b.level]);
+  return [...ofRollouts, ...ofRows, ...ofRuns]
+    .flatMap((rule) => rule(lookup, run) ?? [])
+    .sort((a, b) => order[a.level] - order[b.level]);
 }

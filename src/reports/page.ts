@@ -100,7 +100,7 @@ function hints({ hints: list }: RunSummary): string {
 }
 
 function charts(run: RunRecord): string {
-  const list = chartsOf(run.rows);
+  const list = chartsOf(run);
   if (list.length === 0) return '';
   return element(
     'section',

@@ -119,3 +119,17 @@ async function readCheckpoints(folder: string): Promise<number[]> {
     .map(Number)
     .sort((a, b) => a - b);
 }
+
+/** Whether the policy is measured against a teacher that it is to come close to, and not against where it began. */
+export const hasTeacher = ({ config }: Pick<RunRecord, 'config'>): boolean => config.teacher !== undefined;
+
+/** A setting in the section of the run's algorithm, and its path: `grpo.epochs`. */
+export function settingOf(
+  { config }: Pick<RunRecord, 'config'>,
+  key: string,
+): { path: string; value: unknown } | undefined {
+  const { algorithm } = config;
+  const section = typeof algorithm === 'string' ? config[algorithm] : undefined;
+  if (typeof section !== 'object' || section === null || !(key in section)) return undefined;
+  return { path: `${String(algorithm)}.${key}`, value: (section as Record<string, unknown>)[key] };
+}

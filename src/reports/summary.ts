@@ -1,6 +1,7 @@
 /** A run in numbers: what `report --json` prints, and what the terminal and the page show first. */
-import { headlineMetrics, phaseSeries } from './catalogue.js';
+import { headlineMetrics } from './catalogue.js';
 import { type Hint, healthHints } from './health.js';
+import { phaseSeries } from './phases.js';
 import type { RunRecord } from './run-record.js';
 import { metricNames, type SeriesSummary, seriesOf, summarise, total } from './series.js';
 
@@ -43,7 +44,7 @@ export function summariseRun(run: RunRecord): RunSummary {
     seconds: phases.reduce((sum, each) => sum + total(each), 0),
     phases: Object.fromEntries(phases.map((each) => [each.label, total(each) / Math.max(1, stepRows)])),
     metrics,
-    headline: headlineMetrics(algorithm).filter((name) => name in metrics),
+    headline: headlineMetrics(Object.keys(metrics)),
     hints: healthHints(run),
     checkpoints: run.checkpoints,
   };

@@ -30,7 +30,7 @@ export function terminalSummary(run: RunRecord, { width = 80 } = {}): string {
     `${describeState(summary)}${summary.step > 0 && summary.seconds > 0 ? ` in ${formatSeconds(summary.seconds)}` : ''}`,
   ];
   const rest = Object.keys(summary.metrics).filter(
-    (name) => !summary.headline.includes(name) && /^(eval\.|reward\.|policy\.loss|value\.loss|loss$)/.test(name),
+    (name) => !summary.headline.includes(name) && /^(eval\.|reward\.|cost\.|policy\.loss|value\.loss|loss$)/.test(name),
   );
   const shown = distinct([...summary.headline, ...rest].map((name) => seriesOf(run.rows, name)));
   const nameWidth = Math.max(0, ...shown.map(({ key }) => key.length));

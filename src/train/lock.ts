@@ -98,7 +98,7 @@ function parseHolder(text: string): Holder | undefined {
 
 async function isAlive({ pid, started, host }: Holder): Promise<boolean> {
   if (host !== hostname()) return true;
-  return exists(pid) && ((await startOf(pid)) === started);
+  return exists(pid) && (await startOf(pid)) === started;
 }
 
 function exists(pid: number): boolean {

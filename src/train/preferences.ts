@@ -18,6 +18,7 @@ import { ReferenceWorker } from '../workers/reference.js';
 import type { ConfigOf, PreferenceConfig } from './config.js';
 import { openEngine, type Role } from './roles.js';
 import { checkRowLength } from './row-source.js';
+import { evaluationSamples } from './samples.js';
 import { evaluation, openSources } from './sources.js';
 import { supervised } from './supervised.js';
 import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
@@ -52,7 +53,9 @@ export async function preferenceTask(config: PairConfig, workshop: Workshop): Pr
     trained: models.trained,
     ...evaluation(sources, config, async (pairs: Preference[]): Promise<Outcome> => {
       const { loss, statistics } = await evaluatePreference(models.workers, preferenceBatch(pairs), settings);
-      return { metrics: ofEvaluation({ loss, ...preferenceMetrics(statistics) }), samples: [] };
+      const prompts = pairs.map(({ chosen, promptLength }) => chosen.subarray(0, promptLength));
+      const samples = await evaluationSamples(models.actor, prompts, workshop);
+      return { metrics: ofEvaluation({ loss, ...preferenceMetrics(statistics) }), samples };
     }),
   };
 }
@@ -66,7 +69,9 @@ export async function ktoTask(config: ConfigOf<'kto'>, workshop: Workshop): Prom
     trained: models.trained,
     ...evaluation(sources, config, async (answers: JudgedAnswer[]): Promise<Outcome> => {
       const { loss, statistics } = await evaluateKto(models.workers, judgedBatch(answers), config.kto);
-      return { metrics: ofEvaluation({ loss, ...judgedMetrics(statistics) }), samples: [] };
+      const prompts = answers.map(({ tokens, promptLength }) => tokens.subarray(0, promptLength));
+      const samples = await evaluationSamples(models.actor, prompts, workshop);
+      return { metrics: ofEvaluation({ loss, ...judgedMetrics(statistics) }), samples };
     }),
   };
 }
@@ -80,10 +85,14 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
     ActorWorker.create(engine, {
       ...learnerSettings(config),
       sampling: { ...config.rollout, seed: config.seed, stopTokens: endTokens },
+      stop: config.rollout.stop,
       tokenizer,
       mismatch: config.checks.mismatch,
     }),
-    { computeLogprobs: 'logprobs', update: 'update', computeLoss: 'evaluation' },
+    {
+      ...{ computeLogprobs: 'logprobs', update: 'update' },
+      ...{ computeLoss: 'evaluation', generateForEvaluation: 'generation' },
+    },
   );
   const anchor =
     reference &&
@@ -93,6 +102,7 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
       { computeLogprobs: 'reference' },
     );
   return {
+    actor,
     // Losses without a reference call none.
     workers: { actor, reference: anchor ?? actor } as PreferenceModels,
     trained: [trainedModel(policy, engine, workshop)],

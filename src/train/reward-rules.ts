@@ -3,7 +3,10 @@ import type { RewardTerm } from './reward-schema.js';
 import type { Rule } from './rules.js';
 
 /** Endings of `reward.<name>` and `cost.<name>` that are metrics of all runs. */
-const takenNames = { reward: ['mean', 'greedy', 'accuracy', 'margin'], cost: ['mean', 'multiplier', 'value'] };
+const takenNames = {
+  reward: ['mean', 'greedy', 'accuracy', 'margin', 'chosen', 'rejected'],
+  cost: ['mean', 'multiplier', 'value'],
+};
 
 interface Terms {
   algorithm: string;

@@ -1,36 +1,28 @@
-/** Rewards of a rollout: the weighted sum of the terms that the configuration lists. */
+/** Rewards or costs of a rollout: the weighted sum of the terms that the configuration lists. */
 import { readFile } from 'node:fs/promises';
 import type { Awaitable, Rewards, Rollout } from '../algorithms/algorithm.js';
 import { callSignal } from '../cluster/call-context.js';
-import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import { type BuiltIn, builtInReward } from '../rewards/built-in/registry.js';
 import { combineRewards } from '../rewards/combine-rewards.js';
 import { type RewardSample, scoreSamples } from '../rewards/reward-function.js';
 import { spreadRewards } from '../rewards/spread-rewards.js';
-import { RewardWorker } from '../workers/reward.js';
-import type { RolloutConfig } from './config.js';
 import type { RewardKind, RewardTerm, RewardTermOf } from './reward-schema.js';
 import { kindOf } from './reward-schema.js';
 import { openRewardThreads, type Scorer } from './reward-threads.js';
 import { textsOf } from './samples.js';
 import type { Workshop } from './task.js';
 
-export interface RewardSource {
-  readonly computeRewards: (rollout: Awaitable<Rollout>) => Promise<Rewards>;
-}
+/** What judges rollouts. */
+export type Judge = (rollout: Awaitable<Rollout>) => Promise<Rewards>;
 
-/** `engine` is that of the model that scores, when there is one; `phase` names its calls. Throws what opening a term does. */
-export async function openRewards(
+/** `model` is the model that scores, when there is one. Throws what opening a term does. */
+export async function openJudge(
   reward: readonly RewardTerm[],
-  phase: 'reward' | 'cost',
-  engine: Engine | undefined,
-  { batch }: Pick<RolloutConfig, 'batch'>,
-  { pools, recorder, tokenizer, own }: Pick<Workshop, 'pools' | 'recorder' | 'tokenizer' | 'own'>,
-): Promise<RewardSource> {
-  const model =
-    engine &&
-    pools.place(phase, RewardWorker.create(engine, { microTokens: batch.microTokens }), { computeRewards: phase });
+  kind: 'reward' | 'cost',
+  model: Judge | undefined,
+  { recorder, tokenizer, own }: Pick<Workshop, 'recorder' | 'tokenizer' | 'own'>,
+): Promise<Judge> {
   const scorers = new Map<RewardTerm, Scorer>();
   for (const term of reward) {
     if (!tokenizer) checkReadable(term);
@@ -44,25 +36,21 @@ export async function openRewards(
       return [term, spreadRewards(given, rollout.lengths, rollout.promptLengths)];
     });
   };
-  return {
-    computeRewards: async (given) => {
-      // The model's turn is taken now; functions read arrays, so that they wait for the rollout.
-      const scoring = model?.computeRewards(given);
-      const rollout = await given;
-      const [scored, answered] = await Promise.all([
-        scoring,
-        scorers.size > 0 ? recorder.phase(`${phase}Function`, () => fromScorers(rollout)) : [],
-      ]);
-      if (scored) checkFinite(scored);
-      const byTerm = new Map(answered);
-      const terms = reward.map((term) => ({ ...term, rewards: byTerm.get(term) ?? scored! }));
-      return {
-        ...combineRewards(terms, rollout.lengths, rollout.responseMask),
-        ...(terms.length > 1
-          ? { terms: Object.fromEntries(terms.map((term) => [term.name, term.rewards.scores])) }
-          : {}),
-      };
-    },
+  return async (given) => {
+    // The model's turn is taken now; functions read arrays, so that they wait for the rollout.
+    const scoring = model?.(given);
+    const rollout = await given;
+    const [scored, answered] = await Promise.all([
+      scoring,
+      scorers.size > 0 ? recorder.phase(`${kind}Function`, () => fromScorers(rollout)) : [],
+    ]);
+    if (scored) checkFinite(scored, kind);
+    const byTerm = new Map(answered);
+    const terms = reward.map((term) => ({ ...term, rewards: byTerm.get(term) ?? scored! }));
+    return {
+      ...combineRewards(terms, rollout.lengths, rollout.responseMask),
+      ...(terms.length > 1 ? { terms: Object.fromEntries(terms.map((term) => [term.name, term.rewards.scores])) } : {}),
+    };
   };
 }
 
@@ -149,12 +137,12 @@ function checkReadable(term: RewardTerm): void {
   );
 }
 
-function checkFinite({ scores }: Rewards): void {
+function checkFinite({ scores }: Rewards, kind: 'reward' | 'cost'): void {
   const bad = scores.findIndex((score) => !Number.isFinite(score));
   if (bad < 0) return;
   throw new LockstepError(
     'REWARD_NOT_FINITE',
-    `the reward model's score of sample ${bad} is ${scores[bad]}; its weights or the policy have gone wrong`,
+    `the ${kind} model's score of sample ${bad} is ${scores[bad]}; its weights or the policy have gone wrong`,
     { sample: bad, score: scores[bad] },
   );
 }

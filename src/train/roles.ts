@@ -46,7 +46,7 @@ export async function rolesOf(config: Config, used?: readonly (keyof Models)[]):
       return [role(config.algorithm, base, 'score', { trained: true })];
     default: {
       const names = used ?? (rollouts ? rolloutAlgorithm(config).models : preferenceModels(config));
-      const roles = [role('policy', base, 'language', { trained: true, generates: rollouts })];
+      const roles = [role('policy', base, 'language', { trained: true, generates })];
       for (const name of roleOrder)
         if (names.includes(name)) roles.push(...(await others[name](config as ModelKeys, base)));
       for (const other of roles.slice(1)) checkVocabulary(roles[0]!, other);

@@ -1,6 +1,6 @@
 /** Reinforcement learning as a task: one iteration of prompts, rollout, rewards and updates per step. */
 import type { Models, Prompt, Rollout, RolloutAlgorithm } from '../algorithms/algorithm.js';
-import { rolloutMetrics } from '../algorithms/metrics.js';
+import { costMetrics, rolloutMetrics } from '../algorithms/metrics.js';
 import { sumsBySequence } from '../algorithms/rollout.js';
 import { sftBatch } from '../algorithms/sft.js';
 import { checkTokens, toPrompt } from '../data/examples.js';
@@ -8,11 +8,13 @@ import type { Row } from '../data/rows.js';
 import type { Engine } from '../engine/engine.js';
 import { checkLength } from '../inference/generate.js';
 import { ActorWorker } from '../workers/actor.js';
+import { CostWorker } from '../workers/cost.js';
 import { CriticWorker } from '../workers/critic.js';
 import { ReferenceWorker } from '../workers/reference.js';
+import { RewardWorker } from '../workers/reward.js';
 import { rolloutAlgorithm, truncationOf } from './algorithms.js';
 import type { ConfigOf, RolloutConfig } from './config.js';
-import { openRewards } from './rewards.js';
+import { openJudge } from './rewards.js';
 import { openEngine, type Role, type RoleName } from './roles.js';
 import { RowSource } from './row-source.js';
 import { samplesOf, unknownMetric } from './samples.js';
@@ -104,15 +106,21 @@ async function openModels(config: RolloutConfig, engines: Engines, workshop: Wor
     return engine && pools.place(role, ReferenceWorker.create(engine, forward), { computeLogprobs: role });
   };
   const { reward, cost } = config as Partial<Pick<ConfigOf<'safe-rlhf'>, 'reward' | 'cost'>>;
-  const costs = cost && (await openRewards(cost, 'cost', engines.cost, config, workshop));
+  const scoring = { microTokens: batch.microTokens };
+  const rewardModel =
+    engines.reward &&
+    pools.place('reward', RewardWorker.create(engines.reward, scoring), { computeRewards: 'reward' }).computeRewards;
+  const costModel =
+    engines.cost &&
+    pools.place('cost', CostWorker.create(engines.cost, scoring), { computeCosts: 'cost' }).computeCosts;
   return {
     actor,
     critic: critic('critic', 'values', 'valueUpdate'),
     costCritic: critic('costCritic', 'costValues', 'costValueUpdate'),
     reference: frozen('reference'),
     teacher: frozen('teacher'),
-    reward: reward && (await openRewards(reward, 'reward', engines.reward, config, workshop)),
-    cost: costs && { computeCosts: costs.computeRewards },
+    reward: reward && { computeRewards: await openJudge(reward, 'reward', rewardModel, workshop) },
+    cost: cost && { computeCosts: await openJudge(cost, 'cost', costModel, workshop) },
     // An algorithm uses the roles that it names, and those are there.
   } as Models & { actor: typeof actor };
 }
@@ -129,7 +137,7 @@ async function evaluate(
   const costs = cost && (await cost.computeCosts(rollout));
   const metrics = {
     ...rolloutMetrics(rollout, given, truncationOf(config)),
-    ...(costs ? { 'cost.mean': costs.scores.reduce((sum, score) => sum + score, 0) / costs.scores.length } : {}),
+    ...(costs ? costMetrics(costs) : {}),
   };
   return {
     metrics: ofEvaluation(metrics),

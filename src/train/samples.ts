@@ -1,8 +1,9 @@
 /** Rollouts as texts to keep and to score. */
 import { countUnknown, generatedText } from '../data/generated-text.js';
 import type { Tokenizer } from '../data/tokenizer.js';
-import { offsets, type Rollout } from '../workers/batches.js';
+import { offsets, type Prompt, type Rollout } from '../workers/batches.js';
 import type { Sample } from './events.js';
+import type { Workshop } from './task.js';
 
 export interface Texts {
   prompt: string;
@@ -38,6 +39,19 @@ export function samplesOf(
       ...(scores ? { reward: scores[index]! } : {}),
       finish: rollout.finish[index]!,
     }));
+}
+
+/** What the policy answers to the first prompts that leave room for it: the texts that an evaluation keeps. */
+export async function evaluationSamples(
+  actor: { generateForEvaluation(prompts: readonly Prompt[]): PromiseLike<Rollout> },
+  prompts: readonly Int32Array[],
+  { config, roles: [policy], tokenizer }: Pick<Workshop, 'config' | 'roles' | 'tokenizer'>,
+): Promise<Sample[]> {
+  const asked = prompts
+    .filter(({ length }) => length > 0 && length < policy!.shape.maxPositions)
+    .slice(0, config.evaluation.samples);
+  if (asked.length === 0) return [];
+  return samplesOf(await actor.generateForEvaluation(asked.map((tokens) => ({ tokens, row: {} }))), tokenizer);
 }
 
 /** `response.unknown`, the number of sampled tokens that the tokenizer lacks; no metric when there are none. */

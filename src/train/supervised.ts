@@ -19,13 +19,13 @@ import { RewardWorker } from '../workers/reward.js';
 import type { Config, ConfigOf } from './config.js';
 import { openEngine, type Role } from './roles.js';
 import { checkRowLength } from './row-source.js';
-import { samplesOf } from './samples.js';
+import { evaluationSamples } from './samples.js';
 import { evaluation, openSources, type Sources } from './sources.js';
 import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
 
 /** An example, and the prompt that an evaluation lets the model continue. */
 interface SftItem extends SftExample {
-  prompt: { tokens: Int32Array; row: Row['columns'] } | undefined;
+  prompt: Int32Array;
 }
 
 export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Promise<Task> {
@@ -50,9 +50,8 @@ export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Prom
     trained: [trainedModel(policy, engine, workshop)],
     ...evaluation(sources, config, async (items: SftItem[]): Promise<Outcome> => {
       const { loss } = await evaluateSft({ actor }, sftBatch(items));
-      const prompts = items.flatMap(({ prompt }) => prompt ?? []).slice(0, config.evaluation.samples);
-      const rollout = prompts.length > 0 ? await actor.generateForEvaluation(prompts) : undefined;
-      return { metrics: ofEvaluation({ loss }), samples: rollout ? samplesOf(rollout, tokenizer) : [] };
+      const prompts = items.map(({ prompt }) => prompt);
+      return { metrics: ofEvaluation({ loss }), samples: await evaluationSamples(actor, prompts, workshop) };
     }),
   };
 }
@@ -121,9 +120,7 @@ export function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Wo
   if (mask.indexOf(1) < 0)
     throw badRow(row.place, 'the row has no token to learn; expected a response or a mask with ones');
   const asks = row.kind === 'prompt' && tokenizer !== undefined;
-  const prompt = asks ? toPrompt(row, tokenizer, { directory }).tokens : opening(tokens, mask);
-  const leavesRoom = prompt.length > 0 && prompt.length < shape.maxPositions;
-  return { tokens, mask, prompt: leavesRoom ? { tokens: prompt, row: row.columns } : undefined };
+  return { tokens, mask, prompt: asks ? toPrompt(row, tokenizer, { directory }).tokens : opening(tokens, mask) };
 }
 
 /** What comes before the first learned token; of a row that is learned throughout, its first third (at most 16 tokens). */

@@ -1,16 +1,15 @@
 /** The policy: generates, scores and learns (HybridFlow, Table 4). */
-import { callProgress, callSignal } from '../cluster/call-context.js';
+import { callFirstRow, callProgress, callSignal } from '../cluster/call-context.js';
 import type { TokenBatch } from '../data/batch.js';
-import { packBatch } from '../data/batch.js';
-import { StopStrings } from '../data/stop-strings.js';
 import type { Tokenizer } from '../data/tokenizer.js';
-import type { Engine, Generated, SamplingOptions } from '../engine/engine.js';
-import { LockstepError } from '../errors.js';
+import type { Engine, SamplingOptions } from '../engine/engine.js';
 import type { Loss } from '../losses/loss.js';
-import { forwardAll, offsets, type Prompt, type Rollout } from './batches.js';
+import { forwardAll, type Prompt, type Rollout } from './batches.js';
 import { Canary, type CanaryReport } from './canary.js';
 import { computeLoss, type LearningBatch } from './learn.js';
-import { type LearnerSettings, type UpdateOptions, update } from './learner.js';
+import { type LearnerSettings, learnerProtocols, type UpdateOptions, update } from './learner.js';
+import type { Protocols } from './protocols.js';
+import { cutAtStop, packRollout, stopStrings } from './responses.js';
 
 export interface ActorSettings extends LearnerSettings {
   sampling: SamplingOptions;
@@ -29,66 +28,74 @@ export interface GenerationOptions {
   readonly greedy?: boolean | undefined;
 }
 
-export type ActorWorker = ReturnType<typeof ActorWorker.create>;
+export type ActorWorker = ReturnType<typeof create>;
 
-export const ActorWorker = {
-  /** A worker over an engine with a language-model head. */
-  create: (engine: Engine, settings: ActorSettings) => {
-    const forward = { microTokens: settings.microTokens, temperature: settings.temperature ?? 1 };
-    let report: CanaryReport = { max: 0, tokens: 0 };
+/** A worker over an engine with a language-model head. */
+function create(engine: Engine, settings: ActorSettings) {
+  const forward = { microTokens: settings.microTokens, temperature: settings.temperature ?? 1 };
+  let report: CanaryReport = { max: 0, tokens: 0 };
 
-    const sample = async (
-      prompts: readonly Prompt[],
-      { iteration, round, greedy }: GenerationOptions,
-    ): Promise<Rollout> => {
-      const stops = stopStrings(settings, prompts.length);
-      const alive = callProgress();
-      const signal = callSignal();
-      const generated = await engine.generate(
-        prompts.map(({ tokens }, i) => ({
-          prompt: tokens,
-          id: requestId(iteration, round ?? 0, i),
-          maxNewTokens: Math.min(settings.sampling.maxNewTokens, engine.shape.maxPositions - tokens.length),
-        })),
-        {
-          ...settings.sampling,
-          ...(greedy ? { temperature: 0 } : {}),
-          ...(signal ? { signal } : {}),
-          onProgress: ({ requests, tokens, total }) => {
-            alive(`token ${total} of a generation`);
-            return stops?.push(requests, tokens);
-          },
+  const sample = async (
+    prompts: readonly Prompt[],
+    { iteration, round, greedy }: GenerationOptions,
+  ): Promise<Rollout> => {
+    const stops = stopStrings(settings.stop, settings.tokenizer, prompts.length);
+    const first = callFirstRow();
+    const alive = callProgress();
+    const signal = callSignal();
+    const generated = await engine.generate(
+      prompts.map(({ tokens }, i) => ({
+        prompt: tokens,
+        id: requestId(iteration, round ?? 0, first + i),
+        maxNewTokens: Math.min(settings.sampling.maxNewTokens, engine.shape.maxPositions - tokens.length),
+      })),
+      {
+        ...settings.sampling,
+        ...(greedy ? { temperature: 0 } : {}),
+        ...(signal ? { signal } : {}),
+        onProgress: ({ requests, tokens, total }) => {
+          alive(`token ${total} of a generation`);
+          return stops?.push(requests, tokens);
         },
-      );
-      return packRollout(
-        prompts,
-        generated.map((result, i) => cutAtStop(result, stops, i)),
-      );
-    };
-
-    return {
-      /** Responses to prompts: a function of the weights, the prompts, the settings, the iteration and the index. */
-      generateSequences: sample,
-      /** Like `generateSequences` for iteration 0, which training does not use: the texts of an evaluation. */
-      generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, { iteration: 0 }),
-      computeLogprobs: (batch: TokenBatch) => forwardAll(engine, batch, 'logprobs', forward),
-      /** A batch with the columns `sampledLogprobs` and `sampledMask` is checked before its first step. */
-      update: async (batch: LearningBatch, loss: Loss, options: UpdateOptions) => {
-        const canary = canaryOf(batch);
-        if (canary && settings.mismatch === 'all') {
-          const rows = Int32Array.from(batch.lengths, (_, row) => row);
-          canary.compare(batch, rows, await forwardAll(engine, batch, 'logprobs', forward));
-        }
-        const result = await update(engine, batch, loss, options, settings, canary);
-        if (canary) report = canary.report();
-        return result;
       },
-      computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
-      /** Of the last update from a rollout. */
-      mismatch: () => report,
-    };
-  },
-};
+    );
+    return packRollout(
+      prompts,
+      generated.map((result, i) => cutAtStop(result, stops, i)),
+    );
+  };
+
+  return {
+    /** Responses to prompts: a function of the weights, the prompts, the settings, the iteration and the index in the call. */
+    generateSequences: sample,
+    /** Like `generateSequences` for iteration 0, which training does not use: the texts of an evaluation. */
+    generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, { iteration: 0 }),
+    computeLogprobs: (batch: TokenBatch) => forwardAll(engine, batch, 'logprobs', forward),
+    /** A batch with the columns `sampledLogprobs` and `sampledMask` is checked before its first step. */
+    update: async (batch: LearningBatch, loss: Loss, options: UpdateOptions) => {
+      const canary = canaryOf(batch);
+      if (canary && settings.mismatch === 'all') {
+        const rows = Int32Array.from(batch.lengths, (_, row) => row);
+        canary.compare(batch, rows, await forwardAll(engine, batch, 'logprobs', forward));
+      }
+      const result = await update(engine, batch, loss, options, settings, canary);
+      if (canary) report = canary.report();
+      return result;
+    },
+    computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
+    /** Of the last update from a rollout. */
+    mismatch: () => report,
+  };
+}
+
+const protocols = {
+  generateSequences: '3D_ALL_MICRO_DP',
+  generateForEvaluation: '3D_ALL_MICRO_DP',
+  computeLogprobs: '3D_PROTO',
+  ...learnerProtocols,
+} as const satisfies Protocols<ActorWorker>;
+
+export const ActorWorker = { create, protocols };
 
 /** Counter of a response's random stream. */
 function requestId(iteration: number, round: number, index: number): number {
@@ -99,50 +106,4 @@ function requestId(iteration: number, round: number, index: number): number {
 function canaryOf({ tokens, lengths, columns }: LearningBatch): Canary | undefined {
   const { sampledLogprobs: logprobs, sampledMask: responseMask } = columns;
   return logprobs && responseMask ? new Canary({ tokens, lengths, logprobs, responseMask }) : undefined;
-}
-
-function stopStrings({ stop = [], tokenizer }: ActorSettings, count: number): StopStrings | undefined {
-  if (stop.length === 0) return undefined;
-  if (tokenizer) return new StopStrings(tokenizer, stop, count);
-  throw new LockstepError(
-    'TOKENIZER_MISSING',
-    'rollout.stop holds strings, and the model has no tokenizer.json to find them with; add the tokenizer files or clear it',
-  );
-}
-
-function cutAtStop(generated: Generated, stops: StopStrings | undefined, request: number): Generated {
-  const cut = stops?.finish(request, generated.tokens);
-  if (!cut) return generated;
-  return {
-    tokens: generated.tokens.subarray(0, cut.tokens),
-    logprobs: generated.logprobs.subarray(0, cut.tokens),
-    finish: 'stop',
-  };
-}
-
-/** Packs prompts and responses; the response token at position t has its log-prob and its mask at t - 1. */
-export function packRollout(prompts: readonly Prompt[], generated: readonly Generated[]): Rollout {
-  const sequences = prompts.map(({ tokens }, i) => {
-    const sequence = new Int32Array(tokens.length + generated[i]!.tokens.length);
-    sequence.set(tokens);
-    sequence.set(generated[i]!.tokens, tokens.length);
-    return sequence;
-  });
-  const batch = packBatch(sequences);
-  const starts = offsets(batch.lengths);
-  const logprobs = new Float32Array(batch.tokens.length);
-  const responseMask = new Uint8Array(batch.tokens.length);
-  generated.forEach((result, i) => {
-    const at = starts[i]! + prompts[i]!.tokens.length - 1;
-    logprobs.set(result.logprobs, at);
-    responseMask.fill(1, at, at + result.tokens.length);
-  });
-  return {
-    ...batch,
-    prompts,
-    promptLengths: Int32Array.from(prompts, ({ tokens }) => tokens.length),
-    logprobs,
-    responseMask,
-    finish: generated.map(({ finish }) => (finish === 'length' ? 'length' : 'stop')),
-  };
 }

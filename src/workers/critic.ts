@@ -2,15 +2,20 @@
 import type { TokenBatch } from '../data/batch.js';
 import type { Engine } from '../engine/engine.js';
 import { forwardAll } from './batches.js';
-import { type LearnerSettings, learner } from './learner.js';
+import { type LearnerSettings, learner, learnerProtocols } from './learner.js';
+import type { Protocols } from './protocols.js';
 
-export type CriticWorker = ReturnType<typeof CriticWorker.create>;
+export type CriticWorker = ReturnType<typeof create>;
 
-export const CriticWorker = {
-  /** A worker over an engine with a value head. */
-  create: (engine: Engine, settings: LearnerSettings) => ({
+/** A worker over an engine with a value head. */
+function create(engine: Engine, settings: LearnerSettings) {
+  return {
     /** [T] V(tokens 0..t) */
     computeValues: (batch: TokenBatch) => forwardAll(engine, batch, 'values', settings),
     ...learner(engine, settings),
-  }),
-};
+  };
+}
+
+const protocols = { computeValues: '3D_PROTO', ...learnerProtocols } as const satisfies Protocols<CriticWorker>;
+
+export const CriticWorker = { create, protocols };

@@ -4,6 +4,7 @@ import type { Loss } from '../losses/loss.js';
 import type { ForwardSettings } from './batches.js';
 import type { Canary } from './canary.js';
 import { type Addition, computeLoss, type LearningBatch, type LearnResult, learn } from './learn.js';
+import type { Protocols } from './protocols.js';
 
 export interface LearnerSettings extends ForwardSettings {
   optimizer: Omit<StepOptions, 'learningRate' | 'step'>;
@@ -55,3 +56,8 @@ export function learner(engine: Engine, settings: LearnerSettings) {
     computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
   };
 }
+
+export const learnerProtocols = {
+  update: '3D_PROTO',
+  computeLoss: '3D_PROTO',
+} as const satisfies Protocols<ReturnType<typeof learner>>;

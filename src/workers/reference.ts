@@ -2,13 +2,18 @@
 import type { TokenBatch } from '../data/batch.js';
 import type { Engine } from '../engine/engine.js';
 import { type ForwardSettings, forwardAll } from './batches.js';
+import type { Protocols } from './protocols.js';
 
-export type ReferenceWorker = ReturnType<typeof ReferenceWorker.create>;
+export type ReferenceWorker = ReturnType<typeof create>;
 
-export const ReferenceWorker = {
-  /** A worker over an engine with a language-model head. */
-  create: (engine: Engine, settings: ForwardSettings) => ({
+/** A worker over an engine with a language-model head. */
+function create(engine: Engine, settings: ForwardSettings) {
+  return {
     /** [T] log p(token t+1 | tokens 0..t) at the sampling temperature */
     computeLogprobs: (batch: TokenBatch) => forwardAll(engine, batch, 'logprobs', settings),
-  }),
-};
+  };
+}
+
+const protocols = { computeLogprobs: '3D_PROTO' } as const satisfies Protocols<ReferenceWorker>;
+
+export const ReferenceWorker = { create, protocols };

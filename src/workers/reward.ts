@@ -3,13 +3,14 @@ import type { TokenBatch } from '../data/batch.js';
 import { scorePosition } from '../data/score-position.js';
 import type { Engine } from '../engine/engine.js';
 import { type ForwardSettings, forwardAll, offsets } from './batches.js';
-import { type LearnerSettings, learner } from './learner.js';
+import { type LearnerSettings, learner, learnerProtocols } from './learner.js';
+import type { Protocols } from './protocols.js';
 
-export type RewardWorker = ReturnType<typeof RewardWorker.create>;
+export type RewardWorker = ReturnType<typeof create>;
 
-export const RewardWorker = {
-  /** A frozen reward model over an engine with a score head. */
-  create: (engine: Engine, settings: ForwardSettings) => ({
+/** A frozen reward model over an engine with a score head. */
+function create(engine: Engine, settings: ForwardSettings) {
+  return {
     /** Scores of whole sequences, read at the rightmost token that is not padding. */
     computeRewards: async (batch: TokenBatch): Promise<{ scores: Float64Array }> => {
       const values = await forwardAll(engine, batch, 'values', settings);
@@ -20,10 +21,18 @@ export const RewardWorker = {
       });
       return { scores };
     },
-  }),
-  /** A reward model that learns from pairs. */
-  createLearner: (engine: Engine, settings: LearnerSettings) => ({
-    ...RewardWorker.create(engine, settings),
-    ...learner(engine, settings),
-  }),
-};
+  };
+}
+
+/** A reward model that learns from pairs. */
+function createLearner(engine: Engine, settings: LearnerSettings) {
+  return { ...create(engine, settings), ...learner(engine, settings) };
+}
+
+const protocols = { computeRewards: '3D_PROTO' } as const satisfies Protocols<RewardWorker>;
+
+const protocolsOfLearner = { ...protocols, ...learnerProtocols } as const satisfies Protocols<
+  ReturnType<typeof createLearner>
+>;
+
+export const RewardWorker = { create, protocols, createLearner, protocolsOfLearner };

@@ -1,7 +1,7 @@
 /** Laws of worker groups: N ranks answer as one; calls run on all ranks; a failing rank releases the others and is named. */
 import { setTimeout as delay } from 'node:timers/promises';
 import { describe, expect, expectTypeOf, it } from 'vitest';
-import { callSignal } from '../../src/cluster/call-context.js';
+import { callFirstRow, callSignal } from '../../src/cluster/call-context.js';
 import type { RankFailure } from '../../src/cluster/call-ranks.js';
 import type { Future } from '../../src/cluster/future.js';
 import { registerProtocol } from '../../src/cluster/protocols.js';
@@ -37,6 +37,23 @@ describe('calling', () => {
       expect(await group.echo(packed())).toEqual(packed());
       for (const { calls } of workers) expect(calls).toEqual({ scale: 1, echo: 1 });
     }
+  });
+
+  it('tells each rank with which row of the batch its part begins', async () => {
+    const numbered = (rows: readonly string[]) => rows.map((_, i) => callFirstRow() + i);
+    for (const { layout, generation } of layouts(8)) {
+      const group = WorkerGroup.create({
+        ...{ name: 'g', layout, generation },
+        worker: () => ({ numbered, generated: async (rows: readonly string[]) => numbered(rows), all: numbered }),
+        protocols: { numbered: '3D_PROTO', generated: '3D_ALL_MICRO_DP', all: 'ONE_TO_ALL' },
+      });
+      const rows = [...'abcdefg'];
+      expect(await group.numbered(rows)).toEqual([0, 1, 2, 3, 4, 5, 6]);
+      expect(await group.generated(rows)).toEqual([0, 1, 2, 3, 4, 5, 6]);
+      expect(await group.numbered(new Shards([['a'], ['b', 'c', 'd']]))).toEqual([0, 1, 2, 3]);
+      for (const answer of await group.all(rows)) expect(answer[0]).toBe(0);
+    }
+    expect(callFirstRow()).toBe(0);
   });
 
   it('calls ranks whose shard is empty, with an empty batch', async () => {

@@ -112,4 +112,17 @@ describe('the repository', () => {
     });
     expect(long).toEqual([]);
   });
+
+  test('an algorithm and a worker are read on one page: 120 lines', () => {
+    const workers = ['actor', 'critic', 'reference', 'reward', 'cost'].map((name) => `src/workers/${name}.ts`);
+    // What algorithms share: their roles, metrics and the handling of rollouts.
+    const shared = ['algorithm', 'metrics', 'rollout'].map((name) => `src/algorithms/${name}.ts`);
+    const own = repositoryFiles().filter((name) => name.startsWith('src/algorithms/') && !shared.includes(name));
+    expect(own.length).toBeGreaterThanOrEqual(10);
+    const long = [...workers, ...own].flatMap((name) => {
+      const lines = readFileSync(join(root, name), 'utf8').trimEnd().split('\n').length;
+      return lines > 120 ? [`${name}: ${lines} lines`] : [];
+    });
+    expect(long).toEqual([]);
+  });
 });

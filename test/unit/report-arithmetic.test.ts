@@ -1,8 +1,9 @@
 import { describe, expect, test } from 'vitest';
-import { chartsOf, phaseSeries } from '../../src/reports/catalogue.js';
+import { chartsOf } from '../../src/reports/catalogue.js';
 import { chartFigure } from '../../src/reports/chart.js';
 import { healthHints } from '../../src/reports/health.js';
 import { formatNumber, formatSeconds } from '../../src/reports/numbers.js';
+import { phaseSeries } from '../../src/reports/phases.js';
 import type { RunRecord } from '../../src/reports/run-record.js';
 import { linearScale, logScale } from '../../src/reports/scale.js';
 import { type Point, smooth, thin } from '../../src/reports/series.js';
@@ -85,24 +86,49 @@ describe('series', () => {
 
 describe('charts', () => {
   test('a series that repeats another is not drawn twice, nor the loss that is the surrogate', () => {
-    const { rows } = run({
+    const sampled = run({
       'reward.mean': Math.sin,
       'reward.model': Math.sin,
       loss: Math.cos,
       'policy.loss': Math.cos,
     });
-    expect(chartsOf(rows).map(({ title, series }) => [title, series.map(({ key }) => key)])).toEqual([
+    expect(chartsOf(sampled).map(({ title, series }) => [title, series.map(({ key }) => key)])).toEqual([
       ['Reward', ['reward.mean']],
       ['Policy loss', ['policy.loss']],
     ]);
   });
 
-  test('the terms of a reward are drawn by the names that they have', () => {
-    const { rows } = run({ 'reward.mean': Math.sin, 'reward.exact': Math.cos, 'reward.brevity': () => -1 });
-    expect(chartsOf(rows).map(({ title, series }) => [title, series.map(({ label }) => label)])).toEqual([
+  test('the terms of a reward and of a cost are drawn by the names that they have', () => {
+    const paid = { 'reward.mean': Math.sin, 'reward.exact': Math.cos, 'reward.brevity': () => -1 };
+    const costs = {
+      'cost.mean': Math.sin,
+      'cost.model': Math.cos,
+      'cost.length': () => -1,
+      'eval.cost.length': () => 0,
+    };
+    const charts = chartsOf(run({ ...paid, ...costs, 'cost.multiplier': Math.tan, 'cost.value.loss': Math.exp }));
+    expect(charts.map(({ title, series }) => [title, series.map(({ label }) => label)])).toEqual([
       ['Reward', ['reward']],
       ['Reward terms', ['exact', 'brevity']],
+      ['Cost', ['cost']],
+      ['Cost multiplier', ['multiplier']],
+      ['Cost terms', ['model', 'length', 'length, evaluation']],
+      ['Value loss', ['of costs']],
     ]);
+  });
+
+  test('what a controller does not steer is not drawn', () => {
+    const titles = (beta: (step: number) => number) =>
+      chartsOf(run({ 'kl.coefficient': beta })).map(({ title }) => title);
+    expect(titles(() => 0.05)).toEqual([]);
+    expect(titles((step) => 0.05 / step)).toEqual(['KL coefficient']);
+  });
+
+  test('a student is compared with its teacher, every other policy with its reference', () => {
+    const student = run({ 'kl.mean': Math.sin });
+    expect(chartsOf(student)[0]!.title).toBe('KL to the reference');
+    const taught = { ...student, config: { algorithm: 'distillation', teacher: { model: 't' } } };
+    expect(chartsOf(taught)[0]!.title).toBe('KL to the teacher');
   });
 });
 
@@ -126,15 +152,14 @@ describe('phases', () => {
 
   test('beyond seven are drawn as one, and nothing is lost', () => {
     const names = [...'abcdefghij'];
-    const { rows } = run(Object.fromEntries(names.map((name, index) => [`seconds.${name}`, () => 10 - index])), 3);
-    const { series } = chartsOf(rows).at(-1)!;
+    const timed = run(Object.fromEntries(names.map((name, index) => [`seconds.${name}`, () => 10 - index])), 3);
+    const { series } = chartsOf(timed).at(-1)!;
     expect(series).toHaveLength(7);
     expect(series.reduce((sum, { points: all }) => sum + all[0]!.value, 0)).toBe(55);
   });
 
   test('are stacked: the top edge is the sum', () => {
-    const { rows } = run({ 'seconds.a': () => 1, 'seconds.b': () => 2 }, 5);
-    const [chart] = chartsOf(rows);
+    const [chart] = chartsOf(run({ 'seconds.a': () => 1, 'seconds.b': () => 2 }, 5));
     const data = /<script type="application\/json">(.*)<\/script>/.exec(chartFigure(chart!, 'c'))![1]!;
     const { series, plot } = JSON.parse(data) as { plot: number[]; series: { points: number[][] }[] };
     const bottom = plot[3]!;
@@ -145,10 +170,11 @@ describe('phases', () => {
 });
 
 describe('health hints', () => {
-  const texts = (columns: Record<string, (step: number) => number>, algorithm = 'ppo') =>
-    healthHints(run(columns, 50, algorithm));
+  type Columns = Record<string, (step: number) => number>;
+  const texts = (columns: Columns, config: Record<string, unknown> = { algorithm: 'ppo' }) =>
+    healthHints({ ...run(columns), config });
 
-  test.each<[string, Record<string, (step: number) => number>, string]>([
+  test.each<[string, Columns, string]>([
     ['a mismatch', { 'mismatch.max': (step) => (step === 30 ? 1e-6 : 0) }, 'disagree by up to 1e-6'],
     ['a reward that falls back', { 'reward.mean': (step) => (step < 30 ? step / 10 : 0.4) }, 'fell back'],
     ['a reward that stays', { 'reward.mean': () => 1 }, 'did not rise'],
@@ -167,8 +193,90 @@ describe('health hints', () => {
   });
 
   test('overfitting is pointed out', () => {
-    const hints = texts({ loss: (step) => 1 / step, 'eval.loss': (step) => 1 + Math.abs(step - 20) / 50 }, 'sft');
+    const hints = texts({ loss: (step) => 1 / step, 'eval.loss': (step) => 1 + Math.abs(step - 20) / 50 });
     expect(hints.map(({ text }) => text).join()).toContain('overfit');
+  });
+
+  test('the loss of a policy that samples is no sign of anything', () => {
+    expect(texts({ loss: (step) => step, 'policy.loss': (step) => step })).toEqual([]);
+    expect(texts({ loss: (step) => step })[0]).toMatchObject({ level: 'warning' });
+  });
+
+  const grpo = {
+    ...{ algorithm: 'grpo', grpo: { klCoefficient: 0, epochs: 2, samplingRounds: 3 } },
+    ...{ batch: { sequences: 32 }, rollout: { samples: 4 } },
+  };
+
+  test.each<[string, Columns, string, string]>([
+    [
+      'a reward that falls back',
+      { 'reward.mean': (step) => (step < 30 ? step / 10 : 0.4) },
+      'warning',
+      'grpo.klCoefficient',
+    ],
+    ['much clipping', { 'policy.clipFraction': () => 0.5 }, 'warning', 'lower the learning rate or lower grpo.epochs'],
+    ['groups without a difference', { 'groups.equal': () => 6 }, 'notice', '75 % of the prompts'],
+    ['sampling at its limit', { 'groups.rounds': () => 3 }, 'notice', 'all 3 rounds of grpo.samplingRounds'],
+    ['empty responses', { 'response.empty': () => 0.5 }, 'warning', '50 % of responses are empty'],
+  ])('%s: the setting of the run’s own algorithm is named', (_, columns, level, words) => {
+    expect(texts(columns, grpo)).toEqual([{ level, text: expect.stringContaining(words) }]);
+  });
+
+  test('a setting that the algorithm lacks is not named', () => {
+    const [hint] = texts({ 'policy.clipFraction': () => 0.5 }, { algorithm: 'of-my-own' });
+    expect(hint?.text).toMatch(/lower the learning rate$/);
+  });
+
+  test.each<[string, Columns, [string, string][]]>([
+    [
+      'accuracy and margin',
+      { loss: () => 0.5, 'reward.accuracy': (step) => 0.5 + step / 100, 'reward.margin': (step) => step },
+      [
+        ['good', 'the accuracy rose: 53 % to 98 %'],
+        ['good', 'the margin rose: 3 to 48'],
+      ],
+    ],
+    [
+      'margins, where answers are judged alone',
+      { 'reward.margin': (step) => -step },
+      [['warning', 'did not rise: -3 to -48']],
+    ],
+    [
+      'held-out rows before those learned from',
+      { 'reward.accuracy': () => 1, 'eval.reward.accuracy': () => 0.4 },
+      [['warning', 'held-out accuracy is 40 %: no better than chance']],
+    ],
+    [
+      'chosen answers that become less likely',
+      { 'reward.margin': (step) => step, 'reward.chosen': (step) => -2 * step },
+      [
+        ['notice', 'fell from -6 to -96, by more than the margin grew'],
+        ['good', 'the margin rose'],
+      ],
+    ],
+  ])('preferences are told by %s', (_, columns, expected) => {
+    expect(texts(columns, { algorithm: 'dpo' })).toEqual(
+      expected.map(([level, words]) => ({ level, text: expect.stringContaining(words) })),
+    );
+  });
+
+  test('a constraint is told by its threshold, and comes before the reward', () => {
+    const config = { algorithm: 'safe-rlhf', 'safe-rlhf': { constraint: { threshold: 0.5 } } };
+    const columns = { 'reward.mean': (step: number) => -step, 'cost.mean': (step: number) => 4 / step };
+    expect(texts(columns, config)).toEqual([
+      { level: 'notice', text: expect.stringContaining('reward did not rise') },
+      { level: 'good', text: expect.stringContaining('within its threshold of 0.5') },
+    ]);
+    const [first] = texts({ 'cost.mean': (step) => step }, config);
+    expect(first).toEqual({ level: 'warning', text: 'the cost did not fall: 3 to 48; its threshold is 0.5' });
+  });
+
+  test('a student comes close to its teacher; a policy keeps near its reference', () => {
+    const columns = { 'kl.mean': (step: number) => 10 - step / 10 };
+    expect(texts(columns, { algorithm: 'distillation', teacher: { model: 't' } })).toEqual([
+      { level: 'good', text: 'the KL to the teacher fell: 9.7 to 5.2 a token' },
+    ]);
+    expect(texts(columns)).toEqual([{ level: 'warning', text: expect.stringContaining('far from its reference') }]);
   });
 
   test('a healthy run is told so, and no more', () => {

@@ -11,7 +11,7 @@ import { loadTokenizer, type Tokenizer } from '../../src/data/tokenizer.js';
 import { Closing } from '../../src/train/closing.js';
 import { Recorder } from '../../src/train/recorder.js';
 import { rewardSchema } from '../../src/train/reward-schema.js';
-import { openRewards } from '../../src/train/rewards.js';
+import { openJudge } from '../../src/train/rewards.js';
 
 const directory = mkdtempSync(join(tmpdir(), 'reward-source-'));
 const closing = new Closing();
@@ -48,20 +48,13 @@ afterAll(async () => {
   rmSync(directory, { recursive: true });
 });
 
-const open = (reward: unknown) =>
-  openRewards(
-    rewardSchema.parse(reward),
-    'reward',
-    undefined,
-    { batch: { sequences: 3, microTokens: 64 } },
-    {
-      // Without a reward model nothing is placed.
-      pools: undefined as never,
-      recorder: new Recorder(),
-      tokenizer,
-      own: (resource) => closing.own(resource),
-    },
-  );
+const open = async (reward: unknown) => ({
+  computeRewards: await openJudge(rewardSchema.parse(reward), 'reward', undefined, {
+    recorder: new Recorder(),
+    tokenizer,
+    own: (resource) => closing.own(resource),
+  }),
+});
 
 const file = (name: string, text: string) => {
   writeFileSync(join(directory, name), text);

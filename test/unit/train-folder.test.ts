@@ -52,7 +52,8 @@ describe('a run folder', () => {
     const gone = spawn(process.execPath, ['-e', '']);
     await new Promise((resolve) => gone.once('close', resolve));
     const live = `.lock-${process.pid}-999`;
-    for (const name of [`.lock-${gone.pid}-0`, `.lock-claim-${gone.pid}-1`, live]) await writeFile(join(root, name), '{');
+    for (const name of [`.lock-${gone.pid}-0`, `.lock-claim-${gone.pid}-1`, live])
+      await writeFile(join(root, name), '{');
     const lock = await lockRun(root);
     expect((await readdir(root)).sort()).toEqual(['.lock', live]);
     await lock.release();

@@ -9,11 +9,12 @@ import type { Loss } from '../../src/losses/loss.js';
 import { bradleyTerry } from '../../src/losses/reward-model.js';
 import { crossEntropy } from '../../src/losses/sft.js';
 import { initialScoreHead } from '../../src/train/roles.js';
-import { ActorWorker, packRollout } from '../../src/workers/actor.js';
+import { ActorWorker } from '../../src/workers/actor.js';
 import { forwardAll, offsets } from '../../src/workers/batches.js';
 import { Canary } from '../../src/workers/canary.js';
 import { computeLoss, learn, takeRows } from '../../src/workers/learn.js';
 import { update } from '../../src/workers/learner.js';
+import { packRollout } from '../../src/workers/responses.js';
 import { RewardWorker } from '../../src/workers/reward.js';
 import { TableEngine } from './train-fake-engine.js';
 

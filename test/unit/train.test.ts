@@ -264,6 +264,23 @@ describe('learning', () => {
     expect(row!['reward.mean']).toBeCloseTo(0.5 * row!['reward.model']! + 2 * row!['reward.function']!, 5);
   });
 
+  it('so are those of a cost, by its model and otherwise, in steps and in evaluations', async () => {
+    const file = join(folder, 'prompts.jsonl');
+    const config = sft({
+      ...{ algorithm: 'safe-rlhf', data: { train: file, eval: file }, steps: 1, optimizer: {} },
+      ...{ rollout: { maxNewTokens: 6 }, batch: { sequences: 16, microTokens: 32 } },
+      reward: { model: scorer },
+      cost: [{ model: scorer, weight: 3 }, { length: { target: 3 } }],
+    } as Partial<ConfigInput>);
+    const [, row] = await metrics(await ran(config));
+    for (const prefix of ['', 'eval.']) {
+      const [ofModel, ofLength] = [row![`${prefix}cost.model`]!, row![`${prefix}cost.length`]!];
+      expect(ofModel).toBeCloseTo(row![`${prefix}reward.mean`]!, 12);
+      expect(ofLength).toBeLessThan(0);
+      expect(row![`${prefix}cost.mean`]).toBeCloseTo(3 * ofModel + ofLength, 5);
+    }
+  });
+
   it('a run goes on with the rewards it began with, in any form, and not with others', async () => {
     const file = join(folder, 'reward.js');
     const config = await ran(ppo({ reward: { model: scorer, function: file }, steps: 3 }));

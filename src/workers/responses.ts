@@ -1,0 +1,59 @@
+/** Generated tokens as responses: a stop string ends them early, and they are packed behind their prompts. */
+import { packBatch } from '../data/batch.js';
+import { StopStrings } from '../data/stop-strings.js';
+import type { Tokenizer } from '../data/tokenizer.js';
+import type { Generated } from '../engine/engine.js';
+import { LockstepError } from '../errors.js';
+import { offsets, type Prompt, type Rollout } from './batches.js';
+
+/** Looks for the strings in `count` responses; undefined without strings. Throws TOKENIZER_MISSING. */
+export function stopStrings(
+  stop: readonly string[] | undefined,
+  tokenizer: Tokenizer | undefined,
+  count: number,
+): StopStrings | undefined {
+  if (!stop || stop.length === 0) return undefined;
+  if (tokenizer) return new StopStrings(tokenizer, stop, count);
+  throw new LockstepError(
+    'TOKENIZER_MISSING',
+    'rollout.stop holds strings, and the model has no tokenizer.json to find them with; add the tokenizer files or clear it',
+  );
+}
+
+/** A response without what was sampled behind its stop string. */
+export function cutAtStop(generated: Generated, stops: StopStrings | undefined, request: number): Generated {
+  const cut = stops?.finish(request, generated.tokens);
+  if (!cut) return generated;
+  return {
+    tokens: generated.tokens.subarray(0, cut.tokens),
+    logprobs: generated.logprobs.subarray(0, cut.tokens),
+    finish: 'stop',
+  };
+}
+
+/** Packs prompts and responses; the response token at position t has its log-prob and its mask at t - 1. */
+export function packRollout(prompts: readonly Prompt[], generated: readonly Generated[]): Rollout {
+  const sequences = prompts.map(({ tokens }, i) => {
+    const sequence = new Int32Array(tokens.length + generated[i]!.tokens.length);
+    sequence.set(tokens);
+    sequence.set(generated[i]!.tokens, tokens.length);
+    return sequence;
+  });
+  const batch = packBatch(sequences);
+  const starts = offsets(batch.lengths);
+  const logprobs = new Float32Array(batch.tokens.length);
+  const responseMask = new Uint8Array(batch.tokens.length);
+  generated.forEach((result, i) => {
+    const at = starts[i]! + prompts[i]!.tokens.length - 1;
+    logprobs.set(result.logprobs, at);
+    responseMask.fill(1, at, at + result.tokens.length);
+  });
+  return {
+    ...batch,
+    prompts,
+    promptLengths: Int32Array.from(prompts, ({ tokens }) => tokens.length),
+    logprobs,
+    responseMask,
+    finish: generated.map(({ finish }) => (finish === 'length' ? 'length' : 'stop')),
+  };
+}
