@@ -4,7 +4,14 @@
  *     npx lockstep train examples/ppo/ppo.yaml
  */
 import type { ConfigOf } from 'lockstep-rlhf';
-import { actorMetrics, criticMetrics, defineAlgorithm, ppoExperience, rolloutMetrics } from 'lockstep-rlhf/algorithms';
+import {
+  actorMetrics,
+  criticMetrics,
+  defineAlgorithm,
+  klMetrics,
+  ppoExperience,
+  rolloutMetrics,
+} from 'lockstep-rlhf/algorithms';
 import { policyLoss, valueLoss } from 'lockstep-rlhf/losses';
 
 export default ({ ppo: settings, rollout: { truncation, truncationPenalty } }: ConfigOf<'ppo'>) =>
@@ -22,13 +29,14 @@ export default ({ ppo: settings, rollout: { truncation, truncationPenalty } }: C
       const anchor = reference.computeLogprobs(sampled);
       const scored = reward.computeRewards(sampled);
       const ready = await Promise.all([sampled, values, anchor, scored]);
-      const { experience } = ppoExperience(...ready, { ...settings, ...cuts }, klCoefficient);
+      const { experience, penalty } = ppoExperience(...ready, { ...settings, ...cuts }, klCoefficient);
       const ofCritic = critic.update(experience, valueLoss({ clip: valueClip }), update);
       const ofActor = actor.update(experience, policyLoss({ clip }), update);
 
       const [rollout, , , rewards] = ready;
       const metrics = {
         ...rolloutMetrics(rollout, rewards, cuts),
+        ...klMetrics(penalty, klCoefficient),
         ...criticMetrics(experience, await ofCritic),
         ...actorMetrics(await ofActor),
       };

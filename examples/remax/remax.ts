@@ -4,7 +4,7 @@
  *     npx lockstep train examples/remax/remax.yaml
  */
 import type { ConfigOf } from 'lockstep-rlhf';
-import { actorMetrics, defineAlgorithm, remaxExperience, rolloutMetrics } from 'lockstep-rlhf/algorithms';
+import { actorMetrics, defineAlgorithm, klMetrics, remaxExperience, rolloutMetrics } from 'lockstep-rlhf/algorithms';
 import { policyLosses } from 'lockstep-rlhf/losses';
 
 export default ({ remax: settings, rollout: { truncation, truncationPenalty, samples } }: ConfigOf<'remax'>) =>
@@ -23,11 +23,15 @@ export default ({ remax: settings, rollout: { truncation, truncationPenalty, sam
       const scored = reward.computeRewards(sampled);
       const baseline = reward.computeRewards(greedy);
       const ready = await Promise.all([sampled, anchor, scored, baseline]);
-      const { experience } = remaxExperience(...ready, { ...settings, ...cuts });
+      const { experience, penalty } = remaxExperience(...ready, { ...settings, ...cuts });
       const ofActor = actor.update(experience, policyLosses.reinforce({}), update);
 
       const [rollout, , rewards] = ready;
-      const metrics = { ...rolloutMetrics(rollout, rewards, cuts), ...actorMetrics(await ofActor) };
+      const metrics = {
+        ...rolloutMetrics(rollout, rewards, cuts),
+        ...klMetrics(penalty, settings.klCoefficient),
+        ...actorMetrics(await ofActor),
+      };
       return { metrics, rollout, rewards };
     },
   });

@@ -6,8 +6,10 @@
 import type { ConfigOf } from 'lockstep-rlhf';
 import {
   actorMetrics,
+  costMetrics,
   criticMetrics,
   defineAlgorithm,
+  klMetrics,
   rolloutMetrics,
   safeRlhfExperience,
 } from 'lockstep-rlhf/algorithms';
@@ -32,16 +34,18 @@ export default ({ 'safe-rlhf': settings, rollout: { truncation, truncationPenalt
       const charged = cost.computeCosts(sampled);
       const ready = await Promise.all([sampled, values, costValues, anchor, scored, charged]);
       multiplier.update(ready[5].scores);
-      const { experience } = safeRlhfExperience(...ready, { ...settings, ...cuts }, multiplier.multiplier);
+      const { experience, penalty } = safeRlhfExperience(...ready, { ...settings, ...cuts }, multiplier.multiplier);
       const ofCritic = critic.update(experience.ofRewards, valueLoss({ clip: valueClip }), update);
       const ofCostCritic = costCritic.update(experience.ofCosts, valueLoss({ clip: valueClip }), update);
       const ofActor = actor.update(experience.ofPolicy, policyLoss({ clip }), update);
 
-      await ofCostCritic;
-      const [rollout, , , , rewards] = ready;
+      const [rollout, , , , rewards, costs] = ready;
       const metrics = {
         ...rolloutMetrics(rollout, rewards, cuts),
+        ...costMetrics(costs),
         'cost.multiplier': multiplier.multiplier,
+        'cost.value.loss': (await ofCostCritic).loss,
+        ...klMetrics(penalty, settings.klCoefficient),
         ...criticMetrics(experience.ofRewards, await ofCritic),
         ...actorMetrics(await ofActor),
       };

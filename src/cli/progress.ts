@@ -6,6 +6,9 @@ import type { Terminal } from './terminal.js';
 /** Metrics of the live line: the first few that the run has. */
 const shownMetrics: Record<string, string> = {
   'reward.mean': 'reward',
+  'cost.mean': 'cost',
+  'reward.accuracy': 'accuracy',
+  'reward.margin': 'margin',
   loss: 'loss',
   'kl.mean': 'kl',
   'response.length': 'length',
