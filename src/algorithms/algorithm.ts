@@ -7,34 +7,16 @@
  * R response tokens is therefore predicted at positions P−1 .. P+R−2, and the value of "predict token t+1" is values[t].
  */
 import type { TokenBatch } from '../data/batch.js';
+import type { Prompt, Rollout } from '../data/rollout.js';
 import type { Loss, LossBatch } from '../losses/loss.js';
+
+export type { Prompt, Rollout };
 
 /**
  * A value, or a handle to one that is not there yet. Workers take handles, so that data goes from one to the next without passing
  * through the algorithm; what an algorithm awaits it has in its hands.
  */
 export type Awaitable<T> = T | PromiseLike<T>;
-
-/** A prompt as data gives it. */
-export interface Prompt {
-  readonly tokens: Int32Array;
-  /** The row it came from, for reward functions. */
-  readonly row: Readonly<Record<string, unknown>>;
-}
-
-/** Prompts with sampled responses. */
-export interface Rollout extends TokenBatch {
-  /** One per sequence: a prompt with n samples comes n times in a row. */
-  readonly prompts: readonly Prompt[];
-  /** Tokens of the prompt within each sequence, at least 1. */
-  readonly promptLengths: Int32Array;
-  /** log p of the sampled tokens under the policy that sampled them; 0 outside responses. */
-  readonly logprobs: Float32Array;
-  /** 1 at positions that predict a token which the policy sampled. */
-  readonly responseMask: Uint8Array;
-  /** `length`: the response was cut at the most new tokens. */
-  readonly finish: readonly ('stop' | 'length')[];
-}
 
 /** What a reward worker says about a rollout. */
 export interface Rewards {

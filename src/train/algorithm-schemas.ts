@@ -38,6 +38,20 @@ const ptx = z.strictObject({
 const steps = (miniBatches: number) => ({ epochs: count.default(1), miniBatches: count.default(miniBatches) });
 const klEstimator = z.enum(['k1', 'k2', 'k3']);
 
+/** Of a policy with a critic. */
+const actorCritic = {
+  ...steps(4),
+  clip: positive.default(0.2),
+  valueClip: positive.default(0.2),
+  gamma: fraction.default(1),
+  lambda: fraction.default(0.95),
+  klCoefficient: nonNegative.default(0.05),
+  /** Advantages to mean 0 and variance 1 over the whole rollout. */
+  whiten: z.boolean().default(true),
+  /** Weight of the entropy bonus. */
+  entropyCoefficient: nonNegative.default(0),
+};
+
 const ppo = {
   /** Default of its model: the reward model, else the policy. */
   critic,
@@ -45,12 +59,7 @@ const ppo = {
   reward,
   ptx: ptx.optional(),
   ppo: section({
-    ...steps(4),
-    clip: positive.default(0.2),
-    valueClip: positive.default(0.2),
-    gamma: fraction.default(1),
-    lambda: fraction.default(0.95),
-    klCoefficient: nonNegative.default(0.05),
+    ...actorCritic,
     kl: section({
       in: z.enum(['reward', 'loss']).default('reward'),
       estimator: klEstimator.default('k1'),
@@ -59,10 +68,6 @@ const ppo = {
       target: positive.default(6),
       horizon: positive.default(10000),
     }),
-    /** Advantages to mean 0 and variance 1 over the whole rollout. */
-    whiten: z.boolean().default(true),
-    /** Weight of the entropy bonus. */
-    entropyCoefficient: nonNegative.default(0),
   }),
 };
 
@@ -88,16 +93,9 @@ const safeRlhf = {
   cost: reward,
   ptx: ptx.optional(),
   'safe-rlhf': section({
-    ...steps(4),
-    clip: positive.default(0.2),
-    valueClip: positive.default(0.2),
-    gamma: fraction.default(1),
-    lambda: fraction.default(0.95),
-    klCoefficient: nonNegative.default(0.05),
+    ...actorCritic,
     /** Largest magnitude of a token's reward or cost; 0: none. */
     rewardBound: nonNegative.default(0),
-    whiten: z.boolean().default(true),
-    entropyCoefficient: nonNegative.default(0),
     /** Mean cost per answer at most `threshold`, by a multiplier that starts at `initial`. */
     constraint: section({
       threshold: z.number().default(0),

@@ -1,7 +1,8 @@
 /** Rollouts as texts to keep and to score. */
 import { countUnknown, generatedText } from '../data/generated-text.js';
+import type { Prompt, Rollout } from '../data/rollout.js';
 import type { Tokenizer } from '../data/tokenizer.js';
-import { offsets, type Prompt, type Rollout } from '../workers/batches.js';
+import { offsets } from '../workers/batches.js';
 import type { Sample } from './events.js';
 import type { Workshop } from './task.js';
 

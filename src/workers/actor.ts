@@ -1,10 +1,11 @@
 /** The policy: generates, scores and learns (HybridFlow, Table 4). */
 import { callFirstRow, callProgress, callSignal } from '../cluster/call-context.js';
 import type { TokenBatch } from '../data/batch.js';
+import type { Prompt, Rollout } from '../data/rollout.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import type { Engine, SamplingOptions } from '../engine/engine.js';
 import type { Loss } from '../losses/loss.js';
-import { forwardAll, type Prompt, type Rollout } from './batches.js';
+import { forwardAll } from './batches.js';
 import { Canary, type CanaryReport } from './canary.js';
 import { computeLoss, type LearningBatch } from './learn.js';
 import { type LearnerSettings, learnerProtocols, type UpdateOptions, update } from './learner.js';

@@ -3,25 +3,6 @@ import type { TokenBatch } from '../data/batch.js';
 import { microBatches } from '../data/batch.js';
 import type { Engine, ForwardOutput } from '../engine/engine.js';
 
-/** A prompt as data gives it. */
-export interface Prompt {
-  readonly tokens: Int32Array;
-  /** The columns of the row it came from. */
-  readonly row: Readonly<Record<string, unknown>>;
-}
-
-/** Prompts with sampled responses, packed. */
-export interface Rollout extends TokenBatch {
-  /** One per sequence. */
-  readonly prompts: readonly Prompt[];
-  readonly promptLengths: Int32Array;
-  /** log p of the sampled tokens as the sampler saw it; 0 elsewhere. */
-  readonly logprobs: Float32Array;
-  /** 1 at positions that predict a sampled token. */
-  readonly responseMask: Uint8Array;
-  readonly finish: readonly ('stop' | 'length')[];
-}
-
 export interface ForwardSettings {
   /** Most tokens of a forward pass. */
   microTokens: number;

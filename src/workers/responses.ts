@@ -1,10 +1,11 @@
 /** Generated tokens as responses: a stop string ends them early, and they are packed behind their prompts. */
 import { packBatch } from '../data/batch.js';
+import type { Prompt, Rollout } from '../data/rollout.js';
 import { StopStrings } from '../data/stop-strings.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import type { Generated } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
-import { offsets, type Prompt, type Rollout } from './batches.js';
+import { offsets } from './batches.js';
 
 /** Looks for the strings in `count` responses; undefined without strings. Throws TOKENIZER_MISSING. */
 export function stopStrings(
