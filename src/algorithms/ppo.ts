@@ -17,8 +17,10 @@ export interface PpoSettings extends TruncationSettings {
   /** Times a rollout is used, and optimizer steps each time. */
   readonly epochs: number;
   readonly miniBatches: number;
-  /** ε of the clipped surrogate (eq. 7), ε_v of the clipped value loss. */
+  /** ε of the clipped surrogate (eq. 7), or ε_low and ε_high; c of the dual clip; ε_v of the clipped value loss. */
   readonly clip: number;
+  readonly clipHigh?: number | undefined;
+  readonly dualClip?: number | undefined;
   readonly valueClip: number;
   /** γ and λ of generalised advantage estimation. */
   readonly gamma: number;
@@ -103,9 +105,8 @@ export function makeExperience(
 }
 
 /** L = −E_t[ min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) ] − c_H E_t[H] (+ β E_t[KL]),  ρ_t = π(a_t) / π_old(a_t)   (eq. 7). */
-const actorLoss = ({ clip, entropyCoefficient, kl }: PpoSettings, beta: number) =>
+const actorLoss = ({ clip, clipHigh, dualClip, entropyCoefficient, kl }: PpoSettings, beta: number) =>
   policyLoss({
-    clip,
-    entropyCoefficient,
+    ...{ clip, clipHigh, dualClip, entropyCoefficient },
     kl: kl.in === 'loss' ? { coefficient: beta, estimator: kl.estimator } : undefined,
   });

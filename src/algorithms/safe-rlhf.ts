@@ -14,8 +14,10 @@ import { learnedMask, placeScores, pretrainingMix, sampledExperience, type Trunc
 export interface SafeRlhfSettings extends TruncationSettings {
   readonly epochs: number;
   readonly miniBatches: number;
-  /** ε and ε_v of the clipped losses. */
+  /** As of PPO. */
   readonly clip: number;
+  readonly clipHigh?: number | undefined;
+  readonly dualClip?: number | undefined;
   readonly valueClip: number;
   readonly gamma: number;
   readonly lambda: number;

@@ -38,10 +38,18 @@ const ptx = z.strictObject({
 const steps = (miniBatches: number) => ({ epochs: count.default(1), miniBatches: count.default(miniBatches) });
 const klEstimator = z.enum(['k1', 'k2', 'k3']);
 
+const clips = {
+  clip: positive.default(0.2),
+  /** Upper clip when it differs (clip-higher). */
+  clipHigh: positive.optional(),
+  /** Where an advantage is below zero, a token's loss is at most so many times its size; above 1. */
+  dualClip: z.number().gt(1).optional(),
+};
+
 /** Of a policy with a critic. */
 const actorCritic = {
   ...steps(4),
-  clip: positive.default(0.2),
+  ...clips,
   valueClip: positive.default(0.2),
   gamma: fraction.default(1),
   lambda: fraction.default(0.95),
@@ -135,10 +143,7 @@ const group = {
   advantage: groupAdvantageName.default('grpo'),
   loss: policyLossName.default('ppo'),
   aggregation: aggregation('seq-mean-token-mean'),
-  clip: positive.default(0.2),
-  /** Upper clip when it differs (clip-higher). */
-  clipHigh: positive.optional(),
-  dualClip: positive.optional(),
+  ...clips,
   /** 0: no KL term, and no reference model. */
   klCoefficient: nonNegative.default(0.04),
   kl: groupKl('loss', 'k3'),

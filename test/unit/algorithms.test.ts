@@ -152,6 +152,18 @@ describe('an iteration of PPO', () => {
     for (const value of critic.values.slice(0, answerLength)) expect(value).toBeCloseTo(0.75, 2);
   });
 
+  it('clips above at a bound of its own, and bounds what an unwanted token costs', async () => {
+    const second = async (options: Partial<PpoSettings>) => {
+      const { actor, models, algorithm } = play({ epochs: 2, clip: 0.001, ...options });
+      await algorithm.iterate(models, prompts, { iteration: 1 });
+      return actor.log[1]!;
+    };
+    const [plain, higher, dual] = [await second({}), await second({ clipHigh: 10 }), await second({ dualClip: 0.5 })];
+    expect(plain.clipFraction).toBeGreaterThan(higher.clipFraction!);
+    expect(higher.loss).toBeLessThan(plain.loss!);
+    expect(dual.loss).toBeLessThan(plain.loss!);
+  });
+
   it('reports every metric of the contract as a finite number', async () => {
     const { models, algorithm } = play();
     const { metrics } = await algorithm.iterate(models, prompts, { iteration: 1 });
