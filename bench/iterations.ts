@@ -85,7 +85,7 @@ export async function* timedIterations(
   };
 }
 
-/** As TRL's benchmark rewards: by length, so that it costs nothing. */
+/** A number that costs nothing to compute and differs among the answers to a prompt. */
 const rewardSource = 'export default (samples) => samples.map(({ tokens }, i) => (tokens[0] + i) % 7);\n';
 
 interface Span {
