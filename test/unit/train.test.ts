@@ -3,6 +3,7 @@ import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
 import { afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { defineAlgorithm } from '../../src/algorithms/algorithm.js';
 import type { Config, ConfigInput } from '../../src/train/config.js';
 import type { MetricsRow, TrainEvent } from '../../src/train/events.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
@@ -435,11 +436,17 @@ describe('a ppo run', () => {
     await expect(run(ppo({ reward }))).rejects.toThrow(/throws\.js \(thread 1 of 1\), on samples? 0 .*no idea/);
   });
 
-  it('refuses rewards of texts that a model without a tokenizer cannot give', async () => {
-    const reward = [{ exact: { column: 'wanted' } }];
-    await expect(run(ppo({ reward }))).rejects.toMatchObject({
+  it.each<[string, object]>([
+    ['exact', { column: 'wanted' }],
+    ['numeric', { column: 'wanted' }],
+    ['boxed', { column: 'wanted' }],
+    ['regex', { pattern: '7' }],
+    ['jsonSchema', { schema: true }],
+    ['cosine', { max: 6, answer: { exact: { column: 'wanted' } } }],
+  ])('refuses rewards of texts that a model without a tokenizer cannot give: %s', async (kind, settings) => {
+    await expect(run(ppo({ reward: [{ [kind]: settings }] }))).rejects.toMatchObject({
       code: 'REWARD_TOKENIZER',
-      details: { reward: 'exact' },
+      details: { reward: kind },
     });
   });
 
@@ -447,6 +454,48 @@ describe('a ppo run', () => {
     const other = await writeTableModel({ vocab_size: 25 });
     await expect(run(ppo({ reference: { model: other } }))).rejects.toMatchObject({ code: 'MODEL_VOCABULARY' });
     await expect(run(ppo({ reward: { model } }))).rejects.toMatchObject({ code: 'MODEL_HEAD' });
+  });
+});
+
+describe('an algorithm that draws prompts', () => {
+  /** Draws one prompt after the batch, and notes the first tokens of all. */
+  const drawing = () => {
+    const seen: number[] = [];
+    const algorithm = defineAlgorithm({
+      models: ['actor'],
+      async iterate(_, prompts, { draw }) {
+        const drawn = await draw!(1);
+        seen.push(...[...prompts, ...drawn].map(({ tokens }) => tokens[0]!));
+        return { metrics: {} };
+      },
+    });
+    return { seen, algorithm };
+  };
+  const config = (changes: Record<string, unknown> = {}) =>
+    ppo({
+      ...{ rollout: { maxNewTokens: 6 }, batch: { sequences: 2 }, ppo: { miniBatches: 1 } },
+      ...{ reward: { function: join(folder, 'reward.js') }, steps: 4, ...changes },
+    });
+
+  it('has each prompt once in a pass over the data, also when it is resumed', async () => {
+    const whole = drawing();
+    await run(config(), { algorithm: whole.algorithm });
+    expect([...whole.seen].sort((a, b) => a - b)).toEqual(Array.from({ length: 12 }, (_, i) => 2 + i));
+    const parts = drawing();
+    const output = newOutput();
+    await run(config({ output, steps: 2 }), { algorithm: parts.algorithm });
+    await run(config({ output }), { algorithm: parts.algorithm, resume: true });
+    expect(parts.seen).toEqual(whole.seen);
+  });
+
+  it('gets as many as it asks for where bad rows are skipped', async () => {
+    const train = join(folder, 'some-bad.jsonl');
+    // No token 99: rows that can be read, but not used.
+    const rows = [[2], [3], [99], [99], [4], [5], [99], [99], [99], [6]];
+    await writeFile(train, rows.map((tokens) => `${JSON.stringify({ tokens })}\n`).join(''));
+    const { seen, algorithm } = drawing();
+    await run(config({ data: { train, shuffle: false, onError: 'skip' }, steps: 2 }), { algorithm });
+    expect(seen).toEqual([2, 3, 4, 5, 6]);
   });
 });
 
