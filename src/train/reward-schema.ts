@@ -154,8 +154,11 @@ export function rewardIdentity(given: unknown): unknown {
   return parsed.data.map(({ name: _, ...one }) => {
     const { threads, batchSize, timeoutSeconds, ...settings } = one as typeof one & Partial<Threaded>;
     if ('model' in settings) return { ...settings, model: place(settings.model) };
-    // A function may look at the other samples of its call.
-    if ('function' in settings) return { ...settings, threads, batchSize, function: place(settings.function) };
+    if ('function' in settings) {
+      // It may look at the other samples of its call; threads decide which those are where no batch size does.
+      const calls = batchSize === undefined ? { threads } : { batchSize };
+      return { ...settings, ...calls, function: place(settings.function) };
+    }
     if ('http' in settings) return { weight: settings.weight, http: { url: settings.http.url } };
     if ('jsonSchema' in settings && 'file' in settings.jsonSchema) {
       return { ...settings, jsonSchema: { ...settings.jsonSchema, file: place(settings.jsonSchema.file) } };

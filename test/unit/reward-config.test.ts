@@ -194,6 +194,8 @@ describe('the identity of a reward, by which a run may go on', () => {
   it('is the same for forms of one reward, and for settings that change no reward', () => {
     const short = rewardIdentity({ model: 'm', function: './r.ts', timeoutSeconds: 5 });
     expect(short).toEqual(rewardIdentity([{ model: './m' }, { function: 'r.ts', name: 'f' }]));
+    const batched = (threads: number) => rewardIdentity({ function: 'r.ts', batchSize: 2, threads, weight: 1 });
+    expect(batched(4)).toEqual(batched(1));
     const regex = { pattern: 'x' };
     expect(rewardIdentity([{ regex, threads: 4, batchSize: 2 }])).toEqual(rewardIdentity([{ regex }]));
     const http = (changes: object) => rewardIdentity([{ http: { url: 'http://h/r', ...changes } }]);
