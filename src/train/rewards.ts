@@ -47,10 +47,7 @@ export async function openJudge(
     // The model's turn is taken now; functions read arrays, so that they wait for the rollout.
     const scoring = model?.(given);
     const rollout = await given;
-    const [scored, answered] = await Promise.all([
-      scoring,
-      scorers.size > 0 ? inTurn(rollout) : [],
-    ]);
+    const [scored, answered] = await Promise.all([scoring, scorers.size > 0 ? inTurn(rollout) : []]);
     if (scored) checkFinite(scored, kind);
     const byTerm = new Map(answered);
     const terms = reward.map((term) => ({ ...term, rewards: byTerm.get(term) ?? scored! }));

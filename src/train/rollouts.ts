@@ -38,7 +38,6 @@ export async function rolloutTask(
   const models = await openModels(config, engines, workshop);
   const data = new PromptData(sources, config, workshop);
   return {
-    rowsPerStep: data.rowsPerStep,
     skipped: sources.train.skipped,
     trained: roles.filter(({ trained }) => trained).map((role) => trainedModel(role, engines[role.name]!, workshop)),
     step: async (iteration): Promise<Outcome> => {
@@ -50,8 +49,7 @@ export async function rolloutTask(
         metrics: {
           ...metrics,
           ...(rollout ? { ...unknownMetric(rollout, tokenizer), tokens: rollout.tokens.length } : {}),
-          'mismatch.max': max,
-          'mismatch.tokens': tokens,
+          ...(tokens > 0 ? { 'mismatch.max': max, 'mismatch.tokens': tokens } : {}),
         },
         samples: rollout
           ? samplesOf(rollout, tokenizer, {
@@ -93,13 +91,15 @@ async function openModels(config: RolloutConfig, engines: Engines, workshop: Wor
       generateSequences: 'generation',
       generateForEvaluation: 'evaluation',
       computeLogprobs: 'logprobs',
+      computeLoss: 'logprobs',
       update: 'policyUpdate',
     },
   );
   const critic = (role: 'critic' | 'costCritic', values: string, update: string) => {
     const engine = engines[role];
     const settings = learnerSettings(config, (config as Partial<ConfigOf<'safe-rlhf'>>)[role]?.optimizer);
-    return engine && pools.place(role, CriticWorker.create(engine, settings), { computeValues: values, update });
+    const methods = { computeValues: values, computeLoss: values, update };
+    return engine && pools.place(role, CriticWorker.create(engine, settings), methods);
   };
   const frozen = (role: 'reference' | 'teacher') => {
     const engine = engines[role];
@@ -157,7 +157,7 @@ async function towards(teacher: Models['teacher'], rollout: Rollout) {
  * the run, and part of its state.
  */
 class PromptData {
-  readonly rowsPerStep: number;
+  readonly #rowsPerStep: number;
   /** The position that comes next; of the iteration, until something is drawn. */
   #next = 0;
   #drew = false;
@@ -167,14 +167,14 @@ class PromptData {
     private readonly config: RolloutConfig,
     private readonly workshop: Workshop,
   ) {
-    this.rowsPerStep = config.batch.sequences / config.rollout.samples;
+    this.#rowsPerStep = config.batch.sequences / config.rollout.samples;
   }
 
   /** The batch of an iteration; rows that are skipped are missing. */
   begin(iteration: number): Promise<Prompt[]> {
-    if (!this.#drew) this.#next = (iteration - 1) * this.rowsPerStep;
-    const begin = this.#advance(this.rowsPerStep);
-    return this.#prompts(() => this.sources.train.take(begin, this.rowsPerStep));
+    if (!this.#drew) this.#next = (iteration - 1) * this.#rowsPerStep;
+    const begin = this.#advance(this.#rowsPerStep);
+    return this.#prompts(() => this.sources.train.take(begin, this.#rowsPerStep));
   }
 
   /** For rows that are skipped come the next ones: the batch had one that is not, so that there is an end. */

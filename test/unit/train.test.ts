@@ -4,6 +4,9 @@ import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
 import { afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { defineAlgorithm } from '../../src/algorithms/algorithm.js';
+import { sftBatch } from '../../src/algorithms/sft.js';
+import { crossEntropy } from '../../src/losses/sft.js';
+import { valueLoss } from '../../src/losses/value.js';
 import type { Config, ConfigInput } from '../../src/train/config.js';
 import type { MetricsRow, TrainEvent } from '../../src/train/events.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
@@ -285,8 +288,13 @@ describe('learning', () => {
   it('a run goes on with the rewards it began with, in any form, and not with others', async () => {
     const file = join(folder, 'reward.js');
     const config = await ran(ppo({ reward: { model: scorer, function: file }, steps: 3 }));
-    const listed = [{ model: scorer }, { function: file, threads: 2 }];
+    const listed = [{ model: scorer }, { function: file, timeoutSeconds: 90 }];
     await run({ ...config, reward: listed, steps: 4 } as ConfigInput, { resume: true });
+    const shared = [{ model: scorer }, { function: file, threads: 2 }];
+    await expect(run({ ...config, reward: shared, steps: 5 } as ConfigInput, { resume: true })).rejects.toMatchObject({
+      code: 'RUN_CONFIG_DIFFERS',
+      details: { path: 'reward.1.threads', before: 1, now: 2 },
+    });
     const heavier = [{ model: scorer }, { function: file, weight: 2 }];
     await expect(run({ ...config, reward: heavier, steps: 5 } as ConfigInput, { resume: true })).rejects.toMatchObject({
       code: 'RUN_CONFIG_DIFFERS',
@@ -454,6 +462,45 @@ describe('a ppo run', () => {
     const other = await writeTableModel({ vocab_size: 25 });
     await expect(run(ppo({ reference: { model: other } }))).rejects.toMatchObject({ code: 'MODEL_VOCABULARY' });
     await expect(run(ppo({ reward: { model } }))).rejects.toMatchObject({ code: 'MODEL_HEAD' });
+  });
+});
+
+it('losses that an algorithm asks for are calls of their models; without an update nothing was compared', async () => {
+  const algorithm = defineAlgorithm({
+    models: ['actor', 'critic'],
+    async iterate({ actor, critic }, prompts) {
+      const batch = sftBatch(prompts.map(({ tokens }) => ({ tokens, mask: [0, 1] })));
+      const zeros = new Float32Array(batch.tokens.length);
+      const ofValues = { ...batch, columns: { ...batch.columns, oldValues: zeros, returns: zeros } };
+      const losses = [actor.computeLoss(batch, crossEntropy()), critic.computeLoss(ofValues, valueLoss({}))];
+      const [policy, value] = await Promise.all(losses);
+      return { metrics: { policy: policy!.loss, value: value!.loss } };
+    },
+  });
+  const config = ppo({ steps: 1 });
+  await run(config, { algorithm });
+  const [row] = await metrics(config);
+  expect(Object.keys(row!)).toEqual(expect.arrayContaining(['policy', 'seconds.logprobs', 'seconds.values']));
+  expect(Object.keys(row!).filter((name) => name.startsWith('mismatch'))).toEqual([]);
+});
+
+describe('a program', () => {
+  const iterate = 'iterate() {}, state() {}, restore() {}';
+  it.each([
+    ['{}', 'it has no list of models'],
+    ['undefined', 'it is undefined'],
+    [
+      `{ models: ['actor', 'critik'], ${iterate} }`,
+      'there is no model critik, did you mean critic? (models are actor,',
+    ],
+    [`{ models: ['critic'], ${iterate} }`, 'its models lack the actor'],
+    [`() => ({ models: ['actor'] })`, 'it has no function iterate'],
+    [`{ models: ['actor'], iterate() {} }`, 'it has no function state'],
+  ])('that exports %s is refused with the reason', async (text, message) => {
+    const program = join(folder, `program-${outputs++}.mjs`);
+    await writeFile(program, `export default ${text};\n`);
+    const error = await run(ppo({ program })).catch((reason: unknown) => reason);
+    expect(error).toMatchObject({ code: 'PROGRAM_EXPORT', message: expect.stringContaining(message) });
   });
 });
 
