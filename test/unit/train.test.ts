@@ -535,6 +535,22 @@ describe('an algorithm that draws prompts', () => {
     expect(parts.seen).toEqual(whole.seen);
   });
 
+  it('samples other prompts for groups that teach nothing, and goes on with the prompts after them', async () => {
+    const configure = () =>
+      sft({
+        ...{ algorithm: 'grpo', grpo: { samplingRounds: 3 }, data: { train: join(folder, 'prompts.jsonl') } },
+        ...{ batch: { sequences: 4 }, rollout: { samples: 2, maxNewTokens: 2 } },
+        ...{ reward: { function: join(folder, 'reward.js') }, steps: 6, checkpoint: { every: 1, keep: 100 } },
+      } as Partial<ConfigInput>);
+    const [whole, parted] = [configure(), configure()];
+    await run(whole);
+    expect((await metrics(whole)).slice(0, 3).some((row) => row['groups.rounds']! > 1)).toBe(true);
+    await interruptAfter(parted, 3, false);
+    await run(parted, { resume: true });
+    expect(withoutTimes(await metrics(parted))).toEqual(withoutTimes(await metrics(whole)));
+    expect(await checkpoints(parted)).toEqual(await checkpoints(whole));
+  });
+
   it('gets as many as it asks for where bad rows are skipped', async () => {
     const train = join(folder, 'some-bad.jsonl');
     // No token 99: rows that can be read, but not used.
