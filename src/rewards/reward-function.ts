@@ -78,10 +78,10 @@ export async function scoreBatch(reward: RewardFunction, batch: Batch, options: 
   return checkRewards(returned, batch, options.name);
 }
 
-/** A longer time makes a timer of Node.js fire at once. */
+/** A longer time makes a timer of Node.js fire at once; `AbortSignal.timeout` takes whole numbers only. */
 const longestTimer = 2 ** 31 - 1;
 
-export const timerMilliseconds = (seconds: number): number => Math.min(seconds * 1000, longestTimer);
+export const timerMilliseconds = (seconds: number): number => Math.min(Math.ceil(seconds * 1000), longestTimer);
 
 async function call(reward: RewardFunction, batch: Batch, options: CallOptions): Promise<unknown> {
   const { timeoutSeconds, signal: outer, onCall } = options;

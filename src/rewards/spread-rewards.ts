@@ -6,7 +6,8 @@ export interface SpreadRewards {
   readonly scores: Float64Array;
   /**
    * Over the packed tokens, entry t for the prediction of token t+1; undefined when every reward is one number. Step
-   * rewards need not add up to the total, which then is reported only.
+   * rewards need not add up to the total. Algorithms with returns per token learn from the steps, and report the total; those that
+   * learn from scores alone (grpo, rloo, remax with klReturn token, reinforce++ with baseline) learn from the total.
    */
   readonly tokens?: Float64Array | undefined;
 }

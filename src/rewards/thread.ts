@@ -111,6 +111,7 @@ class Thread implements RewardThread {
   async score(batches: readonly Batch[], signal?: AbortSignal): Promise<Reward[][]> {
     signal?.throwIfAborted();
     if (batches.length === 0) return [];
+    if (this.#request) throw new Error(`${this.options.name} is asked again before it has answered`);
     if (this.#ended) throw this.#endedError(batches[0]!);
     const stop = () => this.#fail(signal!.reason);
     signal?.addEventListener('abort', stop, { once: true });

@@ -3,7 +3,7 @@ import { z } from 'zod';
 import { type AggregationMode, aggregationModes } from '../losses/aggregation.js';
 import type { GroupAdvantageName } from '../losses/group-advantages.js';
 import type { PolicyLossName } from '../losses/policy-losses.js';
-import { rewardSchema } from './reward-schema.js';
+import { rewardSchema as reward } from './reward-schema.js';
 import { count, countOrZero, fraction, nonNegative, positive, section, text } from './schema-parts.js';
 
 /** Overrides of the policy's optimizer: a key left out takes the policy's value. */
@@ -19,9 +19,6 @@ const optimizerOverrides = z.strictObject({
 
 /** A model that learns beside the policy: what it starts from, and how its optimizer differs from the policy's. */
 const critic = section({ model: text.optional(), optimizer: optimizerOverrides.prefault({}) });
-
-/** What answers are paid or cost: the weighted sum of terms. */
-const reward = rewardSchema;
 
 /** What the KL term measures against; default: the policy as it starts. */
 const reference = section({ model: text.optional() });
@@ -190,6 +187,7 @@ const reinforcePlusPlus = {
     clip: positive.default(0.2),
     gamma: fraction.default(1),
     klCoefficient: nonNegative.default(0.01),
+    /** With `baseline` the default is k2 (presets.ts). */
     klEstimator: klEstimator.default('k1'),
     entropyCoefficient: nonNegative.default(0),
   }),

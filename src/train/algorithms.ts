@@ -13,7 +13,7 @@ import type { Config, ConfigOf, RolloutConfig } from './config.js';
 type Makers = { readonly [Name in RolloutConfig['algorithm']]: (config: ConfigOf<Name>) => RolloutAlgorithm };
 
 /** Algorithms that learn from rollouts, by their name in a configuration. */
-export const rolloutAlgorithms: Makers = {
+const rolloutAlgorithms: Makers = {
   ppo: (config) => ppo({ ...config.ppo, ...truncationOf(config), ptxCoefficient: config.ptx?.coefficient ?? 0 }),
   remax: (config) => remax({ ...config.remax, ...truncationOf(config), samples: config.rollout.samples }),
   'safe-rlhf': (config) =>

@@ -21,8 +21,6 @@ import type { Task } from './task.js';
 interface TrainerState {
   format: 1;
   step: number;
-  /** Rows of data consumed: the data's order is a function of it. */
-  position: number;
   algorithm: AlgorithmState;
   /** numerics.parts of each trained model, as it was chosen. */
   parts: Readonly<Record<string, number>>;
@@ -70,7 +68,6 @@ function stateOf(task: Task, config: Config, step: number): TrainerState {
   return {
     format: 1,
     step,
-    position: step * task.rowsPerStep,
     algorithm: task.state(),
     parts: partsOf(task),
     settings: settingsOf(config),

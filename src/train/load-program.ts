@@ -5,6 +5,7 @@ import { createJiti } from 'jiti';
 import type { RolloutAlgorithm } from '../algorithms/algorithm.js';
 import { LockstepError } from '../errors.js';
 import type { RolloutConfig } from './config.js';
+import { nearest } from './nearest.js';
 
 /** Exports as they are written; packages of the process itself are shared. */
 const jitiOptions = { interopDefault: false, moduleCache: true, fsCache: false };
@@ -31,20 +32,29 @@ export async function loadProgram(path: string, config: RolloutConfig): Promise<
     const reason = cause instanceof Error ? cause.message : String(cause);
     throw new LockstepError('PROGRAM_BROKEN', `the program ${file} does not load: ${reason}`, { file }, { cause });
   }
-  if (isAlgorithm(made)) return made;
+  const problem = problemOf(made);
+  if (problem === undefined) return made as RolloutAlgorithm;
   throw new LockstepError(
     'PROGRAM_EXPORT',
-    `the default export of ${file} is no algorithm, nor a function that gives one: expected defineAlgorithm({ models, iterate }) with ` +
-      `models among ${roles.join(', ')}`,
+    `the default export of ${file} is no algorithm, nor a function that gives one: ${problem}; expected ` +
+      'defineAlgorithm({ models, iterate })',
     { file },
   );
 }
 
 const roles: readonly string[] = ['actor', 'critic', 'costCritic', 'reference', 'teacher', 'reward', 'cost'];
 
-function isAlgorithm(value: unknown): value is RolloutAlgorithm {
-  if (typeof value !== 'object' || value === null) return false;
+/** What keeps a value from being an algorithm. */
+function problemOf(value: unknown): string | undefined {
+  if (typeof value !== 'object' || value === null) return `it is ${value === null ? 'null' : typeof value}`;
   const { models, iterate, state, restore } = value as Partial<RolloutAlgorithm>;
-  const functions = [iterate, state, restore].every((each) => typeof each === 'function');
-  return functions && Array.isArray(models) && models.includes('actor') && models.every((name) => roles.includes(name));
+  if (!Array.isArray(models)) return 'it has no list of models';
+  const unknown: unknown = models.find((name: unknown) => !roles.includes(name as string));
+  if (unknown !== undefined) {
+    const guess = nearest(String(unknown), roles);
+    return `there is no model ${unknown}${guess === undefined ? '' : `, did you mean ${guess}?`} (models are ${roles.join(', ')})`;
+  }
+  if (!models.includes('actor')) return 'its models lack the actor';
+  const missing = Object.entries({ iterate, state, restore }).find(([, each]) => typeof each !== 'function');
+  return missing && `it has no function ${missing[0]}`;
 }

@@ -7,7 +7,7 @@ import { z } from 'zod';
 import { LockstepError } from '../errors.js';
 import { nearest } from './nearest.js';
 
-export const placementNames = ['colocated', 'split', 'standalone'] as const;
+const placementNames = ['colocated', 'split', 'standalone'] as const;
 
 /** `colocated`: one pool. `split`: policy and reference, and all others. `standalone`: a pool for each. Or lists of models. */
 export const placementSchema = z

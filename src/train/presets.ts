@@ -36,13 +36,29 @@ export const presets: Record<GrpoVariant, (maxNewTokens: number) => GroupInput> 
 
 /** The configuration with its variant's settings under those that are given; anything else is left to the schema. */
 export function withPreset(input: unknown): unknown {
-  const config = input as { algorithm?: unknown; grpo?: unknown; rollout?: { maxNewTokens?: unknown } };
-  if (!isObject(config) || config.algorithm !== 'grpo' || !isObject(config.grpo)) return input;
-  const { variant } = config.grpo as { variant?: unknown };
-  if (typeof variant !== 'string' || !Object.hasOwn(presets, variant)) return input;
-  const given = isObject(config.rollout) ? config.rollout.maxNewTokens : undefined;
-  const preset = presets[variant as GrpoVariant](typeof given === 'number' ? given : defaultMaxNewTokens);
-  return { ...config, grpo: { ...preset, ...config.grpo } };
+  const config = input as { algorithm?: unknown; rollout?: unknown };
+  if (!isObject(config) || typeof config.algorithm !== 'string') return input;
+  const section = (config as Record<string, unknown>)[config.algorithm];
+  const preset = isObject(section) ? presetOf(config.algorithm, section, config.rollout) : undefined;
+  return preset ? { ...config, [config.algorithm]: under(preset, section as object) } : input;
 }
 
-const isObject = (value: unknown): value is object => typeof value === 'object' && value !== null;
+function presetOf(algorithm: string, section: object, rollout: unknown): object | undefined {
+  const { variant, baseline } = section as { variant?: unknown; baseline?: unknown };
+  // The baseline form has KL in the loss, where k1 teaches nothing.
+  if (algorithm === 'reinforce++' && baseline === true) return { klEstimator: 'k2' };
+  if (algorithm !== 'grpo' || typeof variant !== 'string' || !Object.hasOwn(presets, variant)) return undefined;
+  const { maxNewTokens } = (isObject(rollout) ? rollout : {}) as { maxNewTokens?: unknown };
+  return presets[variant as GrpoVariant](typeof maxNewTokens === 'number' ? maxNewTokens : defaultMaxNewTokens);
+}
+
+/** Keys that are given win, also inside a section (`aggregation`). */
+function under(preset: object, given: object): object {
+  const sections = Object.entries(preset).filter(([key, value]) => isObject(value) && isObject(at(given, key)));
+  const merged = sections.map(([key, value]) => [key, { ...value, ...(at(given, key) as object) }]);
+  return { ...preset, ...given, ...Object.fromEntries(merged) };
+}
+
+const at = (section: object, key: string): unknown => (section as Record<string, unknown>)[key];
+const isObject = (value: unknown): value is object =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);

@@ -6,10 +6,7 @@ import { resolve } from 'node:path';
 import { z } from 'zod';
 import { compileSchema } from '../rewards/built-in/json-schema.js';
 import { compileRegex } from '../rewards/built-in/regex.js';
-
-const positive = z.number().positive();
-const count = z.int().positive();
-const text = z.string().min(1);
+import { count, positive, text } from './schema-parts.js';
 
 const common = {
   /** The metric `reward.<name>` and errors call the term so; default: its kind. */
@@ -157,7 +154,11 @@ export function rewardIdentity(given: unknown): unknown {
   return parsed.data.map(({ name: _, ...one }) => {
     const { threads, batchSize, timeoutSeconds, ...settings } = one as typeof one & Partial<Threaded>;
     if ('model' in settings) return { ...settings, model: place(settings.model) };
-    if ('function' in settings) return { ...settings, function: place(settings.function) };
+    if ('function' in settings) {
+      // It may look at the other samples of its call; threads decide which those are where no batch size does.
+      const calls = batchSize === undefined ? { threads } : { batchSize };
+      return { ...settings, ...calls, function: place(settings.function) };
+    }
     if ('http' in settings) return { weight: settings.weight, http: { url: settings.http.url } };
     if ('jsonSchema' in settings && 'file' in settings.jsonSchema) {
       return { ...settings, jsonSchema: { ...settings.jsonSchema, file: place(settings.jsonSchema.file) } };

@@ -36,14 +36,18 @@ export async function openJudge(
       return [term, spreadRewards(given, rollout.lengths, rollout.promptLengths)];
     });
   };
+  // A function answers one request at a time; ReMax asks about two rollouts at once.
+  let turn: Promise<unknown> = Promise.resolve();
+  const inTurn = (rollout: Rollout): Promise<[RewardTerm, Rewards][]> => {
+    const scored = turn.then(() => recorder.phase(`${kind}Function`, () => fromScorers(rollout)));
+    turn = scored.catch(() => undefined);
+    return scored;
+  };
   return async (given) => {
     // The model's turn is taken now; functions read arrays, so that they wait for the rollout.
     const scoring = model?.(given);
     const rollout = await given;
-    const [scored, answered] = await Promise.all([
-      scoring,
-      scorers.size > 0 ? recorder.phase(`${kind}Function`, () => fromScorers(rollout)) : [],
-    ]);
+    const [scored, answered] = await Promise.all([scoring, scorers.size > 0 ? inTurn(rollout) : []]);
     if (scored) checkFinite(scored, kind);
     const byTerm = new Map(answered);
     const terms = reward.map((term) => ({ ...term, rewards: byTerm.get(term) ?? scored! }));
@@ -125,7 +129,7 @@ async function readSchema(file: string): Promise<unknown> {
 }
 
 /** These read texts, and all texts would be empty. */
-const readers: readonly RewardKind[] = ['exact', 'numeric', 'boxed', 'regex', 'jsonSchema'];
+const readers: readonly RewardKind[] = ['exact', 'numeric', 'boxed', 'regex', 'jsonSchema', 'cosine'];
 
 function checkReadable(term: RewardTerm): void {
   if (!readers.includes(kindOf(term))) return;

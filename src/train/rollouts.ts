@@ -38,7 +38,6 @@ export async function rolloutTask(
   const models = await openModels(config, engines, workshop);
   const data = new PromptData(sources, config, workshop);
   return {
-    rowsPerStep: data.rowsPerStep,
     skipped: sources.train.skipped,
     trained: roles.filter(({ trained }) => trained).map((role) => trainedModel(role, engines[role.name]!, workshop)),
     step: async (iteration): Promise<Outcome> => {
@@ -50,8 +49,7 @@ export async function rolloutTask(
         metrics: {
           ...metrics,
           ...(rollout ? { ...unknownMetric(rollout, tokenizer), tokens: rollout.tokens.length } : {}),
-          'mismatch.max': max,
-          'mismatch.tokens': tokens,
+          ...(tokens > 0 ? { 'mismatch.max': max, 'mismatch.tokens': tokens } : {}),
         },
         samples: rollout
           ? samplesOf(rollout, tokenizer, {
@@ -93,13 +91,15 @@ async function openModels(config: RolloutConfig, engines: Engines, workshop: Wor
       generateSequences: 'generation',
       generateForEvaluation: 'evaluation',
       computeLogprobs: 'logprobs',
+      computeLoss: 'logprobs',
       update: 'policyUpdate',
     },
   );
   const critic = (role: 'critic' | 'costCritic', values: string, update: string) => {
     const engine = engines[role];
     const settings = learnerSettings(config, (config as Partial<ConfigOf<'safe-rlhf'>>)[role]?.optimizer);
-    return engine && pools.place(role, CriticWorker.create(engine, settings), { computeValues: values, update });
+    const methods = { computeValues: values, computeLoss: values, update };
+    return engine && pools.place(role, CriticWorker.create(engine, settings), methods);
   };
   const frozen = (role: 'reference' | 'teacher') => {
     const engine = engines[role];
@@ -153,50 +153,64 @@ async function towards(teacher: Models['teacher'], rollout: Rollout) {
 }
 
 /**
- * Which prompts an iteration has. Those that filter draw more than their batch, so that positions in the data depend on the
- * course of the run and are part of its state.
+ * Which prompts an iteration has. An algorithm that draws more than its batch makes positions in the data depend on the course of
+ * the run, and part of its state.
  */
 class PromptData {
-  readonly rowsPerStep: number;
-  #position: number | undefined;
+  readonly #rowsPerStep: number;
+  /** The position that comes next; of the iteration, until something is drawn. */
+  #next = 0;
+  #drew = false;
 
   constructor(
     private readonly sources: Sources<Prompt>,
     private readonly config: RolloutConfig,
     private readonly workshop: Workshop,
   ) {
-    this.rowsPerStep = config.batch.sequences / config.rollout.samples;
-    if (config.algorithm === 'grpo' || config.algorithm === 'rloo') {
-      const { samplingRounds } = config.algorithm === 'grpo' ? config.grpo : config.rloo;
-      if (samplingRounds > 1) this.#position = 0;
-    }
+    this.#rowsPerStep = config.batch.sequences / config.rollout.samples;
   }
 
-  /** The batch of an iteration. */
+  /** The batch of an iteration; rows that are skipped are missing. */
   begin(iteration: number): Promise<Prompt[]> {
-    return this.#position === undefined
-      ? this.#take((iteration - 1) * this.rowsPerStep, this.rowsPerStep)
-      : this.draw(this.rowsPerStep);
+    if (!this.#drew) this.#next = (iteration - 1) * this.#rowsPerStep;
+    const begin = this.#advance(this.#rowsPerStep);
+    return this.#prompts(() => this.sources.train.take(begin, this.#rowsPerStep));
   }
 
+  /** For rows that are skipped come the next ones: the batch had one that is not, so that there is an end. */
   readonly draw = (count: number): Promise<Prompt[]> => {
-    const begin = this.#position ?? 0;
-    this.#position = begin + count;
-    return this.#take(begin, count);
+    this.#drew = true;
+    return this.#prompts(async () => {
+      const drawn: Prompt[] = [];
+      while (drawn.length < count) {
+        const missing = count - drawn.length;
+        drawn.push(...(await this.sources.train.usable(this.#advance(missing), missing)));
+      }
+      return drawn;
+    });
   };
 
-  async #take(begin: number, count: number): Promise<Prompt[]> {
-    const rows = await this.workshop.recorder.phase('data', () => this.sources.train.take(begin, count));
+  #advance(count: number): number {
+    const begin = this.#next;
+    this.#next += count;
+    return begin;
+  }
+
+  /** Each row as often as it is answered. */
+  async #prompts(read: () => Promise<Prompt[]>): Promise<Prompt[]> {
+    const rows = await this.workshop.recorder.phase('data', read);
     const { samples } = this.config.rollout;
     return rows.flatMap((prompt) => Array.from({ length: samples }, () => prompt));
   }
 
   state(): Record<string, number> {
-    return this.#position === undefined ? {} : { dataPosition: this.#position };
+    return this.#drew ? { dataPosition: this.#next } : {};
   }
 
   restore({ dataPosition }: Readonly<Record<string, unknown>>): void {
-    if (this.#position !== undefined) this.#position = Number(dataPosition);
+    if (dataPosition === undefined) return;
+    this.#next = Number(dataPosition);
+    this.#drew = true;
   }
 }
 

@@ -47,12 +47,18 @@ export class RowSource<Item> {
   }
 
   /** The rows at positions [position, position + count) of the endless order; rows that are skipped are missing. */
-  async take(position: number, count: number): Promise<Item[]> {
+  async usable(position: number, count: number): Promise<Item[]> {
     const items: Item[] = [];
     for (let i = position; i < position + count; i++) {
       const item = this.#use(await this.#dataset.row(this.#order.indexAt(i)));
       if (item !== undefined) items.push(item);
     }
+    return items;
+  }
+
+  /** Those of a whole batch. @throws LockstepError DATA_EMPTY when none is left. */
+  async take(position: number, count: number): Promise<Item[]> {
+    const items = await this.usable(position, count);
     if (items.length > 0) return items;
     throw new LockstepError(
       'DATA_EMPTY',

@@ -135,12 +135,29 @@ const rolloutRules: Rule<RolloutConfig>[] = [
         )
       : undefined;
   },
-  (config) =>
-    config.algorithm === 'reinforce++' && config['reinforce++'].baseline && config['reinforce++'].klEstimator === 'k1'
+  (config) => {
+    if (config.algorithm !== 'reinforce++') return undefined;
+    const { baseline, klCoefficient, klEstimator } = config['reinforce++'];
+    return baseline && klCoefficient > 0 && klEstimator === 'k1'
       ? contradiction(
           'reinforce++.klEstimator',
           'the baseline form has KL in the loss, where the gradient of k1 is zero on average; use k2 or k3',
         )
+      : undefined;
+  },
+  (config) => {
+    const { ptx } = config as Partial<ConfigOf<'ppo'>>;
+    const { miniBatches } = sectionOf(config);
+    return ptx?.sequences !== undefined && ptx.sequences < miniBatches
+      ? contradiction(
+          'ptx.sequences',
+          `${ptx.sequences} rows cannot be part of ${miniBatches} mini-batches (${config.algorithm}.miniBatches); raise it`,
+        )
+      : undefined;
+  },
+  ({ algorithm, rollout }) =>
+    algorithm === 'distillation' && rollout.truncation === 'penalise'
+      ? contradiction('rollout.truncation', 'distillation has no reward that a penalty could lower; use keep or mask')
       : undefined,
   ...(['critic', 'costCritic'] as const).map((key) => (config: RolloutConfig) => {
     const given = (config as Partial<Record<typeof key, ConfigOf<'ppo'>['critic']>>)[key];
@@ -149,6 +166,55 @@ const rolloutRules: Rule<RolloutConfig>[] = [
       ? contradiction(`${key}.optimizer.warmupSteps`, `${warmup} is more than steps (${config.steps})`)
       : undefined;
   }),
+];
+
+/** Losses that read a key which others would ignore. */
+const groupLosses: Record<'clipHigh' | 'dualClip', readonly ConfigOf<'grpo'>['grpo']['loss'][]> = {
+  clipHigh: ['ppo', 'gspo', 'gmpo', 'rloo', 'cispo', 'dppo'],
+  dualClip: ['ppo', 'gspo', 'rloo'],
+};
+const pairLosses: Record<'labelSmoothing' | 'lengthNormalised', readonly ConfigOf<'dpo'>['dpo']['loss'][]> = {
+  labelSmoothing: ['dpo', 'robust', 'exo-pair'],
+  lengthNormalised: ['ipo'],
+};
+
+/** The section of GRPO or RLOO. */
+const groupSection = (config: ConfigOf<'grpo' | 'rloo'>) => (config.algorithm === 'grpo' ? config.grpo : config.rloo);
+
+const groupRules: Rule<ConfigOf<'grpo' | 'rloo'>>[] = [
+  ...(['clipHigh', 'dualClip'] as const).map((key) => (config: ConfigOf<'grpo' | 'rloo'>) => {
+    const section = groupSection(config);
+    return section[key] === undefined
+      ? undefined
+      : unread(`${config.algorithm}.${key}`, section.loss, groupLosses[key]);
+  }),
+  (config) => {
+    const { mode, horizon } = groupSection(config).aggregation;
+    return horizon !== undefined && mode !== 'seq-mean-token-sum-norm'
+      ? contradiction(
+          `${config.algorithm}.aggregation.horizon`,
+          `${mode} does not divide by a constant length; leave it out, or use the mode seq-mean-token-sum-norm`,
+        )
+      : undefined;
+  },
+  (config) =>
+    config.reference.model !== undefined && groupSection(config).klCoefficient === 0
+      ? contradiction(
+          'reference.model',
+          `nothing is measured against it where ${config.algorithm}.klCoefficient is 0; leave it out or raise the coefficient`,
+        )
+      : undefined,
+];
+
+const dpoRules: Rule<ConfigOf<'dpo'>>[] = [
+  ({ dpo }) =>
+    dpo.labelSmoothing === undefined ? undefined : unread('dpo.labelSmoothing', dpo.loss, pairLosses.labelSmoothing),
+  ({ dpo }) =>
+    dpo.lengthNormalised ? unread('dpo.lengthNormalised', dpo.loss, pairLosses.lengthNormalised) : undefined,
+  ({ dpo }) =>
+    dpo.loss === 'exo-pair' && dpo.labelSmoothing === 0
+      ? contradiction('dpo.labelSmoothing', 'the loss exo-pair has its logarithm, which is infinite at 0; use 1e-3')
+      : undefined,
 ];
 
 const ktoRules: Rule<ConfigOf<'kto'>>[] = [
@@ -163,6 +229,8 @@ export function checkRules(config: Config): void {
   const failures = [
     ...commonRules.map((rule) => rule(config)),
     ...(learnsFromRollouts(config) ? rolloutRules.map((rule) => rule(config)) : []),
+    ...(config.algorithm === 'grpo' || config.algorithm === 'rloo' ? groupRules.map((rule) => rule(config)) : []),
+    ...(config.algorithm === 'dpo' ? dpoRules.map((rule) => rule(config)) : []),
     ...(config.algorithm === 'kto' ? ktoRules.map((rule) => rule(config)) : []),
   ].filter((failure) => failure !== undefined);
   const [first] = failures;
@@ -176,6 +244,13 @@ export function checkRules(config: Config): void {
 
 function contradiction(path: string, problem: string) {
   return { path, problem };
+}
+
+/** A key that is given, if the loss is none of those that read it. */
+function unread<Loss extends string>(path: string, loss: Loss, readers: readonly Loss[]) {
+  return readers.includes(loss)
+    ? undefined
+    : contradiction(path, `the loss ${loss} does not read it; leave it out, or use ${readers.join(', ')}`);
 }
 
 function unsupported(path: string, received: unknown, advice: string) {

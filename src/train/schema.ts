@@ -138,8 +138,6 @@ export type Config = z.output<typeof configSchema>;
 export type ConfigInput = z.input<typeof configSchema>;
 export type AlgorithmName = Config['algorithm'];
 export type ConfigOf<Name extends AlgorithmName> = Extract<Config, { algorithm: Name }>;
-export type SftConfig = ConfigOf<'sft'>;
-export type PpoConfig = ConfigOf<'ppo'>;
 /** Algorithms that learn from rollouts. */
 export type RolloutConfig = ConfigOf<'ppo' | 'remax' | 'safe-rlhf' | 'grpo' | 'rloo' | 'reinforce++' | 'distillation'>;
 /** Algorithms that learn from pairs or judged answers. */

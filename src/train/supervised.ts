@@ -94,10 +94,9 @@ export function supervised<Item, Models, Batch>(
   models: Models,
   pack: (items: readonly Item[]) => Batch & ({ tokens: Int32Array } | { answers: { tokens: Int32Array } }),
   { recorder }: Workshop,
-): Pick<Task, 'rowsPerStep' | 'skipped' | 'step' | 'state' | 'restore'> {
+): Pick<Task, 'skipped' | 'step' | 'state' | 'restore'> {
   const rowsPerStep = config.batch.sequences;
   return {
-    rowsPerStep,
     skipped: train.skipped,
     step: async (step) => {
       const batch = await recorder.phase('data', async () =>

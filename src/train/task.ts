@@ -38,8 +38,6 @@ export function supervised(task: Task, pools: RunPools): Task {
 }
 
 export interface Task {
-  /** Rows of data that a step consumes; step n reads positions (n-1) x this and on. */
-  readonly rowsPerStep: number;
   readonly trained: readonly TrainedModel[];
   readonly skipped: Skipped;
   /** Step n = 1, 2, ... */

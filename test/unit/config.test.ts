@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { LockstepError } from '../../src/errors.js';
 import {
+  type ConfigOf,
   configJsonSchema,
   defineConfig,
   loadConfig,
@@ -193,6 +194,9 @@ describe('contradictions', () => {
 
 describe('groups of answers', () => {
   const grpo = { ...ppo, algorithm: 'grpo' };
+  const rloo = { ...ppo, algorithm: 'rloo' };
+  const dpo = { ...sft, algorithm: 'dpo' };
+  const plusPlus = { ...ppo, algorithm: 'reinforce++', rollout: { samples: 2 } };
   const section = (given: object) => (parseConfig({ ...grpo, grpo: given }) as { grpo: Record<string, unknown> }).grpo;
 
   it('a variant sets what its paper sets, and keys that are given win', () => {
@@ -212,13 +216,61 @@ describe('groups of answers', () => {
     );
   });
 
+  it('a variant keeps what a given section leaves out', () => {
+    expect(section({ variant: 'dr-grpo', aggregation: { horizon: 512 } })).toMatchObject({
+      aggregation: { mode: 'seq-mean-token-sum-norm', sequences: 'all', horizon: 512 },
+    });
+    expect(section({ variant: 'dr-grpo', aggregation: { sequences: 'none' } })).toMatchObject({
+      aggregation: { mode: 'seq-mean-token-sum-norm', sequences: 'none' },
+    });
+  });
+
+  it('the baseline form of reinforce++ has another estimator of KL', () => {
+    const estimator = (given: object) =>
+      (parseConfig({ ...plusPlus, 'reinforce++': given }) as ConfigOf<'reinforce++'>)['reinforce++'].klEstimator;
+    expect([{}, { baseline: true }, { baseline: true, klEstimator: 'k3' }].map(estimator)).toEqual(['k1', 'k2', 'k3']);
+    expect(estimator({ baseline: true, klEstimator: 'k1', klCoefficient: 0 })).toBe('k1');
+  });
+
   it.each([
+    { ...grpo, grpo: { loss: 'ppo', clipHigh: 0.3, dualClip: 3 } },
+    { ...rloo, rloo: { loss: 'dppo', clipHigh: 0.3 } },
+    { ...dpo, dpo: { loss: 'ipo', lengthNormalised: true } },
+    { ...dpo, dpo: { loss: 'exo-pair', labelSmoothing: 0.01 } },
+    { ...dpo, dpo: { loss: 'robust', labelSmoothing: 0 } },
+    { ...ppo, ptx: { data: 'd', sequences: 4 } },
+  ])('%j has keys that are read', (input) => {
+    expect(parseConfig(input).algorithm).toBe(input.algorithm);
+  });
+
+  it.each([
+    [{ ...grpo, grpo: { loss: 'sapo', clipHigh: 0.3 } }, 'grpo.clipHigh: the loss sapo does not read it'],
+    [{ ...rloo, rloo: { loss: 'gmpo', dualClip: 3 } }, 'rloo.dualClip: the loss gmpo does not read it'],
+    [
+      { ...rloo, rloo: { aggregation: { horizon: 9 } } },
+      'rloo.aggregation.horizon: seq-mean-token-mean does not divide',
+    ],
+    [
+      { ...grpo, grpo: { variant: 'dapo' }, reference: { model: 'm' } },
+      'reference.model: nothing is measured against it',
+    ],
+    [{ ...ppo, ptx: { data: 'd', sequences: 3 } }, 'ptx.sequences: 3 rows cannot be part of 4 mini-batches'],
+    [
+      { ...sft, algorithm: 'distillation', teacher: { model: 't' }, rollout: { truncation: 'penalise' } },
+      'rollout.truncation: distillation has no reward',
+    ],
+    [{ ...dpo, dpo: { loss: 'hinge', labelSmoothing: 0.1 } }, 'dpo.labelSmoothing: the loss hinge does not read it'],
+    [{ ...dpo, dpo: { lengthNormalised: true } }, 'dpo.lengthNormalised: the loss dpo does not read it'],
+    [
+      { ...dpo, dpo: { loss: 'exo-pair', labelSmoothing: 0 } },
+      'dpo.labelSmoothing: the loss exo-pair has its logarithm',
+    ],
     [{ ...grpo, rollout: { samples: 1 } }, 'rollout.samples: grpo judges an answer against the others of its prompt'],
     [{ ...grpo, algorithm: 'rloo', rollout: { samples: 1 } }, 'rollout.samples: rloo judges'],
     [{ ...grpo, grpo: { kl: { estimator: 'k1' } } }, 'grpo.kl: the gradient of k1 as a loss is zero'],
     [{ ...grpo, grpo: { miniBatches: 128 } }, 'grpo.miniBatches: 128 mini-batches cannot be cut from 64 sequences'],
     [
-      { ...grpo, algorithm: 'reinforce++', 'reinforce++': { baseline: true }, rollout: { samples: 2 } },
+      { ...plusPlus, 'reinforce++': { baseline: true, klEstimator: 'k1' } },
       'reinforce++.klEstimator: the baseline form has KL in the loss',
     ],
     [{ ...sft, algorithm: 'kto', batch: { sequences: 1 } }, 'batch.sequences: the point of reference pairs prompts'],

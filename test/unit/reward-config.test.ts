@@ -193,14 +193,16 @@ describe('contradictions', () => {
 describe('the identity of a reward, by which a run may go on', () => {
   it('is the same for forms of one reward, and for settings that change no reward', () => {
     const short = rewardIdentity({ model: 'm', function: './r.ts', timeoutSeconds: 5 });
-    expect(short).toEqual(
-      rewardIdentity([{ model: './m' }, { function: 'r.ts', threads: 4, batchSize: 2, name: 'f' }]),
-    );
+    expect(short).toEqual(rewardIdentity([{ model: './m' }, { function: 'r.ts', name: 'f' }]));
+    const batched = (threads: number) => rewardIdentity({ function: 'r.ts', batchSize: 2, threads, weight: 1 });
+    expect(batched(4)).toEqual(batched(1));
+    const regex = { pattern: 'x' };
+    expect(rewardIdentity([{ regex, threads: 4, batchSize: 2 }])).toEqual(rewardIdentity([{ regex }]));
     const http = (changes: object) => rewardIdentity([{ http: { url: 'http://h/r', ...changes } }]);
     expect(http({ retries: 9, headers: { a: 'b' } })).toEqual(http({}));
   });
 
-  it('differs by weight, column, file, and endpoint', () => {
+  it('differs by weight, column, file, endpoint, and what a function is called with', () => {
     const numeric = { numeric: { column: 'a' } };
     const all = [
       numeric,
@@ -210,6 +212,9 @@ describe('the identity of a reward, by which a run may go on', () => {
       { jsonSchema: { file: 'b.json' } },
       { http: { url: 'http://h/r' } },
       { http: { url: 'http://h/s' } },
+      { function: 'r.ts' },
+      { function: 'r.ts', threads: 2 },
+      { function: 'r.ts', batchSize: 2 },
       [numeric, { repetition: {} }],
     ].map((reward) => JSON.stringify(rewardIdentity(reward)));
     expect(new Set(all).size).toBe(all.length);

@@ -245,10 +245,18 @@ it('an endpoint that never answers is a time-out', async () => {
   expect(error.message).toContain('did not answer within 0.1 s in 2 attempts');
 });
 
+it('a time-out may be any number of seconds', async () => {
+  const url = await endpoint(good);
+  expect(await score(settings(url, { timeoutSeconds: 2.01 }))).toEqual([0, 1, 2, 3, 4]);
+});
+
 it('an endpoint that is not there is named with the reason', async () => {
-  const error = await failure(score(settings('http://127.0.0.1:1/', { retries: 1 })));
+  const url = await endpoint(good);
+  await new Promise((done) => server!.close(done));
+  server = undefined;
+  const error = await failure(score(settings(url, { retries: 1 })));
   expect(error).toMatchObject({ code: 'REWARD_HTTP', details: { attempts: 2 } });
-  expect(error.message).toMatch(/could not be reached: (bad port|.*ECONNREFUSED)/);
+  expect(error.message).toMatch(/could not be reached: .*ECONNREFUSED/);
 });
 
 it('an abort ends requests and waits', async () => {

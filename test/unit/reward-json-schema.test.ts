@@ -96,7 +96,12 @@ describe('a schema', () => {
     [{ $ref: '#' }, '#: it refers to itself without end'],
     [{ properties: { a: { $ref: '#/properties/a' } } }, '#/properties/a: it refers to itself'],
     // biome-ignore lint/suspicious/noThenProperty: the keyword
-    [{ then: { type: 'x' } }, '#/then/type: expected of null'],
+    [{ then: { type: 'x' }, if: true }, '#/then/type: expected of null'],
+    // biome-ignore lint/suspicious/noThenProperty: the keyword
+    [{ then: true }, '#/then: expected an if beside it'],
+    [{ items: { else: true } }, '#/items/else: expected an if beside it'],
+    [{ minContains: 1 }, '#/minContains: expected a contains beside it'],
+    [{ maxContains: 1 }, '#/maxContains: expected a contains beside it'],
   ])('%j is refused with the place', (schema, message) => {
     expect(() => compileSchema(schema)).toThrow(expect.objectContaining({ code: 'REWARD_SETTINGS' }));
     expect(() => compileSchema(schema)).toThrow(message);

@@ -48,10 +48,10 @@ afterAll(async () => {
   rmSync(directory, { recursive: true });
 });
 
-const open = async (reward: unknown) => ({
+const open = async (reward: unknown, given: Tokenizer | undefined = tokenizer) => ({
   computeRewards: await openJudge(rewardSchema.parse(reward), 'reward', undefined, {
     recorder: new Recorder(),
-    tokenizer,
+    tokenizer: given,
     own: (resource) => closing.own(resource),
   }),
 });
@@ -99,6 +99,31 @@ it('one term has no parts; its weight counts', async () => {
   const { scores, terms } = await (await open({ exact: { column: 'answer' }, weight: -2 })).computeRewards(rollout);
   expect([...scores]).toEqual([0, 0, -2]);
   expect(terms).toBeUndefined();
+});
+
+it('a function asked about two rollouts at once answers one after the other', async () => {
+  const calls = `
+    let busy = false;
+    export default async (samples) => {
+      if (busy) throw new Error('two calls at once');
+      busy = true;
+      await new Promise((done) => setTimeout(done, 50));
+      busy = false;
+      return samples.map(({ response }) => response.length);
+    };`;
+  const source = await open({ function: file('sleeps.mjs', calls) });
+  const last = rollout.lengths.reduce((sum, length, i) => (i < 2 ? sum + length : sum), 0);
+  const other = {
+    ...rollout,
+    prompts: rollout.prompts.slice(2),
+    promptLengths: rollout.promptLengths.slice(2),
+    tokens: rollout.tokens.slice(last),
+    lengths: rollout.lengths.slice(2),
+    responseMask: rollout.responseMask.slice(last),
+    finish: ['stop'],
+  } as unknown as Rollout;
+  const both = await Promise.all([source.computeRewards(rollout), source.computeRewards(other)]);
+  expect(both.map(({ scores }) => [...scores])).toEqual([responses.map(({ length }) => length), [1]]);
 });
 
 it('a row without the answer stops the run, with the term, the sample and the column named', async () => {

@@ -3,6 +3,10 @@ import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
 import { afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { defineAlgorithm } from '../../src/algorithms/algorithm.js';
+import { sftBatch } from '../../src/algorithms/sft.js';
+import { crossEntropy } from '../../src/losses/sft.js';
+import { valueLoss } from '../../src/losses/value.js';
 import type { Config, ConfigInput } from '../../src/train/config.js';
 import type { MetricsRow, TrainEvent } from '../../src/train/events.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
@@ -284,8 +288,13 @@ describe('learning', () => {
   it('a run goes on with the rewards it began with, in any form, and not with others', async () => {
     const file = join(folder, 'reward.js');
     const config = await ran(ppo({ reward: { model: scorer, function: file }, steps: 3 }));
-    const listed = [{ model: scorer }, { function: file, threads: 2 }];
+    const listed = [{ model: scorer }, { function: file, timeoutSeconds: 90 }];
     await run({ ...config, reward: listed, steps: 4 } as ConfigInput, { resume: true });
+    const shared = [{ model: scorer }, { function: file, threads: 2 }];
+    await expect(run({ ...config, reward: shared, steps: 5 } as ConfigInput, { resume: true })).rejects.toMatchObject({
+      code: 'RUN_CONFIG_DIFFERS',
+      details: { path: 'reward.1.threads', before: 1, now: 2 },
+    });
     const heavier = [{ model: scorer }, { function: file, weight: 2 }];
     await expect(run({ ...config, reward: heavier, steps: 5 } as ConfigInput, { resume: true })).rejects.toMatchObject({
       code: 'RUN_CONFIG_DIFFERS',
@@ -435,11 +444,17 @@ describe('a ppo run', () => {
     await expect(run(ppo({ reward }))).rejects.toThrow(/throws\.js \(thread 1 of 1\), on samples? 0 .*no idea/);
   });
 
-  it('refuses rewards of texts that a model without a tokenizer cannot give', async () => {
-    const reward = [{ exact: { column: 'wanted' } }];
-    await expect(run(ppo({ reward }))).rejects.toMatchObject({
+  it.each<[string, object]>([
+    ['exact', { column: 'wanted' }],
+    ['numeric', { column: 'wanted' }],
+    ['boxed', { column: 'wanted' }],
+    ['regex', { pattern: '7' }],
+    ['jsonSchema', { schema: true }],
+    ['cosine', { max: 6, answer: { exact: { column: 'wanted' } } }],
+  ])('refuses rewards of texts that a model without a tokenizer cannot give: %s', async (kind, settings) => {
+    await expect(run(ppo({ reward: [{ [kind]: settings }] }))).rejects.toMatchObject({
       code: 'REWARD_TOKENIZER',
-      details: { reward: 'exact' },
+      details: { reward: kind },
     });
   });
 
@@ -447,6 +462,103 @@ describe('a ppo run', () => {
     const other = await writeTableModel({ vocab_size: 25 });
     await expect(run(ppo({ reference: { model: other } }))).rejects.toMatchObject({ code: 'MODEL_VOCABULARY' });
     await expect(run(ppo({ reward: { model } }))).rejects.toMatchObject({ code: 'MODEL_HEAD' });
+  });
+});
+
+it('losses that an algorithm asks for are calls of their models; without an update nothing was compared', async () => {
+  const algorithm = defineAlgorithm({
+    models: ['actor', 'critic'],
+    async iterate({ actor, critic }, prompts) {
+      const batch = sftBatch(prompts.map(({ tokens }) => ({ tokens, mask: [0, 1] })));
+      const zeros = new Float32Array(batch.tokens.length);
+      const ofValues = { ...batch, columns: { ...batch.columns, oldValues: zeros, returns: zeros } };
+      const losses = [actor.computeLoss(batch, crossEntropy()), critic.computeLoss(ofValues, valueLoss({}))];
+      const [policy, value] = await Promise.all(losses);
+      return { metrics: { policy: policy!.loss, value: value!.loss } };
+    },
+  });
+  const config = ppo({ steps: 1 });
+  await run(config, { algorithm });
+  const [row] = await metrics(config);
+  expect(Object.keys(row!)).toEqual(expect.arrayContaining(['policy', 'seconds.logprobs', 'seconds.values']));
+  expect(Object.keys(row!).filter((name) => name.startsWith('mismatch'))).toEqual([]);
+});
+
+describe('a program', () => {
+  const iterate = 'iterate() {}, state() {}, restore() {}';
+  it.each([
+    ['{}', 'it has no list of models'],
+    ['undefined', 'it is undefined'],
+    [
+      `{ models: ['actor', 'critik'], ${iterate} }`,
+      'there is no model critik, did you mean critic? (models are actor,',
+    ],
+    [`{ models: ['critic'], ${iterate} }`, 'its models lack the actor'],
+    [`() => ({ models: ['actor'] })`, 'it has no function iterate'],
+    [`{ models: ['actor'], iterate() {} }`, 'it has no function state'],
+  ])('that exports %s is refused with the reason', async (text, message) => {
+    const program = join(folder, `program-${outputs++}.mjs`);
+    await writeFile(program, `export default ${text};\n`);
+    const error = await run(ppo({ program })).catch((reason: unknown) => reason);
+    expect(error).toMatchObject({ code: 'PROGRAM_EXPORT', message: expect.stringContaining(message) });
+  });
+});
+
+describe('an algorithm that draws prompts', () => {
+  /** Draws one prompt after the batch, and notes the first tokens of all. */
+  const drawing = () => {
+    const seen: number[] = [];
+    const algorithm = defineAlgorithm({
+      models: ['actor'],
+      async iterate(_, prompts, { draw }) {
+        const drawn = await draw!(1);
+        seen.push(...[...prompts, ...drawn].map(({ tokens }) => tokens[0]!));
+        return { metrics: {} };
+      },
+    });
+    return { seen, algorithm };
+  };
+  const config = (changes: Record<string, unknown> = {}) =>
+    ppo({
+      ...{ rollout: { maxNewTokens: 6 }, batch: { sequences: 2 }, ppo: { miniBatches: 1 } },
+      ...{ reward: { function: join(folder, 'reward.js') }, steps: 4, ...changes },
+    });
+
+  it('has each prompt once in a pass over the data, also when it is resumed', async () => {
+    const whole = drawing();
+    await run(config(), { algorithm: whole.algorithm });
+    expect([...whole.seen].sort((a, b) => a - b)).toEqual(Array.from({ length: 12 }, (_, i) => 2 + i));
+    const parts = drawing();
+    const output = newOutput();
+    await run(config({ output, steps: 2 }), { algorithm: parts.algorithm });
+    await run(config({ output }), { algorithm: parts.algorithm, resume: true });
+    expect(parts.seen).toEqual(whole.seen);
+  });
+
+  it('samples other prompts for groups that teach nothing, and goes on with the prompts after them', async () => {
+    const configure = () =>
+      sft({
+        ...{ algorithm: 'grpo', grpo: { samplingRounds: 3 }, data: { train: join(folder, 'prompts.jsonl') } },
+        ...{ batch: { sequences: 4 }, rollout: { samples: 2, maxNewTokens: 2 } },
+        ...{ reward: { function: join(folder, 'reward.js') }, steps: 6, checkpoint: { every: 1, keep: 100 } },
+      } as Partial<ConfigInput>);
+    const [whole, parted] = [configure(), configure()];
+    await run(whole);
+    expect((await metrics(whole)).slice(0, 3).some((row) => row['groups.rounds']! > 1)).toBe(true);
+    await interruptAfter(parted, 3, false);
+    await run(parted, { resume: true });
+    expect(withoutTimes(await metrics(parted))).toEqual(withoutTimes(await metrics(whole)));
+    expect(await checkpoints(parted)).toEqual(await checkpoints(whole));
+  });
+
+  it('gets as many as it asks for where bad rows are skipped', async () => {
+    const train = join(folder, 'some-bad.jsonl');
+    // No token 99: rows that can be read, but not used.
+    const rows = [[2], [3], [99], [99], [4], [5], [99], [99], [99], [6]];
+    await writeFile(train, rows.map((tokens) => `${JSON.stringify({ tokens })}\n`).join(''));
+    const { seen, algorithm } = drawing();
+    await run(config({ data: { train, shuffle: false, onError: 'skip' }, steps: 2 }), { algorithm });
+    expect(seen).toEqual([2, 3, 4, 5, 6]);
   });
 });
 

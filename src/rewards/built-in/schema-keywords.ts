@@ -114,12 +114,14 @@ function divides(divisor: number, value: number): boolean {
 
 const codePoints = (text: string): number => Array.from(text).length;
 
-/** `if` and `contains` read these neighbours; alone they say nothing. */
-const besideIf: Keyword = (argument, { compile }) => {
+/** `if` and `contains` read these neighbours; alone they would say nothing. */
+const besideIf: Keyword = (argument, { compile, siblings }) => {
+  expectThat(Object.hasOwn(siblings, 'if'), 'an if beside it');
   compile(argument);
   return () => true;
 };
-const besideContains: Keyword = (argument) => {
+const besideContains: Keyword = (argument, { siblings }) => {
+  expectThat(Object.hasOwn(siblings, 'contains'), 'a contains beside it');
   count(argument);
   return () => true;
 };
