@@ -48,6 +48,7 @@ export async function callRanks(
 ): Promise<unknown[]> {
   const { name, ranks, workers, transport, timeoutSeconds } = group;
   const outside = callContext();
+  outside?.signal.throwIfAborted();
   const release = new AbortController();
   const { signal, unlink } = linkedSignal([outside?.signal, release.signal]);
   let timer: NodeJS.Timeout | undefined;
