@@ -9,8 +9,9 @@ import { beforeAll, describe, expect, test } from 'vitest';
 import { createDevice } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
 import type { Device } from '../../src/engine/device.js';
-import { moveState, type StateGroup, type StatePlace } from '../../src/engine/model-state.js';
+import { moveState, type StateGroup, type StatePlace, type StatePlaces } from '../../src/engine/model-state.js';
 import type { NativeEngine } from '../../src/engine/native-engine.js';
+import { ParallelEngine } from '../../src/engine/parallel-engine.js';
 import { offloadChunkBytes, stateGroups } from '../../src/layout/rotation.js';
 import {
   dtypes,
@@ -156,6 +157,11 @@ describe('calls and moves', () => {
     'reading masters': ['optimizer', (engine) => engine.readTensor('model.layers.0.mlp.up_proj.weight')],
     'reading moments': ['optimizer', (engine) => engine.readTensor('model.norm.weight', 'moment1')],
     publish: ['optimizer', (engine) => engine.publish()],
+    load: ['optimizer', (engine) => engine.load([])],
+    save: ['optimizer', (engine) => engine.save([])],
+    'saving a copy': ['optimizer', (engine) => engine.save([], { copy: true })],
+    'reducing gradients': ['gradients', (engine) => engine.reduceGradients()],
+    'clearing gradients': ['gradients', (engine) => engine.clearGradients()],
   };
   test.each(Object.entries(calls))('%s without its state is refused', (_, [group, call]) =>
     withEngine(tiny, { dtype: 'bfloat16', train: true }, async (engine) => {
@@ -179,6 +185,29 @@ describe('calls and moves', () => {
       for (const [result] of await Promise.all(scored)) sameBits(result!.logprobs, expected[0]!.logprobs, 'logprobs');
       await Promise.all(running);
     }));
+
+  test('what is refused leaves the ranks together', async () => {
+    const devices = [0, 1].map(() => createDevice({ threads: 1 }));
+    try {
+      const engine = await ParallelEngine.create({
+        ...{ shape: smallShape, parts: 2, devices, degrees: { pipeline: 1, tensor: 2 } },
+        ...{ dtype: 'float32', train: true, timeoutSeconds: 20 },
+      });
+      const moved = (places: StatePlaces) => moveState(engine.states.map((state) => ({ state, places })));
+      const refused = { code: 'STATE_NOT_ON_DEVICE' };
+      await moved({ optimizer: 'host', gradients: 'host' });
+      await expect(engine.save([])).rejects.toMatchObject(refused);
+      await expect(engine.load([])).rejects.toMatchObject(refused);
+      await Promise.all(engine.ranks.map((rank) => expect(rank.reduceGradients()).rejects.toMatchObject(refused)));
+      await moved({ optimizer: 'device', gradients: 'device' });
+      const { logprobs } = await engine.forward(batch, { outputs: ['logprobs'], keep: true });
+      await engine.backward({ logprobs: logprobs!.map(() => 0.1) });
+      await engine.step({ ...options, step: 1 });
+      await engine.close();
+    } finally {
+      for (const device of devices) await device.close();
+    }
+  });
 
   test('a device closed in the middle of a move ends it', async () => {
     const device = createDevice({ threads: 1 });
@@ -315,6 +344,20 @@ describe('two models in the memory of one', () => {
 
 describe('what cannot be', () => {
   const open = { dtype: 'float32', train: true } as const;
+
+  test('a move that fails leaves a later one under way where it goes', () =>
+    withEngine(model, { ...open, hostBytes: 5 << 20 }, async (engine, device) => {
+      for (let turn = 0; turn < 5; turn++) {
+        const failing = engine.move({ optimizer: 'host' });
+        const back = engine.move({ optimizer: 'device' });
+        await expect(failing).rejects.toMatchObject({ code: 'MEMORY_BUDGET' });
+        expect(engine.state.places.optimizer).toBe('device');
+        await back;
+        expect(engine.state.places.optimizer).toBe('device');
+        expect(device.heldBytes).toBe(sum(engine));
+      }
+      await trainingStep(engine, 1);
+    }));
 
   test('a host budget that is too small: the group can be fetched back, bit for bit', () =>
     withEngine(model, { ...open, hostBytes: 5 << 20 }, async (engine, device) => {
