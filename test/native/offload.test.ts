@@ -28,6 +28,7 @@ import {
   tinyShape,
   withEngine,
 } from './support.js';
+import { withDevices } from './training-support.js';
 
 const model = randomModel('small', smallShape);
 const tiny = randomModel('tiny', { ...tinyShape, tied: true });
@@ -138,6 +139,48 @@ describe('gradients', () => {
       await engine.step({ ...options, step: 1 });
       await engine.move({ gradients: 'dropped' });
     }));
+
+  test('that were not finite are gone, and can be dropped', () =>
+    withEngine(tiny, { dtype: 'float32', train: true }, async (engine) => {
+      const [sequence] = sequencesOf(tinyShape, [20]);
+      await engine.forward(packBatch([sequence!]), { outputs: ['logprobs'], keep: true });
+      await engine.backward({ logprobs: new Float32Array(20).fill(Number.POSITIVE_INFINITY) });
+      await expect(engine.step({ ...options, step: 1 })).rejects.toMatchObject({ code: 'GRADIENT_NOT_FINITE' });
+      await engine.move({ gradients: 'dropped' });
+      await engine.move({ gradients: 'device' });
+      await trainTiny(engine);
+    }));
+
+  test.each([0, 1])('that replicas still reduce leave when that is done, ZeRO %i', async (zero) => {
+    const run = (moving: boolean) =>
+      withDevices(2, async (devices) => {
+        const engine = await ParallelEngine.create({
+          ...{ shape: smallShape, devices, degrees: { pipeline: 1, tensor: 1, data: 2 }, dtype: 'float32' },
+          ...{ train: true, zero, bucketBytes: 1 << 16, timeoutSeconds: 20 },
+        });
+        for (const [name, data] of await weightsOf(model)) await engine.writeTensor(name, data);
+        await engine.publish();
+        // The first replica ends its backward long before the second.
+        const batches = [[20], new Array(2).fill(400)].map((lengths) => packBatch(sequencesOf(smallShape, lengths)));
+        const ranks = engine.ranks.map((rank, replica) => ({ rank, batch: batches[replica]! }));
+        const how = { outputs: ['logprobs'], keep: true } as const;
+        await Promise.all(ranks.map(({ rank, batch }) => rank.runForward(rank.planForward([batch], how))));
+        const moved = (place: StatePlace) =>
+          moveState(engine.states.map((state) => ({ state, places: { gradients: place } })));
+        const running = ranks.map(({ rank, batch }) => {
+          const logprobs = new Float32Array(batch.tokens.length).fill(-0.01);
+          return rank.runBackward([{ slot: 0, logprobs }], { more: false, last: true });
+        });
+        if (moving) running.push(moved('host'));
+        await Promise.all(running);
+        await moved('device');
+        const { gradientNorm } = await engine.step({ ...options, step: 1 });
+        return { gradientNorm, weights: await readAll(engine, 'weights') };
+      });
+    const [still, away] = [await run(false), await run(true)];
+    expect(away.gradientNorm).toBe(still.gradientNorm);
+    sameTensors(away.weights, still.weights, 'weights');
+  });
 });
 
 async function trainTiny(engine: NativeEngine): Promise<void> {
@@ -146,6 +189,8 @@ async function trainTiny(engine: NativeEngine): Promise<void> {
   await engine.backward({ logprobs: new Float32Array(20).fill(-0.1) });
   await engine.step({ ...options, step: 1 });
 }
+
+const weightsOf = (each: TestModel) => withEngine(each, { dtype: 'float32' }, (engine) => readAll(engine, 'weights'));
 
 describe('calls and moves', () => {
   const [sequence] = sequencesOf(tinyShape, [20]);
@@ -187,8 +232,7 @@ describe('calls and moves', () => {
     }));
 
   test('what is refused leaves the ranks together', async () => {
-    const devices = [0, 1].map(() => createDevice({ threads: 1 }));
-    try {
+    await withDevices(2, async (devices) => {
       const engine = await ParallelEngine.create({
         ...{ shape: smallShape, parts: 2, devices, degrees: { pipeline: 1, tensor: 2 } },
         ...{ dtype: 'float32', train: true, timeoutSeconds: 20 },
@@ -203,10 +247,7 @@ describe('calls and moves', () => {
       const { logprobs } = await engine.forward(batch, { outputs: ['logprobs'], keep: true });
       await engine.backward({ logprobs: logprobs!.map(() => 0.1) });
       await engine.step({ ...options, step: 1 });
-      await engine.close();
-    } finally {
-      for (const device of devices) await device.close();
-    }
+    });
   });
 
   test('a device closed in the middle of a move ends it', async () => {
