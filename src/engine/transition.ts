@@ -26,7 +26,7 @@ export interface TransitionSetup extends TransitionOptions {
   /** One per training rank: rank = (data x pipeline + stage) x tensor + place in the stage. */
   devices: readonly Device[];
   timeoutSeconds?: number;
-  /** Weights are summed by who sends and who receives them, and once more on the way back. Default true. */
+  /** Weights that go to another rank are summed by who sends and who receives them, and by the sender once more on the way back. Default true. */
   checksums?: boolean;
 }
 

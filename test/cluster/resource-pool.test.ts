@@ -180,7 +180,9 @@ describe('a future', () => {
   it('counts the arrays of objects in lists, however deep', async () => {
     told.length = 0;
     const list = [rollout, { inner: [{ logprobs: Float32Array.of(1, 2) }, null, 'text'] }];
-    await pool('p', { onMaterialise }).place('actor', { make: async () => list }, { make: 'make' }).make();
+    await pool('p', { onMaterialise })
+      .place('actor', { make: async () => list }, { make: 'make' })
+      .make();
     expect(told).toEqual([{ label: 'actor.make', bytes: 28 }]);
   });
 
