@@ -142,8 +142,8 @@ async function exchange(device: Device, moves: readonly StateMove[]): Promise<vo
     );
     failed = false;
   } finally {
-    for (const { state, number } of issued) state.settle(number, failed);
     booked.end();
+    for (const { state, number } of issued) state.settle(number, failed);
   }
 }
 

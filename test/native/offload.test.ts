@@ -386,17 +386,21 @@ describe('two models in the memory of one', () => {
 describe('what cannot be', () => {
   const open = { dtype: 'float32', train: true } as const;
 
-  test('a move that fails leaves a later one under way where it goes', () =>
-    withEngine(model, { ...open, hostBytes: 5 << 20 }, async (engine, device) => {
-      for (let turn = 0; turn < 5; turn++) {
-        const failing = engine.move({ optimizer: 'host' });
-        const back = engine.move({ optimizer: 'device' });
-        await expect(failing).rejects.toMatchObject({ code: 'MEMORY_BUDGET' });
-        expect(engine.state.places.optimizer).toBe('device');
-        await back;
-        expect(engine.state.places.optimizer).toBe('device');
-        expect(device.heldBytes).toBe(sum(engine));
-      }
+  test('a move that fails leaves later ones under way where they go', () =>
+    withEngine(model, { ...open, hostBytes: 5 << 20, offloadFolder: folder }, async (engine, device) => {
+      const failing = engine.move({ optimizer: 'host' });
+      const later = [...new Array(10).keys()].flatMap(() => [
+        engine.move({ optimizer: 'device' }),
+        engine.move({ optimizer: 'file' }),
+      ]);
+      later.push(engine.move({ parameters: 'file' }));
+      await expect(failing).rejects.toMatchObject({ code: 'MEMORY_BUDGET' });
+      expect(engine.state.places).toMatchObject({ optimizer: 'file', parameters: 'file' });
+      await Promise.all(later);
+      expect(engine.state.places).toMatchObject({ optimizer: 'file', parameters: 'file' });
+      expect(device.heldBytes).toBe(engine.state.bytes.gradients);
+      await engine.move(back);
+      expect(device.heldBytes).toBe(sum(engine));
       await trainingStep(engine, 1);
     }));
 
