@@ -151,9 +151,7 @@ Napi::Value ModelWrap::backward(const Napi::CallbackInfo& info) {
     passes->push_back({integerAt(pass, "slot"), float32At(pass, "logprobs"), float32At(pass, "entropies"),
                        float32At(pass, "values")});
   }
-  auto work = [model = open(info.Env()), state = state_, passes, more = booleanAt(o, "more"),
-               last = booleanAt(o, "last")] {
-    state->gradients.live = true;
+  auto work = [model = open(info.Env()), passes, more = booleanAt(o, "more"), last = booleanAt(o, "last")] {
     model->backward(*passes, more, last);
   };
   return rank_->call(info.Env(), claimed(state_, kParameters | kGradients, work),
@@ -166,10 +164,7 @@ Napi::Value ModelWrap::step(const Napi::CallbackInfo& info) {
   const model::StepOptions options{number("learningRate"), number("beta1"),    number("beta2"),     number("epsilon"),
                                    number("weightDecay"),  number("clipNorm"), integerAt(o, "step")};
   auto norm = std::make_shared<double>(0);
-  auto work = [model = open(info.Env()), state = state_, options, norm] {
-    *norm = model->step(options);
-    state->gradients.live = false;
-  };
+  auto work = [model = open(info.Env()), options, norm] { *norm = model->step(options); };
   return rank_->call(info.Env(), claimed(state_, kParameters | kGradients | kOptimizer, work),
                      [norm](Napi::Env env) { return Napi::Number::New(env, *norm); });
 }
@@ -201,8 +196,7 @@ Napi::Value ModelWrap::writeRows(const Napi::CallbackInfo& info) {
     if ((p.sourceRow + p.rows) * columns > static_cast<int64_t>(data->size()))
       invalid(info.Env(), "data", "rows x columns numbers");
   }
-  auto work = [model = open(info.Env()), state = state_, pieces, space, columns, data] {
-    if (space == model::Space::kGradients) state->gradients.live = true;
+  auto work = [model = open(info.Env()), pieces, space, columns, data] {
     for (const Piece& p : pieces)
       model->parameters().writeRows(p.tensor, space, p.row, p.rows, data->data() + p.sourceRow * columns);
   };
@@ -218,11 +212,8 @@ Napi::Value ModelWrap::reduceGradients(const Napi::CallbackInfo& info) {
 
 Napi::Value ModelWrap::clearGradients(const Napi::CallbackInfo& info) {
   const auto model = open(info.Env());
-  const auto work = [model, state = state_] {
-    model->clearGradients();
-    state->gradients.live = false;
-  };
-  return rank_->call(info.Env(), claimed(state_, kGradients, work), [](Napi::Env env) { return env.Undefined(); });
+  return rank_->call(info.Env(), claimed(state_, kGradients, [model] { model->clearGradients(); }),
+                     [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::publish(const Napi::CallbackInfo& info) {

@@ -100,14 +100,11 @@ void Rank::trim(size_t bytes) {
   ++workspaceUse_;
 }
 
-std::shared_future<void> Rank::trimWorkspace(size_t bytes) {
-  auto trimmed = std::make_shared<std::promise<void>>();
-  const bool posted = thread_.post([this, bytes, trimmed] {
-    trim(bytes);
-    trimmed->set_value();
-  });
-  if (!posted) trimmed->set_value();
-  return trimmed->get_future().share();
+std::shared_future<void> Rank::after(std::function<void()> work) {
+  const auto task = std::make_shared<std::packaged_task<void()>>(std::move(work));
+  auto done = task->get_future().share();
+  if (thread_.post([task] { (*task)(); })) return done;
+  return {};
 }
 
 Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void()> work,

@@ -48,8 +48,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
 
   // On the rank's thread: the workspace gives back what it has beyond `bytes`. Activations kept for backward are lost.
   void trim(size_t bytes);
-  // The same after the calls so far.
-  std::shared_future<void> trimWorkspace(size_t bytes);
+  // Work on the rank's thread that comes after the calls so far, and its error; none on a device that was closed.
+  std::shared_future<void> after(std::function<void()> work);
 
   // From the rank's thread: runs `visit` on the JavaScript thread, without waiting for it.
   void notify(std::function<void(Napi::Env)> visit);

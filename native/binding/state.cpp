@@ -1,5 +1,6 @@
 #include "binding/state.h"
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,8 +14,6 @@ namespace {
 
 using transfer::Place;
 using transfer::StateGroup;
-
-constexpr const char* kPlaces[] = {"device", "host", "file", "dropped"};
 
 // Tickets of one call; they end with it, whether it ran or not.
 class Claim {
@@ -57,8 +56,8 @@ StateGroup& groupAt(ModelState& state, Napi::Object o) {
 
 Place placeAt(Napi::Object o) {
   const std::string name = stringAt(o, "place");
-  for (size_t i = 0; i < std::size(kPlaces); ++i) {
-    if (name == kPlaces[i]) return static_cast<Place>(i);
+  for (const Place place : {Place::kDevice, Place::kHost, Place::kFile, Place::kDropped}) {
+    if (name == nameOf(place)) return place;
   }
   invalid(o.Env(), "place", "device, host, file or dropped");
 }
@@ -66,7 +65,7 @@ Place placeAt(Napi::Object o) {
 Napi::Object toObject(Napi::Env env, const StateGroup& group) {
   const transfer::Counts counts = group.counts();
   auto o = Napi::Object::New(env);
-  o.Set("place", kPlaces[static_cast<size_t>(group.place())]);
+  o.Set("place", nameOf(group.place()));
   o.Set("absentBytes", static_cast<double>(group.absentBytes()));
   o.Set("offloadBytes", static_cast<double>(counts.offloadBytes));
   o.Set("restoreBytes", static_cast<double>(counts.restoreBytes));
@@ -115,14 +114,27 @@ Napi::Value DeviceWrap::move(const Napi::CallbackInfo& info) {
   }
   const auto chunkBytes = static_cast<size_t>(integerAt(o, "chunkBytes"));
   const std::string folder = stringAt(o, "folder");
+  std::optional<size_t> workspaceBytes;
+  if (has(o, "workspaceBytes")) workspaceBytes = static_cast<size_t>(integerAt(o, "workspaceBytes"));
   // Everything is valid: from here on tickets are out.
   std::vector<transfer::Move> moves;
   for (const auto& [group, place] : wanted) moves.push_back({group, place, group->issue(StateGroup::Kind::kMove)});
-  std::shared_future<void> trimmed;
-  if (has(o, "workspaceBytes")) trimmed = rank_->trimWorkspace(static_cast<size_t>(integerAt(o, "workspaceBytes")));
-  auto work = [rank = rank_, states, moves, chunkBytes, folder, trimmed] {
-    if (trimmed.valid()) trimmed.wait();
-    transfer::exchange(moves, chunkBytes, folder, rank->cancelled());
+  std::vector<std::shared_ptr<model::Model>> reducing;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    const auto& [group, place] = wanted[i];
+    // What is dropped is zero: no reduction is under way.
+    const bool kept = place == Place::kHost || place == Place::kFile;
+    if (group == &states[i]->gradients && kept) reducing.push_back(states[i]->model);
+  }
+  std::shared_future<void> ready;
+  if (workspaceBytes || !reducing.empty()) {
+    ready = rank_->after([rank = rank_.get(), workspaceBytes, reducing] {
+      if (workspaceBytes) rank->trim(*workspaceBytes);
+      for (const auto& model : reducing) model->settleGradients();
+    });
+  }
+  auto work = [rank = rank_, states, moves, chunkBytes, folder, ready] {
+    transfer::exchange(ready, moves, chunkBytes, folder, rank->cancelled());
   };
   return rank_->transfer(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
 }

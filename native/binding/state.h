@@ -16,9 +16,9 @@ constexpr unsigned kParameters = 1, kGradients = 2, kOptimizer = 4;
 struct ModelState {
   ModelState(std::shared_ptr<model::Model> owner, MemorySpace& host)
       : model(std::move(owner)),
-        parameters("parameters", model->parameters().weights(), host, false),
-        gradients("gradients", model->parameters().gradients(), host, true),
-        optimizer("optimizer", model->parameters().optimizer(), host, false) {}
+        parameters("parameters", model->parameters().weights(), host),
+        gradients("gradients", model->parameters().gradients(), host, &model->parameters().gradientsLive()),
+        optimizer("optimizer", model->parameters().optimizer(), host) {}
 
   std::array<transfer::StateGroup*, 3> groups() { return {&parameters, &gradients, &optimizer}; }
 

@@ -182,6 +182,7 @@ void Model::runBackward(const std::vector<BackwardPass>& gradients, bool last) {
     d.push_back({pointer(logprobs), pointer(entropies), pointer(values)});
   }
   weights_.walkBackward();
+  parameters_.touchGradients();
   gradients_.begin(units_, last);
   transformer_.backward(passes, d);
   gradients_.end();

@@ -108,6 +108,10 @@ class Model {
     together([&] { parameters_.publish(device_.queue); });
   }
 
+  // Returns when what replicas still exchange behind the computation is done: until then it writes the gradients.
+  void settleGradients() {
+    if (parallel_.background != nullptr) parallel_.background->drain();
+  }
   // Of what goes over the replicas behind the computation.
   comm::Traffic backgroundTraffic() const {
     return parallel_.background == nullptr ? comm::Traffic{} : parallel_.background->traffic();

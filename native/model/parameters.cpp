@@ -234,6 +234,7 @@ void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t coun
   const TensorSpec& t = spec(index);
   const int64_t in = t.layout.in;
   const Stored to = stored(index, space);
+  if (space == Space::kGradients) touchGradients();
   const auto write = [&](int64_t i, float value) {
     if (i < to.begin || i >= to.end) return;
     if (to.dtype == DType::kFloat32) {
@@ -423,11 +424,13 @@ void Parameters::step(Queue& queue, const StepOptions& o, double norm) {
   }
   gatherWeights();
   if (spec_.zero == 1) clearGradients();  // others' pieces too
+  gradientsLive_ = false;
 }
 
 void Parameters::clearGradients() {
   if (gradients_.planned() > 0)
     std::memset(gradients_.at(0, gradients_.planned(), "gradients"), 0, gradients_.planned());
+  gradientsLive_ = false;
 }
 
 }  // namespace lockstep::model

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -103,6 +104,9 @@ class Parameters {
   // Clips by that norm, updates, publishes, clears the gradients; all ranks together.
   void step(Queue&, const StepOptions&, double norm);
   void clearGradients();
+  // The gradients may be other than zero: something is added to them, and no step has used it.
+  void touchGradients() { gradientsLive_ = true; }
+  const std::atomic<bool>& gradientsLive() const { return gradientsLive_; }
 
   Arena& weights() { return weights_; }
   Arena& gradients() { return gradients_; }
@@ -129,6 +133,7 @@ class Parameters {
   std::shared_ptr<Arena> shared_;
   Arena& weights_;
   mutable Arena gradients_, optimizer_;
+  std::atomic<bool> gradientsLive_{false};
   std::unordered_map<std::string, size_t> index_;
   // By tensor.
   std::vector<Held> held_;

@@ -1,7 +1,8 @@
 // Moves slices between the memories of a group's ranks: the executor of the lists that layout/ makes
 // (transition-plan.ts, reshard-plan.ts). A list in which every rank sends the same slices to the same places of all
 // others is one all-gather, into place where source and destination are one memory; any other list is one exchange of
-// messages. What a slice holds is summed by its sender before and by its receiver after, and the sums must be equal.
+// messages. What goes to another rank is summed by its sender before and by its receiver after, and the sums must be
+// equal; what a rank copies for itself is not.
 #pragma once
 
 #include <cstdint>

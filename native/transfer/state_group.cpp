@@ -13,15 +13,10 @@ double secondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-const char* nameOf(Place place) {
-  constexpr const char* kNames[] = {"device", "host", "file", "dropped"};
-  return kNames[static_cast<size_t>(place)];
-}
-
 }  // namespace
 
-StateGroup::StateGroup(std::string name, Arena& arena, MemorySpace& host, bool droppable)
-    : name_(std::move(name)), arena_(arena), host_(host), droppable_(droppable) {}
+StateGroup::StateGroup(std::string name, Arena& arena, MemorySpace& host, const std::atomic<bool>* live)
+    : name_(std::move(name)), arena_(arena), host_(host), live_(live) {}
 
 uint64_t StateGroup::issue(Kind kind) {
   const std::lock_guard lock(order_);
@@ -49,12 +44,12 @@ void StateGroup::aim(Place to, const std::string& folder) {
   aim_ = to;
   if (to == from || to == Place::kDevice) return;
   aim_ = from;
-  if (from != Place::kDevice || (to == Place::kDropped && !droppable_)) {
+  if (from != Place::kDevice || (to == Place::kDropped && live_ == nullptr)) {
     throw Error("STATE_MOVE_INVALID",
                 "'" + name_ + "' cannot go from " + nameOf(from) + " to " + nameOf(to) +
                     (from == Place::kDevice ? ": only gradients can be dropped" : "; move it to the device first"));
   }
-  if (to == Place::kDropped && live) {
+  if (to == Place::kDropped && *live_) {
     throw Error("GRADIENTS_LIVE",
                 "the gradients have not been used by a step, so dropping them would lose them; step first, or move "
                 "them to the host");
@@ -126,10 +121,11 @@ struct Direction {
 
 }  // namespace
 
-void exchange(const std::vector<Move>& moves, size_t chunkBytes, const std::string& folder,
-              const std::atomic<bool>& cancelled) {
+void exchange(const std::shared_future<void>& ready, const std::vector<Move>& moves, size_t chunkBytes,
+              const std::string& folder, const std::atomic<bool>& cancelled) {
   Direction away, back;
   try {
+    if (ready.valid()) ready.get();
     for (const Move& move : moves) move.group->await(StateGroup::Kind::kMove, move.ticket);
     for (const Move& move : moves) {
       move.group->aim(move.to, folder);

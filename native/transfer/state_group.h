@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -22,6 +23,11 @@ namespace lockstep::transfer {
 
 enum class Place : uint8_t { kDevice, kHost, kFile, kDropped };
 
+inline const char* nameOf(Place place) {
+  constexpr const char* kNames[] = {"device", "host", "file", "dropped"};
+  return kNames[static_cast<size_t>(place)];
+}
+
 // What moving a group has cost so far. Dropped bytes were given up, not copied.
 struct Counts {
   int64_t offloadBytes = 0, restoreBytes = 0, droppedBytes = 0;
@@ -30,8 +36,9 @@ struct Counts {
 
 class StateGroup {
  public:
-  // Keeps references to both. A droppable group's contents may be given up while they are zero.
-  StateGroup(std::string name, Arena& arena, MemorySpace& host, bool droppable);
+  // Keeps references. `live`: whether the contents may be other than zero; while they are not they may be given up.
+  // Null: they never are.
+  StateGroup(std::string name, Arena& arena, MemorySpace& host, const std::atomic<bool>* live = nullptr);
 
   // --- order of uses and moves; tickets are issued on the JavaScript thread ---
   enum class Kind : uint8_t { kUse, kMove };
@@ -52,9 +59,6 @@ class StateGroup {
   size_t nextChunk(size_t bytes) const;
   bool leaving() const { return aim_ != Place::kDevice; }
 
-  // The contents are not zero: a backward pass has added to them and no step has used them.
-  std::atomic<bool> live{false};
-
   // --- any thread ---
   const std::string& name() const { return name_; }
   size_t bytes() const { return arena_.planned(); }
@@ -67,7 +71,7 @@ class StateGroup {
   const std::string name_;
   Arena& arena_;
   MemorySpace& host_;
-  const bool droppable_;
+  const std::atomic<bool>* const live_;
 
   std::mutex order_;
   std::condition_variable ended_;
@@ -89,8 +93,9 @@ struct Move {
 
 // Makes moves as one exchange: what leaves and what comes take turns, chunk by chunk, so that the device never holds
 // more than before or after, and the host at most two chunks more. Each move's ticket ends when its group has
-// arrived; a failure or a cancellation ends all and throws.
-void exchange(const std::vector<Move>& moves, size_t chunkBytes, const std::string& folder,
-              const std::atomic<bool>& cancelled);
+// arrived; a failure or a cancellation ends all and throws. It begins when `ready`, where there is one, is; an error of
+// that is one of the exchange.
+void exchange(const std::shared_future<void>& ready, const std::vector<Move>& moves, size_t chunkBytes,
+              const std::string& folder, const std::atomic<bool>& cancelled);
 
 }  // namespace lockstep::transfer

@@ -48,6 +48,7 @@ export async function callRanks(
 ): Promise<unknown[]> {
   const { name, ranks, workers, transport, timeoutSeconds } = group;
   const outside = callContext();
+  outside?.signal.throwIfAborted();
   const release = new AbortController();
   const { signal, unlink } = linkedSignal([outside?.signal, release.signal]);
   let timer: NodeJS.Timeout | undefined;
@@ -64,7 +65,7 @@ export async function callRanks(
   const runs = workers.map(async (worker, rank) => {
     try {
       const firstRow = firstRows?.[rank] ?? 0;
-      const call = { group: name, method, rank, args: argsOf(rank), firstRow, answers: collected[rank]!, signal };
+      const call = { group: name, method, rank, args: argsOf(rank), answers: collected[rank]!, signal };
       const answer = await transport.call(call, async (args) =>
         inContext({ ...outside, signal, firstRow }, () => worker[method]!(...args)),
       );

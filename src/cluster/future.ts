@@ -83,9 +83,6 @@ export function wholeOf(held: unknown): unknown {
 /** Of typed arrays: the value itself, or in the fields and entries of objects and lists. */
 function bytesOf(value: unknown): number {
   if (ArrayBuffer.isView(value)) return value.byteLength;
-  if (Array.isArray(value)) return value.reduce((sum: number, each) => sum + viewBytes(each), 0);
   if (typeof value !== 'object' || value === null) return 0;
   return Object.values(value).reduce((sum: number, field) => sum + bytesOf(field), 0);
 }
-
-const viewBytes = (value: unknown): number => (ArrayBuffer.isView(value) ? value.byteLength : 0);

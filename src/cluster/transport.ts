@@ -7,11 +7,9 @@ export interface RankCall {
   readonly rank: number;
   /** As the caller holds them: the first is the rank's part, the others are broadcast. */
   readonly args: readonly unknown[];
-  /** Row of the batch with which the rank's part begins. */
-  readonly firstRow: number;
   /** Whether the answer is collected; one that is not need not travel. */
   readonly answers: boolean;
-  /** Fires when another rank of the call has failed. */
+  /** Fires when the call is to end: another rank of it has failed, or what it is part of has ended. */
   readonly signal: AbortSignal;
 }
 

@@ -167,7 +167,7 @@ export class Device implements AsyncDisposable {
     );
   }
 
-  /** Bytes that all arenas of the device, and what was moved to host memory, hold now and held at most. */
+  /** Bytes that the arenas of models and the workspace, and what was moved to host memory, hold now and held at most. */
   spaces(): ReturnType<NativeDevice['spaces']> {
     return this.native.spaces();
   }
@@ -210,7 +210,7 @@ export interface Booking {
 const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 
 /** Native errors carry a code; here they become the library's own error. */
-export function toLockstepError(error: unknown, details: ErrorDetails = {}): unknown {
+function toLockstepError(error: unknown, details: ErrorDetails = {}): unknown {
   if (LockstepError.isInstance(error) || !(error instanceof Error)) return error;
   const code = (error as Error & { code?: unknown }).code;
   if (typeof code !== 'string') return error;

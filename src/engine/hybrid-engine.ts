@@ -22,15 +22,22 @@ export class HybridEngine {
   private constructor(
     readonly transition: Transition,
     readonly replicas: readonly Replica[],
+    private readonly engines: readonly NativeEngine[],
   ) {}
 
   /** @throws PARALLEL_INVALID, PARTS_INVALID, RANKS_INVALID, MEMORY_BUDGET */
   static async create(setup: TransitionSetup): Promise<HybridEngine> {
     const transition = new Transition(setup);
     const replicas: Replica[] = [];
-    const hybrid = new HybridEngine(transition, replicas);
+    const engines: NativeEngine[] = [];
+    const hybrid = new HybridEngine(transition, replicas, engines);
     try {
-      for (const ranks of replicaRanks(setup)) replicas.push(openReplica(setup, transition, ranks));
+      for (const ranks of replicaRanks(setup)) {
+        const begin = engines.length;
+        for (const engine of openRanks(setup, transition, ranks)) engines.push(engine);
+        const { pipeline, tensor } = setup.generation;
+        replicas.push(new Replica(engines.slice(begin), (pipeline - 1) * tensor));
+      }
       await together(replicas.flatMap(({ ranks }) => (ranks.length === 1 ? [] : ranks.map((engine) => engine.join()))));
       return hybrid;
     } catch (error) {
@@ -86,7 +93,7 @@ export class HybridEngine {
   }
 
   async close(): Promise<void> {
-    for (const { ranks } of this.replicas) for (const engine of ranks) await engine.close();
+    for (const engine of this.engines) await engine.close();
     this.transition.close();
   }
 }
@@ -102,16 +109,20 @@ function replicaRanks({ train, generation, engine }: TransitionSetup): number[][
   return replicas;
 }
 
-function openReplica(setup: TransitionSetup, transition: Transition, ranks: readonly number[]): Replica {
-  const { shape, parts, dtype, devices, generation, timeoutSeconds = 300 } = setup;
+/** The engines of a replica, one by one: when a later one cannot be, those before it are in the caller's hands. */
+function* openRanks(
+  setup: TransitionSetup,
+  transition: Transition,
+  ranks: readonly number[],
+): Generator<NativeEngine, void> {
+  const { shape, parts, dtype, devices, timeoutSeconds = 300 } = setup;
   const world = worldOf(ranks.length, timeoutSeconds);
-  const engines = ranks.map((rank, place) => {
+  for (const [place, rank] of ranks.entries()) {
     const { degrees, stages } = transition.views[rank]!;
     const member: { rank?: RankOfWorld } = world ? { rank: { degrees, rank: place, world, stages } } : {};
-    return new NativeEngine({
+    yield new NativeEngine({
       ...{ shape, parts, dtype, device: devices[rank]!, weights: transition.generationWeights(rank) },
       ...member,
     });
-  });
-  return new Replica(engines, (generation.pipeline - 1) * generation.tensor);
+  }
 }

@@ -24,6 +24,8 @@ type Change = NativeMove & { from: StatePlace };
 export class ModelState {
   /** Where each group is, or is going. */
   readonly places: Record<StateGroup, StatePlace> = { parameters: 'device', gradients: 'device', optimizer: 'device' };
+  private issued = 0;
+  private failed = false;
 
   constructor(
     readonly device: Device,
@@ -36,7 +38,8 @@ export class ModelState {
   /** @throws LockstepError STATE_NOT_ON_DEVICE */
   require(groups: readonly StateGroup[], what: string): void {
     for (const group of groups) {
-      if (this.places[group] === 'device') continue;
+      // A group without bytes is wherever it is wanted.
+      if (this.places[group] === 'device' || this.bytes[group] === 0) continue;
       const message = `${what} needs the model's ${group} on the device, and they are ${whereabouts[this.places[group]]}; move them back first.`;
       throw new LockstepError('STATE_NOT_ON_DEVICE', message, { group, place: this.places[group] });
     }
@@ -59,8 +62,23 @@ export class ModelState {
     return rethrow(() => this.native.state());
   }
 
-  /** After a move that failed: where things are. Returns the bytes on the device. */
-  refresh(): number {
+  /** Numbers an exchange. Those of a state are made and settle in the order of their numbers. */
+  issue(): number {
+    return ++this.issued;
+  }
+
+  /**
+   * With the last exchange that was issued, when one has failed: where things are, and what the device holds of them. Until then
+   * `places` says where the later ones bring them.
+   */
+  settle(exchange: number, failed: boolean): void {
+    this.failed ||= failed;
+    if (!this.failed || exchange < this.issued) return;
+    this.failed = false;
+    this.device.correct(this.owner, this.refresh());
+  }
+
+  private refresh(): number {
     const state = this.native.state();
     for (const group of stateGroups) if (this.bytes[group] > 0) this.places[group] = state[group].place;
     return stateGroups.reduce((sum, group) => sum + this.bytes[group] - state[group].absentBytes, 0);
@@ -111,6 +129,8 @@ async function exchange(device: Device, moves: readonly StateMove[]): Promise<vo
     throw error;
   }
   const { workspaceBytes } = booked;
+  const issued = moves.map(({ state }) => ({ state, number: state.issue() }));
+  let failed = true;
   try {
     await untimed(() =>
       device.native.move({
@@ -120,11 +140,10 @@ async function exchange(device: Device, moves: readonly StateMove[]): Promise<vo
         ...(workspaceBytes === undefined ? {} : { workspaceBytes }),
       }),
     );
-  } catch (error) {
-    for (const { state } of moves) device.correct(state.owner, state.refresh());
-    throw error;
+    failed = false;
   } finally {
     booked.end();
+    for (const { state, number } of issued) state.settle(number, failed);
   }
 }
 

@@ -19,7 +19,7 @@ import { type ShardTensor, shardTable } from '../layout/shards.js';
 import type { TensorSource } from '../layout/tensor-table.js';
 import { type ParameterUnit, parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import { accumulateInTurn } from './accumulate.js';
-import { awaitedLater, type Device, rethrow, untimed } from './device.js';
+import { awaitedLater, type Device, rethrow, untimed, type Work } from './device.js';
 import type {
   AccumulateOptions,
   Dtype,
@@ -51,6 +51,7 @@ import {
   type NativeModel,
   type NativePieces,
   type NativeTraffic,
+  type Timed,
 } from './native.js';
 import { nativeSpec } from './native-spec.js';
 import type { EngineOptions } from './rank-options.js';
@@ -75,6 +76,24 @@ export interface GenerationNeeds {
   rows: number;
   pages: number;
 }
+
+/** Operations that use the state, by their names in messages, and the groups they need; `read` and `write` those of a space. */
+const operations = {
+  load: ['Loading a checkpoint', ['parameters', 'optimizer']],
+  save: ['Saving a checkpoint', ['parameters', 'optimizer']],
+  snapshot: ['Saving a checkpoint', ['parameters', 'optimizer']],
+  forward: ['A forward pass', ['parameters']],
+  backward: ['A backward pass', ['parameters', 'gradients']],
+  reduce: ['Reducing the gradients', ['gradients']],
+  clear: ['Clearing the gradients', ['gradients']],
+  step: ['An optimizer step', ['parameters', 'gradients', 'optimizer']],
+  generate: ['Generation', ['parameters']],
+  read: ['Reading a tensor', []],
+  write: ['Writing a tensor', []],
+  publish: ['Publishing the weights', ['parameters', 'optimizer']],
+} as const satisfies Partial<Record<Work['operation'], readonly [what: string, groups: readonly StateGroup[]]>>;
+
+type Operation = keyof typeof operations;
 
 /** Rows of one step of generation: prompt chunks and decoding rows together. */
 export const generationRows = 512;
@@ -166,17 +185,32 @@ export class NativeEngine implements Engine {
     );
   }
 
+  /** @throws LockstepError STATE_NOT_ON_DEVICE */
+  private require(operation: Operation, groups: readonly StateGroup[] = operations[operation][1]): void {
+    this.state.require(groups, operations[operation][0]);
+  }
+
+  /** What the rank itself would refuse ends the work of all ranks for good: it is refused here. */
+  private async run<T>(
+    operation: Operation,
+    call: () => Promise<Timed<T>>,
+    { groups, microBatch }: { groups?: readonly StateGroup[]; microBatch?: number | undefined } = {},
+  ): Promise<T> {
+    this.require(operation, groups);
+    return this.device.run(operation, call, microBatch);
+  }
+
   async load(tensors: readonly FileTensor[]): Promise<void> {
-    await this.device.run('load', () => this.native.load(slicesToLoad(this.table, tensors)));
+    await this.run('load', () => this.native.load(slicesToLoad(this.table, tensors)));
   }
 
   async save(tensors: readonly FileTensor[], { copy = false }: { copy?: boolean } = {}): Promise<Saving> {
     const slices = slicesToSave(this.table, this.rank, tensors);
     if (!copy) {
-      await this.device.run('save', () => this.native.save(slices));
+      await this.run('save', () => this.native.save(slices));
       return { copiedBytes: 0, written: Promise.resolve() };
     }
-    const snapshot = await this.device.run('snapshot', () => this.native.snapshot(slices));
+    const snapshot = await this.run('snapshot', () => this.native.snapshot(slices));
     const written = awaitedLater(untimed(() => this.native.save(slices, snapshot.copy)));
     return { copiedBytes: snapshot.bytes, written };
   }
@@ -206,10 +240,10 @@ export class NativeEngine implements Engine {
    * @param batches micro-batches that go through the model together; several with `keep` only, none where the rank takes part
    *   in what its replicas do
    * @param kept where activations are kept; default with `keep`: these are the only ones
-   * @throws LockstepError MODEL_NOT_TRAINED, MEMORY_BUDGET
+   * @throws LockstepError STATE_NOT_ON_DEVICE, MODEL_NOT_TRAINED, MEMORY_BUDGET
    */
   planForward(batches: readonly TokenBatch[], options: ForwardOptions, kept?: Kept): NativeForward {
-    this.state.require(['parameters'], 'A forward pass');
+    this.require('forward');
     if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
@@ -250,7 +284,7 @@ export class NativeEngine implements Engine {
 
   /** Of each micro-batch; `microBatch` is the number of the only one. */
   runForward(call: NativeForward, microBatch?: number): Promise<ForwardResult[]> {
-    return this.device.run('forward', () => this.native.forward(call), microBatch);
+    return this.run('forward', () => this.native.forward(call), { microBatch });
   }
 
   async backward(gradients: TokenGradients): Promise<void> {
@@ -263,33 +297,31 @@ export class NativeEngine implements Engine {
     options: { more: boolean; last: boolean },
     microBatch?: number,
   ): Promise<void> {
-    this.state.require(['parameters', 'gradients'], 'A backward pass');
-    return this.device.run('backward', () => this.native.backward({ passes, ...options }), microBatch);
+    return this.run('backward', () => this.native.backward({ passes, ...options }), { microBatch });
   }
 
   async accumulate([own = []]: MicroBatches, options: AccumulateOptions, gradientsOf: GradientsOf): Promise<void> {
     try {
       await accumulateInTurn(this, own, options, (outputs, index) => gradientsOf(outputs, 0, index));
     } catch (error) {
-      await this.clearGradients();
+      await Promise.allSettled([this.clearGradients()]);
       throw error;
     }
   }
 
   /** All ranks together: gradients become those of all replicas, or the rank's pieces of them. */
   async reduceGradients(): Promise<void> {
-    await this.device.run('reduce', () => this.native.reduceGradients());
+    await this.run('reduce', () => this.native.reduceGradients());
   }
 
   async clearGradients(): Promise<void> {
-    await this.device.run('clear', () => this.native.clearGradients());
+    await this.run('clear', () => this.native.clearGradients());
   }
 
   async step(options: StepOptions): Promise<StepResult> {
-    this.state.require(['parameters', 'gradients', 'optimizer'], 'An optimizer step');
     const { betas, ...rest } = options;
     const call = { ...rest, beta1: betas[0], beta2: betas[1] };
-    return { gradientNorm: await this.device.run('step', () => this.native.step(call)) };
+    return { gradientNorm: await this.run('step', () => this.native.step(call)) };
   }
 
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
@@ -312,15 +344,18 @@ export class NativeEngine implements Engine {
               return [...(onProgress(progress) ?? [])];
             } catch (error) {
               thrown = { error };
-              handle.abort();
+              abort();
               return undefined;
             }
           };
-    const handle = rethrow(() => this.native.generate(call, report));
-    const abort = (): void => handle.abort();
+    let handle: ReturnType<NativeModel['generate']> | undefined;
+    const abort = (): void => handle?.abort();
     options.signal?.addEventListener('abort', abort, { once: true });
     try {
-      const { results, ...statistics } = await this.device.run('generate', () => handle.promise);
+      const { results, ...statistics } = await this.run('generate', () => {
+        handle = this.native.generate(call, report);
+        return handle.promise;
+      });
       if (thrown) throw thrown.error;
       options.signal?.throwIfAborted();
       this.lastGeneration = statistics;
@@ -332,13 +367,11 @@ export class NativeEngine implements Engine {
 
   /** Another rank: it does as that one says. */
   async followGeneration(call: NativeGenerate): Promise<Generated[]> {
-    const { promise } = rethrow(() => this.native.generate(call));
-    return (await this.device.run('generate', () => promise)).results;
+    return (await this.run('generate', () => this.native.generate(call).promise)).results;
   }
 
   /** @throws LockstepError PROMPT_TOO_LONG */
   generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
-    this.state.require(['parameters'], 'Generation');
     const { shape } = this;
     const native = requests.map((request, i) => {
       const room = shape.maxPositions - request.prompt.length;
@@ -373,8 +406,9 @@ export class NativeEngine implements Engine {
     return Math.min(needed, Math.max(1, Math.floor((this.device.workspaceBytes - without) / perPage)));
   }
 
-  /** @throws LockstepError MEMORY_BUDGET */
+  /** @throws LockstepError STATE_NOT_ON_DEVICE, MEMORY_BUDGET */
   planGeneration({ requests, options, sequences, rows }: GenerationNeeds, pages: number): NativeGenerate {
+    this.require('generate');
     const { dtype, share } = this;
     const units = this.planUnits('generation');
     const plan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share, units.total);
@@ -412,13 +446,12 @@ export class NativeEngine implements Engine {
 
   /** Rows as `pieces` says, of one tensor of the table. */
   async readRows(space: ParameterSpace, columns: number, pieces: NativePieces): Promise<Float32Array> {
-    this.state.require(this.groupsOf(space), 'Reading a tensor');
-    return this.device.run('read', () => this.native.readRows({ space, columns, pieces }));
+    return this.run('read', () => this.native.readRows({ space, columns, pieces }), { groups: this.groupsOf(space) });
   }
 
   async writeRows(space: ParameterSpace, columns: number, pieces: NativePieces, data: Float32Array): Promise<void> {
-    this.state.require(this.groupsOf(space), 'Writing a tensor');
-    return this.device.run('write', () => this.native.writeRows({ space, columns, pieces, data }));
+    const groups = this.groupsOf(space);
+    return this.run('write', () => this.native.writeRows({ space, columns, pieces, data }), { groups });
   }
 
   /** In bfloat16 the weights that tensors are read from are the masters, which lie with the optimizer's state. */
@@ -441,8 +474,7 @@ export class NativeEngine implements Engine {
   }
 
   async publish(): Promise<void> {
-    this.state.require(['parameters', 'optimizer'], 'Publishing the weights');
-    await this.device.run('publish', () => this.native.publish());
+    await this.run('publish', () => this.native.publish());
   }
 
   /** Of what its replicas exchange behind the computation. */

@@ -40,7 +40,7 @@ export interface NativeDevice {
   /** "reference", "avx2", "avx512" or "avx512-bf16". */
   readonly kernels: string;
   memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
-  /** Bytes of all models and the workspace, and of what they keep in host memory. */
+  /** Bytes of the arenas of models and the workspace, and of what was moved to host memory. */
   spaces(): Record<'device' | 'host', { used: number; highWater: number }>;
   /** One exchange on the transfer thread, after the calls made so far and before later ones; first the workspace gives back what it has beyond `workspaceBytes`. */
   move(call: {

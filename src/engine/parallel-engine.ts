@@ -42,8 +42,6 @@ import { together } from './together.js';
 import { cutGradients, cutRows, joinResults } from './token-shards.js';
 import { planPipeline, runBreadthFirst, type Stages } from './training-schedules.js';
 
-export { together } from './together.js';
-
 export interface ParallelOptions {
   shape: ModelShape;
   /** One per rank, in their order: rank = (replica x pipeline + stage) x tensor + place in the stage. */
@@ -315,7 +313,7 @@ export class ParallelEngine implements Engine {
  * The ZeRO stage, 0 where there is nothing to divide.
  * @throws LockstepError PARALLEL_INVALID
  */
-function stageOf({ zero = 0, degrees: { pipeline, data = 1 } }: ParallelOptions): number {
+function stageOf({ zero = 0, generation, degrees: { pipeline, data = 1 } }: ParallelOptions): number {
   if (!Number.isInteger(zero) || zero < 0 || zero > 3) {
     const message = `parallel.zero: expected 0, 1, 2 or 3, received ${zero}.`;
     throw new LockstepError('PARALLEL_INVALID', message, { key: 'parallel.zero', received: zero });
@@ -326,6 +324,12 @@ function stageOf({ zero = 0, degrees: { pipeline, data = 1 } }: ParallelOptions)
       'for all micro-batches at once, while a pipeline takes one after the other through its stages. Set parallel.zero to 1, or ' +
       'parallel.pipeline to 1.';
     throw new LockstepError('PARALLEL_INVALID', message, { key: 'parallel.zero', received: zero, pipeline });
+  }
+  if (zero === 3 && data > 1 && generation) {
+    const message =
+      'parallel.zero: 3 is not possible with a generation layout of its own: weights that are divided among replicas are no shards ' +
+      'to generate from. Set parallel.zero to 2, or leave out generation.';
+    throw new LockstepError('PARALLEL_INVALID', message, { key: 'parallel.zero', received: zero, generation });
   }
   return data > 1 ? zero : 0;
 }

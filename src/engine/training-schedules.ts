@@ -38,8 +38,7 @@ export function planPipeline(
       await together(stages.flat().map((rank) => rank.runBackward([], { more: false, last: final })));
     };
   }
-  // Without a pipeline a micro-batch ends before the next begins.
-  const operations = pipelineSchedules[stages.length > 1 ? schedule : '1f1b'](stages.length, microBatches.length);
+  const operations = pipelineSchedules[schedule](stages.length, microBatches.length);
   const slotCounts = microBatchesInFlight(operations);
   const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths));
   const slots = slotCounts.map((count) => ({ count, sizes }));

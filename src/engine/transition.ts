@@ -26,7 +26,7 @@ export interface TransitionSetup extends TransitionOptions {
   /** One per training rank: rank = (data x pipeline + stage) x tensor + place in the stage. */
   devices: readonly Device[];
   timeoutSeconds?: number;
-  /** Weights are summed by who sends and who receives them, and once more on the way back. Default true. */
+  /** Weights that go to another rank are summed by who sends and who receives them, and by the sender once more on the way back. Default true. */
   checksums?: boolean;
 }
 
@@ -99,6 +99,7 @@ export class Transition {
   /** Groups of ranks whose slices run as one all-gather. */
   gathers = 0;
   private readonly ranks: RankMemory[] = [];
+  private readonly memories: NativeMemory[] = [];
   private readonly checksums: boolean;
   private inGeneration = false;
   private closed = false;
@@ -126,10 +127,15 @@ export class Transition {
     const { training } = this.plan.ranks[rank]!;
     const { memoryBytes } = this.views[rank]!;
     const { slotOffset: own, arenaBytes } = training;
-    const memory = (name: string, bytes: number) => rethrow(() => new (loadNative().Memory)({ name, bytes }));
+    device.hold(this.views[rank]!, arenaBytes, 'The weights of a rank');
+    const memory = (name: string, bytes: number): NativeMemory => {
+      const made = rethrow(() => new (loadNative().Memory)({ name, bytes }));
+      this.memories.push(made);
+      return made;
+    };
     const buffer = memory('generation', memoryBytes);
     const after = own === undefined ? 0 : own + arenaBytes;
-    const held: RankMemory = {
+    return {
       device,
       buffer,
       training: own === undefined ? memory('training', arenaBytes) : buffer,
@@ -140,8 +146,6 @@ export class Transition {
       transfer: undefined,
       staging: undefined,
     };
-    device.hold(held, arenaBytes, 'The weights of a rank');
-    return held;
   }
 
   /** Makes every rank's part of the plan. */
@@ -313,11 +317,10 @@ export class Transition {
     for (const rank of this.ranks) {
       rank.transfer?.close();
       rank.staging?.close();
-      rank.buffer.close();
-      rank.training.close();
       rank.device.release(rank.gathered);
-      rank.device.release(rank);
     }
+    for (const memory of this.memories) memory.close();
+    for (const [rank, device] of this.setup.devices.entries()) device.release(this.views[rank]!);
   }
 }
 

@@ -40,8 +40,12 @@ function checkCounts(stages: number, microBatches: number): void {
   }
 }
 
-/** All forwards, then all backwards, both in order of micro-batch. A stage holds all m micro-batches at once. */
+/**
+ * All forwards, then all backwards, both in order of micro-batch. A stage holds all m micro-batches at once; one that is alone
+ * waits for no other, and ends each before the next begins.
+ */
 function gpipe(stages: number, microBatches: number): PipelineOperation[][] {
+  if (stages === 1) return oneForwardOneBackward(stages, microBatches);
   checkCounts(stages, microBatches);
   return count(stages).map(() => [...count(microBatches).map(forward), ...count(microBatches).map(backward)]);
 }

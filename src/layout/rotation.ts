@@ -46,7 +46,8 @@ export interface Exchange {
   back: GroupOfModel[];
 }
 
-export interface Transition {
+/** From one call to the next. */
+export interface Moves {
   /** Before the call may start. */
   before: Exchange;
   /** While it runs. */
@@ -102,7 +103,7 @@ export class RotationPlan {
   }
 
   /** From what is on the device to a phase. Only groups of `opened` models (default: all) can come back. */
-  transition(present: ReadonlySet<string>, to: string, opened?: ReadonlySet<string>): Transition {
+  transition(present: ReadonlySet<string>, to: string, opened?: ReadonlySet<string>): Moves {
     const phase = this.phase(to);
     const residents = this.residents(to);
     const needs = keysOf(needsOf(this.#groups, phase));

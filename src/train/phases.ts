@@ -200,7 +200,7 @@ function trainingBytes({ shape }: Role, { dtype, batch, memory, parallel }: Conf
   // Two micro-batches that follow each other have more than microTokens together, or one would have taken both.
   const microBatches = Math.min(rows, Math.ceil((2 * rows * shape.maxPositions) / batch.microTokens));
   const schedule = pipelineSchedules[parallel.schedule](parallel.pipeline, microBatches);
-  const inPipeline = parallel.pipeline === 1 ? 1 : (microBatchesInFlight(schedule)[stage] as number);
+  const inPipeline = microBatchesInFlight(schedule)[stage]!;
   const breadthFirst = parallel.zero >= 2;
   const slots = { count: breadthFirst ? microBatches : inPipeline, sizes: [size] };
   const begin = unitBytes(rank, dtype, parallel.zero, 'training');

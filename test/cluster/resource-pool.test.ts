@@ -177,6 +177,15 @@ describe('a future', () => {
     expect(told).toEqual([{ label: 'actor.make', bytes: 20 }]);
   });
 
+  it('counts the arrays of objects in lists, however deep', async () => {
+    told.length = 0;
+    const list = [rollout, { inner: [{ logprobs: Float32Array.of(1, 2) }, null, 'text'] }];
+    await pool('p', { onMaterialise })
+      .place('actor', { make: async () => list }, { make: 'make' })
+      .make();
+    expect(told).toEqual([{ label: 'actor.make', bytes: 28 }]);
+  });
+
   it('of a group stays in parts for a group, is joined for a single worker, and for the controller', async () => {
     told.length = 0;
     const group = (name: string, workers = countingWorkers<Float32Array>(2)) => ({

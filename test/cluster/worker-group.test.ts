@@ -1,7 +1,7 @@
 /** Laws of worker groups: N ranks answer as one; calls run on all ranks; a failing rank releases the others and is named. */
 import { setTimeout as delay } from 'node:timers/promises';
 import { describe, expect, expectTypeOf, it } from 'vitest';
-import { callFirstRow, callSignal } from '../../src/cluster/call-context.js';
+import { callFirstRow, callSignal, inContext } from '../../src/cluster/call-context.js';
 import type { RankFailure } from '../../src/cluster/call-ranks.js';
 import type { Future } from '../../src/cluster/future.js';
 import { registerProtocol } from '../../src/cluster/protocols.js';
@@ -265,6 +265,18 @@ describe('failing', () => {
       failures: [{ rank: 2, coordinates: { pipeline: 0, tensor: 0, data: 1 }, error: cause }],
       running: [],
     });
+  });
+
+  it('calls no rank when the call that it is part of has ended already', async () => {
+    let called = 0;
+    const group = groupOf(() => {
+      called += 1;
+      return new Promise<number[]>(() => undefined);
+    }, 0.05);
+    const reason = new Error('the iteration has failed');
+    const call = inContext({ signal: AbortSignal.abort(reason) }, () => group.work([1, 2]));
+    await expect(Promise.race([call, delay(5000, 'still waiting')])).rejects.toBe(reason);
+    expect(called).toBe(0);
   });
 
   it('a rank released by rethrowing the reason is not one that failed', async () => {

@@ -430,6 +430,18 @@ describe('what cannot be is refused', () => {
     await expect(create({ pipeline: 1, tensor: 1 }, 3)).rejects.toMatchObject({ code: 'RANKS_INVALID' });
   });
 
+  test('weights that are divided among replicas, beside a generation layout', async () => {
+    const [degrees, generation] = [
+      { pipeline: 1, tensor: 2, data: 2 },
+      { pipeline: 1, tensor: 1 },
+    ];
+    const setup = { shape: smallShape, dtype: 'float32', parts: 4, degrees, generation } as const;
+    await expect(ParallelEngine.create({ ...setup, devices: devicesFor(4), zero: 3 })).rejects.toMatchObject({
+      code: 'PARALLEL_INVALID',
+      message: expect.stringContaining('leave out generation'),
+    });
+  });
+
   test('training on pieces of tensors', async () => {
     const [train, generation] = [
       { pipeline: 1, tensor: 2, data: 2 },

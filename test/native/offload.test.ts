@@ -9,8 +9,9 @@ import { beforeAll, describe, expect, test } from 'vitest';
 import { createDevice } from '../../src/checkpoints/load-model.js';
 import { packBatch } from '../../src/data/batch.js';
 import type { Device } from '../../src/engine/device.js';
-import { moveState, type StateGroup, type StatePlace } from '../../src/engine/model-state.js';
+import { moveState, type StateGroup, type StatePlace, type StatePlaces } from '../../src/engine/model-state.js';
 import type { NativeEngine } from '../../src/engine/native-engine.js';
+import { ParallelEngine } from '../../src/engine/parallel-engine.js';
 import { offloadChunkBytes, stateGroups } from '../../src/layout/rotation.js';
 import {
   dtypes,
@@ -27,6 +28,7 @@ import {
   tinyShape,
   withEngine,
 } from './support.js';
+import { withDevices } from './training-support.js';
 
 const model = randomModel('small', smallShape);
 const tiny = randomModel('tiny', { ...tinyShape, tied: true });
@@ -137,6 +139,48 @@ describe('gradients', () => {
       await engine.step({ ...options, step: 1 });
       await engine.move({ gradients: 'dropped' });
     }));
+
+  test('that were not finite are gone, and can be dropped', () =>
+    withEngine(tiny, { dtype: 'float32', train: true }, async (engine) => {
+      const [sequence] = sequencesOf(tinyShape, [20]);
+      await engine.forward(packBatch([sequence!]), { outputs: ['logprobs'], keep: true });
+      await engine.backward({ logprobs: new Float32Array(20).fill(Number.POSITIVE_INFINITY) });
+      await expect(engine.step({ ...options, step: 1 })).rejects.toMatchObject({ code: 'GRADIENT_NOT_FINITE' });
+      await engine.move({ gradients: 'dropped' });
+      await engine.move({ gradients: 'device' });
+      await trainTiny(engine);
+    }));
+
+  test.each([0, 1])('that replicas still reduce leave when that is done, ZeRO %i', async (zero) => {
+    const run = (moving: boolean) =>
+      withDevices(2, async (devices) => {
+        const engine = await ParallelEngine.create({
+          ...{ shape: smallShape, devices, degrees: { pipeline: 1, tensor: 1, data: 2 }, dtype: 'float32' },
+          ...{ train: true, zero, bucketBytes: 1 << 16, timeoutSeconds: 20 },
+        });
+        for (const [name, data] of await weightsOf(model)) await engine.writeTensor(name, data);
+        await engine.publish();
+        // The first replica ends its backward long before the second.
+        const batches = [[20], new Array(2).fill(400)].map((lengths) => packBatch(sequencesOf(smallShape, lengths)));
+        const ranks = engine.ranks.map((rank, replica) => ({ rank, batch: batches[replica]! }));
+        const how = { outputs: ['logprobs'], keep: true } as const;
+        await Promise.all(ranks.map(({ rank, batch }) => rank.runForward(rank.planForward([batch], how))));
+        const moved = (place: StatePlace) =>
+          moveState(engine.states.map((state) => ({ state, places: { gradients: place } })));
+        const running = ranks.map(({ rank, batch }) => {
+          const logprobs = new Float32Array(batch.tokens.length).fill(-0.01);
+          return rank.runBackward([{ slot: 0, logprobs }], { more: false, last: true });
+        });
+        if (moving) running.push(moved('host'));
+        await Promise.all(running);
+        await moved('device');
+        const { gradientNorm } = await engine.step({ ...options, step: 1 });
+        return { gradientNorm, weights: await readAll(engine, 'weights') };
+      });
+    const [still, away] = [await run(false), await run(true)];
+    expect(away.gradientNorm).toBe(still.gradientNorm);
+    sameTensors(away.weights, still.weights, 'weights');
+  });
 });
 
 async function trainTiny(engine: NativeEngine): Promise<void> {
@@ -145,6 +189,8 @@ async function trainTiny(engine: NativeEngine): Promise<void> {
   await engine.backward({ logprobs: new Float32Array(20).fill(-0.1) });
   await engine.step({ ...options, step: 1 });
 }
+
+const weightsOf = (each: TestModel) => withEngine(each, { dtype: 'float32' }, (engine) => readAll(engine, 'weights'));
 
 describe('calls and moves', () => {
   const [sequence] = sequencesOf(tinyShape, [20]);
@@ -156,6 +202,11 @@ describe('calls and moves', () => {
     'reading masters': ['optimizer', (engine) => engine.readTensor('model.layers.0.mlp.up_proj.weight')],
     'reading moments': ['optimizer', (engine) => engine.readTensor('model.norm.weight', 'moment1')],
     publish: ['optimizer', (engine) => engine.publish()],
+    load: ['optimizer', (engine) => engine.load([])],
+    save: ['optimizer', (engine) => engine.save([])],
+    'saving a copy': ['optimizer', (engine) => engine.save([], { copy: true })],
+    'reducing gradients': ['gradients', (engine) => engine.reduceGradients()],
+    'clearing gradients': ['gradients', (engine) => engine.clearGradients()],
   };
   test.each(Object.entries(calls))('%s without its state is refused', (_, [group, call]) =>
     withEngine(tiny, { dtype: 'bfloat16', train: true }, async (engine) => {
@@ -179,6 +230,25 @@ describe('calls and moves', () => {
       for (const [result] of await Promise.all(scored)) sameBits(result!.logprobs, expected[0]!.logprobs, 'logprobs');
       await Promise.all(running);
     }));
+
+  test('what is refused leaves the ranks together', async () => {
+    await withDevices(2, async (devices) => {
+      const engine = await ParallelEngine.create({
+        ...{ shape: smallShape, parts: 2, devices, degrees: { pipeline: 1, tensor: 2 } },
+        ...{ dtype: 'float32', train: true, timeoutSeconds: 20 },
+      });
+      const moved = (places: StatePlaces) => moveState(engine.states.map((state) => ({ state, places })));
+      const refused = { code: 'STATE_NOT_ON_DEVICE' };
+      await moved({ optimizer: 'host', gradients: 'host' });
+      await expect(engine.save([])).rejects.toMatchObject(refused);
+      await expect(engine.load([])).rejects.toMatchObject(refused);
+      await Promise.all(engine.ranks.map((rank) => expect(rank.reduceGradients()).rejects.toMatchObject(refused)));
+      await moved({ optimizer: 'device', gradients: 'device' });
+      const { logprobs } = await engine.forward(batch, { outputs: ['logprobs'], keep: true });
+      await engine.backward({ logprobs: logprobs!.map(() => 0.1) });
+      await engine.step({ ...options, step: 1 });
+    });
+  });
 
   test('a device closed in the middle of a move ends it', async () => {
     const device = createDevice({ threads: 1 });
@@ -315,6 +385,24 @@ describe('two models in the memory of one', () => {
 
 describe('what cannot be', () => {
   const open = { dtype: 'float32', train: true } as const;
+
+  test('a move that fails leaves later ones under way where they go', () =>
+    withEngine(model, { ...open, hostBytes: 5 << 20, offloadFolder: folder }, async (engine, device) => {
+      const failing = engine.move({ optimizer: 'host' });
+      const later = [...new Array(10).keys()].flatMap(() => [
+        engine.move({ optimizer: 'device' }),
+        engine.move({ optimizer: 'file' }),
+      ]);
+      later.push(engine.move({ parameters: 'file' }));
+      await expect(failing).rejects.toMatchObject({ code: 'MEMORY_BUDGET' });
+      expect(engine.state.places).toMatchObject({ optimizer: 'file', parameters: 'file' });
+      await Promise.all(later);
+      expect(engine.state.places).toMatchObject({ optimizer: 'file', parameters: 'file' });
+      expect(device.heldBytes).toBe(engine.state.bytes.gradients);
+      await engine.move(back);
+      expect(device.heldBytes).toBe(sum(engine));
+      await trainingStep(engine, 1);
+    }));
 
   test('a host budget that is too small: the group can be fetched back, bit for bit', () =>
     withEngine(model, { ...open, hostBytes: 5 << 20 }, async (engine, device) => {

@@ -1,4 +1,4 @@
-/** Who may import whom: the tables of docs/design, checked against every import of src/ and every include of native/. */
+/** Who may import whom: the tables below, checked against every import of src/ and every include of native/. */
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -24,15 +24,14 @@ const rooms: Readonly<Record<string, Room>> = {
   workers: { may: ['data', 'layout', 'engine', 'checkpoints', 'cluster', 'losses'] },
   algorithms: { may: ['data', 'losses'], typesOf: ['workers'] },
   rewards: { may: ['data'] },
-  mapping: { may: ['layout'] },
   train: {
     may: [
       ...['data', 'layout', 'engine', 'checkpoints', 'inference', 'losses', 'cluster'],
-      ...['workers', 'algorithms', 'rewards', 'mapping'],
+      ...['workers', 'algorithms', 'rewards'],
     ],
   },
   reports: { may: ['data'], typesOf: ['train'] },
-  cli: { may: ['train', 'inference', 'mapping', 'reports', 'checkpoints', 'data', 'engine'] },
+  cli: { may: ['train', 'inference', 'reports', 'checkpoints', 'data', 'engine'] },
 };
 
 /** Files at the top of src: the error class, and the public face, which may name every room but the command line. */
