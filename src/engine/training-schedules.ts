@@ -7,8 +7,8 @@ import { wholeSequences } from '../layout/memory-plan.js';
 import {
   microBatchesInFlight,
   type PipelineOperation,
-  pipelineSchedules,
   type ScheduleName,
+  scheduleOfRun,
 } from '../layout/pipeline-schedule.js';
 import type { ForwardOptions, ForwardResult, GradientsOf, MicroBatches, TokenGradients } from './engine.js';
 import type { NativeEngine } from './native-engine.js';
@@ -38,7 +38,7 @@ export function planPipeline(
       await together(stages.flat().map((rank) => rank.runBackward([], { more: false, last: final })));
     };
   }
-  const operations = pipelineSchedules[schedule](stages.length, microBatches.length);
+  const operations = scheduleOfRun(schedule, stages.length, microBatches.length);
   const slotCounts = microBatchesInFlight(operations);
   const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths));
   const slots = slotCounts.map((count) => ({ count, sizes }));

@@ -40,12 +40,8 @@ function checkCounts(stages: number, microBatches: number): void {
   }
 }
 
-/**
- * All forwards, then all backwards, both in order of micro-batch. A stage holds all m micro-batches at once; one that is alone
- * waits for no other, and ends each before the next begins.
- */
+/** All forwards, then all backwards, both in order of micro-batch. A stage holds all m micro-batches at once. */
 function gpipe(stages: number, microBatches: number): PipelineOperation[][] {
-  if (stages === 1) return oneForwardOneBackward(stages, microBatches);
   checkCounts(stages, microBatches);
   return count(stages).map(() => [...count(microBatches).map(forward), ...count(microBatches).map(backward)]);
 }
@@ -67,6 +63,10 @@ function oneForwardOneBackward(stages: number, microBatches: number): PipelineOp
 export const pipelineSchedules = { gpipe, '1f1b': oneForwardOneBackward };
 
 export type ScheduleName = keyof typeof pipelineSchedules;
+
+/** What a run does: a stage that is alone waits for no other, and ends each micro-batch before the next begins, whatever the name. */
+export const scheduleOfRun = (name: ScheduleName, stages: number, microBatches: number): PipelineSchedule =>
+  pipelineSchedules[stages === 1 ? '1f1b' : name](stages, microBatches);
 
 /**
  * Start times when transfers take none, of equal operations or of such as `times` says of each. A forward waits for the same forward on the stage before, a backward for the same

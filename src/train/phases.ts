@@ -13,7 +13,7 @@ import {
 } from '../layout/memory-plan.js';
 import { coordinatesOf, worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
-import { microBatchesInFlight, pipelineSchedules } from '../layout/pipeline-schedule.js';
+import { microBatchesInFlight, scheduleOfRun } from '../layout/pipeline-schedule.js';
 import { type RankShare, rankShare } from '../layout/rank-share.js';
 import { type Phase, type RotatingModel, type StateGroup, stateGroups } from '../layout/rotation.js';
 import { type ShardTensor, shardTable } from '../layout/shards.js';
@@ -199,7 +199,7 @@ function trainingBytes({ shape }: Role, { dtype, batch, memory, parallel }: Conf
   const rows = Math.ceil(batch.sequences / parallel.data);
   // Two micro-batches that follow each other have more than microTokens together, or one would have taken both.
   const microBatches = Math.min(rows, Math.ceil((2 * rows * shape.maxPositions) / batch.microTokens));
-  const schedule = pipelineSchedules[parallel.schedule](parallel.pipeline, microBatches);
+  const schedule = scheduleOfRun(parallel.schedule, parallel.pipeline, microBatches);
   const inPipeline = microBatchesInFlight(schedule)[stage]!;
   const breadthFirst = parallel.zero >= 2;
   const slots = { count: breadthFirst ? microBatches : inPipeline, sizes: [size] };

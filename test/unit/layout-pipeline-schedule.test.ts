@@ -4,6 +4,7 @@ import {
   type PipelineSchedule,
   pipelineSchedules,
   type ScheduleName,
+  scheduleOfRun,
   simulateSchedule,
 } from '../../src/layout/pipeline-schedule.js';
 import { stageLayers } from '../../src/layout/stages.js';
@@ -31,17 +32,15 @@ describe('pipeline schedules', () => {
     expect(times.bubbleFraction).toBeCloseTo((stages - 1) / (microBatches + stages - 1), 12);
   });
 
-  test.each(sizes)(
-    '%i stages, %i micro-batches: 1F1B holds min(p - s, m) micro-batches, GPipe all if p > 1',
-    (stages, m) => {
-      const held = Array.from({ length: stages }, (_, stage) => Math.min(stages - stage, m));
-      expect(microBatchesInFlight(pipelineSchedules['1f1b'](stages, m))).toEqual(held);
-      expect(microBatchesInFlight(pipelineSchedules.gpipe(stages, m))).toEqual(held.map(() => (stages > 1 ? m : 1)));
-    },
-  );
+  test.each(sizes)('%i stages, %i micro-batches: 1F1B holds min(p - s, m) micro-batches, GPipe all', (stages, m) => {
+    const held = Array.from({ length: stages }, (_, stage) => Math.min(stages - stage, m));
+    expect(microBatchesInFlight(pipelineSchedules['1f1b'](stages, m))).toEqual(held);
+    expect(microBatchesInFlight(pipelineSchedules.gpipe(stages, m))).toEqual(held.map(() => m));
+  });
 
-  test('one stage alone ends a micro-batch before the next, under every schedule', () => {
-    expect(pipelineSchedules.gpipe(1, 3)).toEqual(pipelineSchedules['1f1b'](1, 3));
+  test('a run of one stage ends a micro-batch before the next, under every schedule', () => {
+    expect(scheduleOfRun('gpipe', 1, 3)).toEqual(pipelineSchedules['1f1b'](1, 3));
+    expect(scheduleOfRun('gpipe', 2, 3)).toEqual(pipelineSchedules.gpipe(2, 3));
   });
 
   test('a schedule that never ends names the stage and what it waits for', () => {
