@@ -3,7 +3,6 @@ import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 import {
   type CallPlan,
-  pagePositions,
   planGeneration,
   planModel,
   planScoring,
@@ -35,13 +34,13 @@ import type {
   GradientsOf,
   MicroBatches,
   ParameterSpace,
-  SamplingOptions,
   Saving,
   StepOptions,
   StepResult,
   TokenGradients,
 } from './engine.js';
 import { slicesToLoad, slicesToSave } from './file-slices.js';
+import { type GenerationNeeds, generationNeeds } from './generation-needs.js';
 import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
   type KeptGradients,
@@ -68,15 +67,6 @@ export interface Kept {
 
 const alone: Degrees = { pipeline: 1, tensor: 1, data: 1 };
 
-/** One generation, before it is decided how many pages of keys and values it has. */
-export interface GenerationNeeds {
-  requests: NativeGenerate['requests'];
-  options: SamplingOptions;
-  sequences: number;
-  rows: number;
-  pages: number;
-}
-
 /** Operations that use the state, by their names in messages, and the groups they need; `read` and `write` those of a space. */
 const operations = {
   load: ['Loading a checkpoint', ['parameters', 'optimizer']],
@@ -94,11 +84,6 @@ const operations = {
 } as const satisfies Partial<Record<Work['operation'], readonly [what: string, groups: readonly StateGroup[]]>>;
 
 type Operation = keyof typeof operations;
-
-/** Rows of one step of generation: prompt chunks and decoding rows together. */
-export const generationRows = 512;
-/** Sequences that generate together, at most. */
-export const generationSequences = 256;
 
 /** Where rows of a checkpoint tensor are in the engine. */
 export interface TensorHome {
@@ -327,7 +312,7 @@ export class NativeEngine implements Engine {
   async generate(requests: readonly GenerateRequest[], options: GenerateOptions): Promise<Generated[]> {
     options.signal?.throwIfAborted();
     if (requests.length === 0) return [];
-    const needs = this.generationNeeds(requests, options);
+    const needs = generationNeeds(this.shape, requests, options);
     return this.runGeneration(this.planGeneration(needs, this.pagesFor(needs)), options);
   }
 
@@ -368,32 +353,6 @@ export class NativeEngine implements Engine {
   /** Another rank: it does as that one says. */
   async followGeneration(call: NativeGenerate): Promise<Generated[]> {
     return (await this.run('generate', () => this.native.generate(call).promise)).results;
-  }
-
-  /** @throws LockstepError PROMPT_TOO_LONG */
-  generationNeeds(requests: readonly GenerateRequest[], options: GenerateOptions): GenerationNeeds {
-    const { shape } = this;
-    const native = requests.map((request, i) => {
-      const room = shape.maxPositions - request.prompt.length;
-      if (request.prompt.length < 1 || room < 0) {
-        throw new LockstepError(
-          'PROMPT_TOO_LONG',
-          `Prompt ${i} has ${request.prompt.length} tokens; the model takes 1..${shape.maxPositions} positions.`,
-          { prompt: i, tokens: request.prompt.length, maxPositions: shape.maxPositions },
-        );
-      }
-      const maxNewTokens = Math.min(request.maxNewTokens ?? options.maxNewTokens, room);
-      return { prompt: request.prompt, maxNewTokens, id: BigInt.asUintN(64, BigInt(request.id)) };
-    });
-    const sequences = Math.min(requests.length, generationSequences);
-    const prompts = native.reduce((sum, request) => sum + request.prompt.length, 0);
-    const rows = Math.max(sequences, Math.min(prompts, generationRows));
-    const needed = native
-      .map((request) => Math.ceil((request.prompt.length + request.maxNewTokens) / pagePositions))
-      .sort((a, b) => b - a)
-      .slice(0, sequences)
-      .reduce((sum, pages) => sum + pages + 1, 0);
-    return { requests: native, options, sequences, rows, pages: needed };
   }
 
   /** Pages of keys and values that the rank has room for, at most what is needed. */

@@ -4,6 +4,7 @@ import { LockstepError } from '../errors.js';
 import { pagePositions } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Generated, GenerateOptions, GenerateRequest } from './engine.js';
+import { generationNeeds } from './generation-needs.js';
 import type { NativeGenerate } from './native.js';
 import type { NativeEngine } from './native-engine.js';
 import { together } from './together.js';
@@ -29,7 +30,7 @@ export class Replica {
    * @throws LockstepError PROMPT_TOO_LONG, TOKEN_OUT_OF_RANGE, KV_BUDGET, MEMORY_BUDGET
    */
   plan(requests: readonly GenerateRequest[], options: GenerateOptions, first = 0): NativeGenerate[] {
-    const needs = this.ranks[0]!.generationNeeds(requests, options);
+    const needs = generationNeeds(this.ranks[0]!.shape, requests, options);
     const pages = Math.min(...this.ranks.map((rank) => rank.pagesFor(needs)));
     for (const [i, request] of needs.requests.entries()) this.checkRequest(request, first + i, pages);
     return this.ranks.map((rank) => rank.planGeneration(needs, pages));

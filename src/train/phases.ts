@@ -1,5 +1,5 @@
 /** The calls of a run and what each needs on the device: the preflight adds them up, and offload plans its moves by them. */
-import { generationRows, generationSequences } from '../engine/native-engine.js';
+import { generationRows, generationSequences } from '../engine/generation-needs.js';
 import { generationView } from '../layout/generation-view.js';
 import {
   type Dtype,

@@ -17,8 +17,9 @@ import type {
   GenerateRequest,
   ParameterSpace,
 } from '../../src/engine/engine.js';
+import { generationRows, generationSequences } from '../../src/engine/generation-needs.js';
 import { loadNative } from '../../src/engine/native.js';
-import { generationRows, generationSequences, NativeEngine } from '../../src/engine/native-engine.js';
+import { NativeEngine } from '../../src/engine/native-engine.js';
 import { pagePositions, planGeneration } from '../../src/layout/memory-plan.js';
 import type { ModelShape } from '../../src/layout/model-shape.js';
 import { resolveParts } from '../../src/layout/parts.js';

@@ -1,0 +1,48 @@
+/** What a generation needs of every rank, before it is decided how many pages of keys and values it has. */
+import { LockstepError } from '../errors.js';
+import { pagePositions } from '../layout/memory-plan.js';
+import type { ModelShape } from '../layout/model-shape.js';
+import type { GenerateOptions, GenerateRequest, SamplingOptions } from './engine.js';
+import type { NativeGenerate } from './native.js';
+
+/** Rows of one step of generation: prompt chunks and decoding rows together. */
+export const generationRows = 512;
+/** Sequences that generate together, at most. */
+export const generationSequences = 256;
+
+export interface GenerationNeeds {
+  requests: NativeGenerate['requests'];
+  options: SamplingOptions;
+  sequences: number;
+  rows: number;
+  pages: number;
+}
+
+/** @throws LockstepError PROMPT_TOO_LONG */
+export function generationNeeds(
+  shape: ModelShape,
+  requests: readonly GenerateRequest[],
+  options: GenerateOptions,
+): GenerationNeeds {
+  const native = requests.map((request, i) => {
+    const room = shape.maxPositions - request.prompt.length;
+    if (request.prompt.length < 1 || room < 0) {
+      throw new LockstepError(
+        'PROMPT_TOO_LONG',
+        `Prompt ${i} has ${request.prompt.length} tokens; the model takes 1..${shape.maxPositions} positions.`,
+        { prompt: i, tokens: request.prompt.length, maxPositions: shape.maxPositions },
+      );
+    }
+    const maxNewTokens = Math.min(request.maxNewTokens ?? options.maxNewTokens, room);
+    return { prompt: request.prompt, maxNewTokens, id: BigInt.asUintN(64, BigInt(request.id)) };
+  });
+  const sequences = Math.min(requests.length, generationSequences);
+  const prompts = native.reduce((sum, request) => sum + request.prompt.length, 0);
+  const rows = Math.max(sequences, Math.min(prompts, generationRows));
+  const needed = native
+    .map((request) => Math.ceil((request.prompt.length + request.maxNewTokens) / pagePositions))
+    .sort((a, b) => b - a)
+    .slice(0, sequences)
+    .reduce((sum, pages) => sum + pages + 1, 0);
+  return { requests: native, options, sequences, rows, pages: needed };
+}
