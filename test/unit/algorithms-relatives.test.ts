@@ -247,7 +247,8 @@ describe('dynamic sampling', () => {
 });
 
 describe('learning from preferences', () => {
-  const pairs = [{ chosen: Int32Array.of(0, 3, 3, 3), rejected: Int32Array.of(0, 1, 1, 1), promptLength: 1 }];
+  const example = (tokens: number[], mask: number[]) => ({ tokens: Int32Array.from(tokens), mask });
+  const pairs = [{ chosen: example([0, 3, 3, 3], [0, 1, 1, 1]), rejected: example([0, 1, 1, 1], [0, 1, 1, 1]) }];
 
   it.each(['dpo', 'ipo', 'hinge', 'simpo', 'orpo'] as const)('%s prefers the chosen answer', async (name) => {
     const table = models(0.1);
@@ -262,15 +263,35 @@ describe('learning from preferences', () => {
   });
 
   it('learns the answers, not the prompts', () => {
-    const { mask, lengths } = preferenceBatch([{ ...pairs[0]!, promptLength: 2 }]);
-    expect([...lengths]).toEqual([4, 4]);
-    expect([...(mask as Uint8Array)]).toEqual([0, 1, 1, 0, 0, 1, 1, 0]);
+    const chosen = example([0, 3, 3, 3], [0, 0, 1, 1]);
+    const twoTurns = example([0, 1, 2, 2, 1], [0, 1, 0, 0, 1]);
+    const { mask, lengths, groupSize } = preferenceBatch([{ chosen, rejected: twoTurns }]);
+    expect(groupSize).toBe(2);
+    expect([...lengths]).toEqual([4, 5]);
+    expect([...(mask as Uint8Array)]).toEqual([0, 1, 1, 0, 1, 0, 0, 1, 0]);
+    const { answers, mismatched } = judgedBatch([
+      { ...twoTurns, desirable: true },
+      { ...chosen, desirable: false },
+    ]);
+    expect([...(answers.mask as Uint8Array)]).toEqual([1, 0, 0, 1, 0, 0, 1, 1, 0]);
+    expect([...mismatched.tokens]).toEqual([0, 3, 3, 0, 3, 1, 2, 2]);
+    expect([...(mismatched.mask as Uint8Array)]).toEqual([1, 1, 0, 0, 1, 0, 0, 0]);
+  });
+
+  it('KTO pairs a long prompt with a long answer within the longest row', () => {
+    const { mismatched } = judgedBatch([
+      { ...example([0, 1, 2, 3, 4], [0, 0, 0, 0, 1]), desirable: true },
+      { ...example([5, 6, 7, 8], [0, 1, 1, 1]), desirable: false },
+    ]);
+    expect([...mismatched.lengths]).toEqual([5, 2]);
+    expect([...mismatched.tokens]).toEqual([0, 1, 2, 3, 6, 5, 4]);
+    expect([...(mismatched.mask as Uint8Array)]).toEqual([0, 0, 0, 1, 0, 1, 0]);
   });
 
   it('KTO raises desirable answers, lowers others, and pairs each prompt with the next answer', async () => {
     const answers = [
-      { tokens: Int32Array.of(0, 3, 3, 3), promptLength: 1, desirable: true },
-      { tokens: Int32Array.of(5, 1, 1, 1), promptLength: 1, desirable: false },
+      { ...example([0, 3, 3, 3], [0, 1, 1, 1]), desirable: true },
+      { ...example([5, 1, 1, 1], [0, 1, 1, 1]), desirable: false },
     ];
     const { mismatched } = judgedBatch(answers);
     expect([...mismatched.tokens]).toEqual([0, 1, 1, 1, 5, 3, 3, 3]);
