@@ -69,6 +69,13 @@ describe('advantages by hand', () => {
     close(at({ advantage: 'rloo' }), [2, 2, 0, -2, 0]);
   });
 
+  it('groups of equal scores are counted before KL and length shape them', () => {
+    const same = { scores: Float64Array.of(2, 2) };
+    const shaped = { ...grpoSettings, klCoefficient: 0.1, kl: { in: 'reward', estimator: 'k1' } } as const;
+    expect(groupExperience(rollout, anchor, same, shaped).equal).toBe(1);
+    expect(groupExperience(rollout, anchor, rewards, shaped).equal).toBe(0);
+  });
+
   it('of REINFORCE++: returns to the end, whitened by the population; its baseline form starts from the group', () => {
     const at = (settings: Partial<ReinforcePlusPlusSettings>) =>
       whitenedReturns(rollout, anchor, rewards, { ...reinforceSettings, ...settings }).experience.columns.advantages!;
@@ -84,10 +91,14 @@ describe('advantages by hand', () => {
 
   it('of ReMax: against the greedy answer, a token paying for its own KL or for all that follows', () => {
     const at = (settings: Partial<RemaxSettings>) =>
-      remaxExperience(rollout, anchor, rewards, { scores: Float64Array.of(2) }, { ...remaxSettings, ...settings })
-        .experience.columns.advantages!;
+      remaxExperience(rollout, anchor, rewards, greedy, scored, { ...remaxSettings, ...settings }).experience.columns
+        .advantages!;
+    const greedy = joinRows([{ rollout, rows: [1] }]);
+    const scored = { scores: Float64Array.of(2) };
     close(at({}), [0.8, 0.9, 0, -1.1, 0]);
     close(at({ klReturn: 'to-go' }), [0.7, 0.9, 0, -1.1, 0]);
+    // The greedy answer was cut as the second one was: both pay.
+    close(at({ truncation: 'penalise' }), [1.8, 1.9, 0, -1.1, 0]);
   });
 });
 
@@ -231,6 +242,29 @@ describe('dynamic sampling', () => {
     expect(asked).toEqual([2, 1]);
     expect(result.rollout!.prompts.map(({ tokens }) => tokens[0])).toEqual([1, 1, 3, 3, 5, 5]);
     expect(result.metrics).toMatchObject({ 'groups.dropped': 4, 'groups.rounds': 3, 'groups.equal': 0 });
+  });
+
+  it('replaces groups whose learned answers score the same, whatever masked and empty ones score', async () => {
+    const cut = ['length', 'stop'] as const;
+    // Of each group the first answer is cut, or has no tokens.
+    for (const [truncation, empty] of [
+      ['mask', false],
+      ['keep', true],
+    ] as const) {
+      const actor = new TableActor(0);
+      const sample = actor.generateSequences.bind(actor);
+      actor.generateSequences = async (asked) => {
+        const { responseMask, ...answers } = await sample(asked);
+        const mask = responseMask.map((learned, t) => (empty && t % 8 < 4 ? 0 : learned));
+        return { ...answers, responseMask: mask, finish: answers.finish.map((_, i) => cut[i % 2]!) };
+      };
+      const draw = async (count: number) => numbered(1, count);
+      const algorithm = grpo({ ...settings, truncation });
+      const { metrics } = await algorithm.iterate({ ...models(), actor, reward } as Models, numbered(1, 2), {
+        ...{ iteration: 1, draw },
+      });
+      expect(metrics).toMatchObject({ 'groups.dropped': 4, 'groups.rounds': 3 });
+    }
   });
 
   it('learns from the first round when nothing teaches', async () => {
