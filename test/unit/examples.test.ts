@@ -1,4 +1,5 @@
-/** The programs of examples/ do what the library's own iterations do, over tables in place of models. */
+/** The programs of examples/ do what the library's own iterations do, over tables in place of models; excerpts are of what they name. */
+import { readFile } from 'node:fs/promises';
 import { expect, it, vi } from 'vitest';
 import ppoProgram from '../../examples/ppo/ppo.js';
 import remaxProgram from '../../examples/remax/remax.js';
@@ -72,3 +73,17 @@ it('ReMax, whose greedy answers pay for being cut', async () => {
   expect(greedy).toBeDefined();
   expect(await metricsOf(program)).toEqual(metrics);
 });
+
+it.each([
+  ['docs/programming-model.md', 'src/algorithms/ppo.ts'],
+  ['README.md', 'examples/ppo/ppo.ts'],
+])('%s shows the lines of %s', async (document, source) => {
+  const text = await readFile(document, 'utf8');
+  const begin = text.indexOf('```ts', text.indexOf('One iteration of PPO'));
+  const [, ...shown] = text.slice(begin, text.indexOf('```\n', begin)).trimEnd().split('\n');
+  const lines = (await readFile(source, 'utf8')).split('\n').map((line) => line.trim());
+  const first = lines.indexOf(bare(shown[0]!));
+  expect(shown.map(bare)).toEqual(lines.slice(first, first + shown.length));
+});
+
+const bare = (line: string): string => line.replace(/ *\/\/ .*/, '').trim();
