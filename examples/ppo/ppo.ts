@@ -1,5 +1,6 @@
 /**
  * PPO as a program over workers. They may lie in one pool or in several (`placement`); the iteration does not change.
+ * β is constant here: the adaptive controller and the pretraining mix are in the library's own iteration.
  *
  *     npx lockstep train examples/ppo/ppo.yaml
  */
@@ -10,16 +11,17 @@ import {
   defineAlgorithm,
   klMetrics,
   ppoExperience,
+  ppoLoss,
   rolloutMetrics,
 } from 'lockstep-rlhf/algorithms';
-import { policyLoss, valueLoss } from 'lockstep-rlhf/losses';
+import { valueLoss } from 'lockstep-rlhf/losses';
 
 export default ({ ppo: settings, rollout: { truncation, truncationPenalty } }: ConfigOf<'ppo'>) =>
   defineAlgorithm({
     models: ['actor', 'critic', 'reference', 'reward'],
 
     async iterate({ actor, critic, reference, reward }, prompts, { iteration }) {
-      const { epochs, miniBatches, clip, valueClip, klCoefficient } = settings;
+      const { epochs, miniBatches, valueClip, klCoefficient } = settings;
       const update = { epochs, miniBatches, iteration };
       const cuts = { truncation, truncationPenalty };
 
@@ -31,7 +33,7 @@ export default ({ ppo: settings, rollout: { truncation, truncationPenalty } }: C
       const ready = await Promise.all([sampled, values, anchor, scored]);
       const { experience, penalty } = ppoExperience(...ready, { ...settings, ...cuts }, klCoefficient);
       const ofCritic = critic.update(experience, valueLoss({ clip: valueClip }), update);
-      const ofActor = actor.update(experience, policyLoss({ clip }), update);
+      const ofActor = actor.update(experience, ppoLoss(settings, klCoefficient), update);
 
       const [rollout, , , rewards] = ready;
       const metrics = {

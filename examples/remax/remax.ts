@@ -22,7 +22,7 @@ export default ({ remax: settings, rollout: { truncation, truncationPenalty, sam
       const anchor = reference.computeLogprobs(sampled);
       const scored = reward.computeRewards(sampled);
       const baseline = reward.computeRewards(greedy);
-      const ready = await Promise.all([sampled, anchor, scored, baseline]);
+      const ready = await Promise.all([sampled, anchor, scored, greedy, baseline]);
       const { experience, penalty } = remaxExperience(...ready, { ...settings, ...cuts });
       const ofActor = actor.update(experience, policyLosses.reinforce({}), update);
 

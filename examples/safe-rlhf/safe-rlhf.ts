@@ -1,5 +1,5 @@
 /**
- * Safe-RLHF as a program: PPO with a cost, its critic and a multiplier.
+ * Safe-RLHF as a program: PPO with a cost, its critic and a multiplier. The pretraining mix is in the library's own iteration.
  *
  *     npx lockstep train examples/safe-rlhf/safe-rlhf.yaml
  */
@@ -22,7 +22,7 @@ export default ({ 'safe-rlhf': settings, rollout: { truncation, truncationPenalt
     models: ['actor', 'critic', 'costCritic', 'reference', 'reward', 'cost'],
 
     async iterate({ actor, critic, costCritic, reference, reward, cost }, prompts, { iteration }) {
-      const { epochs, miniBatches, clip, valueClip } = settings;
+      const { epochs, miniBatches, valueClip } = settings;
       const update = { epochs, miniBatches, iteration };
 
       // One iteration.
@@ -37,7 +37,7 @@ export default ({ 'safe-rlhf': settings, rollout: { truncation, truncationPenalt
       const { experience, penalty } = safeRlhfExperience(...ready, { ...settings, ...cuts }, multiplier.multiplier);
       const ofCritic = critic.update(experience.ofRewards, valueLoss({ clip: valueClip }), update);
       const ofCostCritic = costCritic.update(experience.ofCosts, valueLoss({ clip: valueClip }), update);
-      const ofActor = actor.update(experience.ofPolicy, policyLoss({ clip }), update);
+      const ofActor = actor.update(experience.ofPolicy, policyLoss(settings), update);
 
       const [rollout, , , , rewards, costs] = ready;
       const metrics = {

@@ -13,17 +13,10 @@ import type { PolicyLossSettings } from '../losses/policy.js';
 import { type PolicyLossName, policyLosses } from '../losses/policy-losses.js';
 import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
 import { actorMetrics, klMetrics, rolloutMetrics } from './metrics.js';
-import {
-  learnedMask,
-  penalisedScores,
-  pretrainingMix,
-  sampledExperience,
-  sumsBySequence,
-  type TruncationSettings,
-} from './rollout.js';
+import { learnedMask, penalisedScores, pretrainingMix, sampledExperience, sumsBySequence } from './rollout.js';
 import { type SamplingSettings, sampleGroups } from './sampling.js';
 
-export interface GrpoSettings extends TruncationSettings, SamplingSettings {
+export interface GrpoSettings extends SamplingSettings {
   readonly epochs: number;
   readonly miniBatches: number;
   readonly advantage: GroupAdvantageName;
@@ -87,10 +80,11 @@ export function makeExperience(
   const ofKl = sumsBySequence(rollout, penalty.rewards);
   const ofLength = overlongScores(counts, settings);
   const scores = penalisedScores(rollout, rewards, settings).map((score, i) => score + ofKl[i]! + ofLength[i]!);
-  const groups = { scores, groups: scores.map((_, row) => Math.floor(row / settings.samples)), lengths: counts };
-  const perAnswer = groupAdvantages[settings.advantage](groups, {});
+  const groups = { groups: scores.map((_, row) => Math.floor(row / settings.samples)), lengths: counts };
+  const perAnswer = groupAdvantages[settings.advantage]({ ...groups, scores }, {});
   const columns = { advantages: overTokens(perAnswer, lengths, mask), referenceLogprobs };
-  return { experience: sampledExperience(rollout, mask, columns), penalty, equal: groupCounts(groups).equal };
+  const { equal } = groupCounts({ ...groups, scores: rewards.scores });
+  return { experience: sampledExperience(rollout, mask, columns), penalty, equal };
 }
 
 /** DAPO, eq. 13. */

@@ -16,13 +16,13 @@ export {
 } from './algorithm.js';
 export { type DistillationSettings, distillation } from './distillation.js';
 export { type GrpoSettings, grpo, makeExperience as groupExperience } from './grpo.js';
-export { kto } from './kto.js';
+export { judgedBatch, kto } from './kto.js';
 export { actorMetrics, costMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
-export { makeExperience as ppoExperience, type PpoSettings, ppo } from './ppo.js';
-export { preference } from './preference.js';
+export { actorLoss as ppoLoss, makeExperience as ppoExperience, type PpoSettings, ppo } from './ppo.js';
+export { preference, preferenceBatch } from './preference.js';
 export { type ReinforcePlusPlusSettings, reinforcePlusPlus } from './reinforce-plus-plus.js';
 export { makeExperience as remaxExperience, type RemaxSettings, remax } from './remax.js';
-export { costModel, rewardModel } from './reward-model.js';
+export { costBatch, costModel, rewardBatch, rewardModel } from './reward-model.js';
 export { type RlooSettings, rloo } from './rloo.js';
 export {
   learnedMask,
@@ -34,4 +34,4 @@ export {
   type TruncationSettings,
 } from './rollout.js';
 export { makeExperience as safeRlhfExperience, type SafeRlhfSettings, safeRlhf } from './safe-rlhf.js';
-export { sft } from './sft.js';
+export { sft, sftBatch } from './sft.js';

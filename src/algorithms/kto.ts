@@ -4,14 +4,16 @@
 import { type KtoSettings, ktoBaseline, kto as ktoLoss } from '../losses/kto.js';
 import { type Algorithm, type Evaluation, type Experience, stateless } from './algorithm.js';
 import { judgedMetrics } from './metrics.js';
-import { type Answer, answerBatch, type PreferenceModels } from './preference.js';
+import type { PreferenceModels } from './preference.js';
 import { sumsBySequence } from './rollout.js';
+import { type SftExample, sftBatch } from './sft.js';
 
-export interface JudgedAnswer extends Answer {
+/** A prompt and its answer, the answer's tokens marked. */
+export interface JudgedAnswer extends SftExample {
   readonly desirable: boolean;
 }
 
-/** Answers, and each prompt with the answer of the next one. */
+/** Answers, and each prompt with the answer to the next one, no longer than the longest row. */
 export interface JudgedBatch {
   readonly answers: Experience;
   readonly mismatched: Experience;
@@ -56,15 +58,16 @@ async function withReference({ actor, reference }: PreferenceModels, { answers, 
 }
 
 export function judgedBatch(answers: readonly JudgedAnswer[]): JudgedBatch {
-  const batch = answerBatch(answers);
   const desirable = answers.flatMap(({ tokens, desirable }) => Array<number>(tokens.length).fill(desirable ? 1 : 0));
-  const mismatched = answers.map(({ tokens, promptLength }, i) => {
+  const longest = Math.max(...answers.map(({ tokens }) => tokens.length));
+  const mismatched = answers.map(({ tokens, mask }, i) => {
+    const prompt = tokens.subarray(0, mask.indexOf(1));
     const next = answers[(i + 1) % answers.length]!;
-    const answer = next.tokens.subarray(next.promptLength);
-    const both = new Int32Array(promptLength + answer.length);
-    both.set(tokens.subarray(0, promptLength));
-    both.set(answer, promptLength);
-    return { tokens: both, promptLength };
+    const begin = next.mask.indexOf(1);
+    return {
+      tokens: Int32Array.from([...prompt, ...next.tokens.subarray(begin)].slice(0, longest)),
+      mask: [...prompt.map(() => 0), ...next.mask.slice(begin)],
+    };
   });
-  return { answers: { ...batch, columns: { desirable } }, mismatched: answerBatch(mismatched) };
+  return { answers: { ...sftBatch(answers), columns: { desirable } }, mismatched: sftBatch(mismatched) };
 }

@@ -13,7 +13,8 @@ import type { Experience, Rewards, Rollout, RolloutAlgorithm, UpdateStatistics }
 import { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import { learnedMask, placeScores, pretrainingMix, sampledExperience, type TruncationSettings } from './rollout.js';
 
-export interface PpoSettings extends TruncationSettings {
+/** What a policy with a critic has: PPO's, and Safe-RLHF's too. */
+export interface ActorCriticSettings extends TruncationSettings {
   /** Times a rollout is used, and optimizer steps each time. */
   readonly epochs: number;
   readonly miniBatches: number;
@@ -25,8 +26,17 @@ export interface PpoSettings extends TruncationSettings {
   /** γ and λ of generalised advantage estimation. */
   readonly gamma: number;
   readonly lambda: number;
-  /** β: weight of the KL term, at the start when the controller is adaptive. */
+  /** β: weight of the KL term, at the start when a controller is adaptive. */
   readonly klCoefficient: number;
+  /** Advantages to mean 0 and variance 1 over the whole rollout. */
+  readonly whiten: boolean;
+  /** Weight of the entropy bonus. */
+  readonly entropyCoefficient: number;
+  /** γ of the pretraining mix, when a run has one. */
+  readonly ptxCoefficient?: number | undefined;
+}
+
+export interface PpoSettings extends ActorCriticSettings {
   readonly kl: {
     /** As a penalty in the reward, or as a term of the policy loss. */
     readonly in: 'reward' | 'loss';
@@ -36,12 +46,6 @@ export interface PpoSettings extends TruncationSettings {
     readonly target: number;
     readonly horizon: number;
   };
-  /** Advantages to mean 0 and variance 1 over the whole rollout. */
-  readonly whiten: boolean;
-  /** Weight of the entropy bonus. */
-  readonly entropyCoefficient: number;
-  /** γ of the pretraining mix, when a run has one. */
-  readonly ptxCoefficient?: number | undefined;
 }
 
 export function ppo(settings: PpoSettings): RolloutAlgorithm<'actor' | 'critic' | 'reference' | 'reward'> {
@@ -105,8 +109,7 @@ export function makeExperience(
 }
 
 /** L = −E_t[ min( ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t ) ] − c_H E_t[H] (+ β E_t[KL]),  ρ_t = π(a_t) / π_old(a_t)   (eq. 7). */
-const actorLoss = ({ clip, clipHigh, dualClip, entropyCoefficient, kl }: PpoSettings, beta: number) =>
-  policyLoss({
-    ...{ clip, clipHigh, dualClip, entropyCoefficient },
-    kl: kl.in === 'loss' ? { coefficient: beta, estimator: kl.estimator } : undefined,
-  });
+export const actorLoss = (
+  { kl, ...settings }: Pick<PpoSettings, 'clip' | 'clipHigh' | 'dualClip' | 'entropyCoefficient' | 'kl'>,
+  beta: number,
+) => policyLoss({ ...settings, kl: kl.in === 'loss' ? { coefficient: beta, estimator: kl.estimator } : undefined });

@@ -3,7 +3,6 @@
  * DPO: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; cDPO (label smoothing): Mitchell 2023; IPO: Azar et al. 2023,
  * arXiv:2310.12036; SimPO: Meng et al. 2024, arXiv:2405.14734; ORPO: Hong et al. 2024, arXiv:2403.07691.
  */
-import { packBatch } from '../data/batch.js';
 import type { Loss } from '../losses/loss.js';
 import {
   type Algorithm,
@@ -14,12 +13,12 @@ import {
   stateless,
 } from './algorithm.js';
 import { preferenceMetrics } from './metrics.js';
+import { type SftExample, sftBatch } from './sft.js';
 
-/** A prompt with two answers; the first `promptLength` tokens of both are the prompt. */
+/** A prompt with either of two answers, the answers' tokens marked. */
 export interface Preference {
-  readonly chosen: Int32Array;
-  readonly rejected: Int32Array;
-  readonly promptLength: number;
+  readonly chosen: SftExample;
+  readonly rejected: SftExample;
 }
 
 export interface PreferenceModels {
@@ -63,28 +62,7 @@ async function withReference({ reference }: PreferenceModels, batch: Experience,
 }
 
 /** Packs pairs as rows 2i (chosen) and 2i + 1 (rejected); learned are the positions that predict the answers' tokens. */
-export function preferenceBatch(pairs: readonly Preference[]): Experience {
-  const answers = pairs.flatMap(({ chosen, rejected, promptLength }) => [
-    { tokens: chosen, promptLength },
-    { tokens: rejected, promptLength },
-  ]);
-  return { ...answerBatch(answers), groupSize: 2 };
-}
-
-/** A prompt and an answer to it. */
-export interface Answer {
-  readonly tokens: Int32Array;
-  readonly promptLength: number;
-}
-
-/** Packs sequences whose tokens after the prompt are learned. */
-export function answerBatch(answers: readonly Answer[]): Experience {
-  const { tokens, lengths } = packBatch(answers.map((answer) => answer.tokens));
-  const mask = new Uint8Array(tokens.length);
-  let begin = 0;
-  answers.forEach(({ promptLength }, row) => {
-    mask.fill(1, begin + Math.max(promptLength, 1) - 1, begin + lengths[row]! - 1);
-    begin += lengths[row]!;
-  });
-  return { tokens, lengths, mask, columns: {} };
-}
+export const preferenceBatch = (pairs: readonly Preference[]): Experience => ({
+  ...sftBatch(pairs.flatMap(({ chosen, rejected }) => [chosen, rejected])),
+  groupSize: 2,
+});

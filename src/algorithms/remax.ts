@@ -35,10 +35,12 @@ export function remax(settings: RemaxSettings): RolloutAlgorithm<'actor' | 'refe
       const calls = [
         reference.computeLogprobs(sampled),
         reward.computeRewards(sampled),
+        greedy,
         reward.computeRewards(greedy),
       ] as const;
-      const [rollout, anchor, rewards, baseline] = await Promise.all([sampled, ...calls]);
-      const { experience, penalty } = makeExperience(rollout, anchor, rewards, baseline, settings);
+      const ready = await Promise.all([sampled, ...calls]);
+      const [rollout, , rewards, , baseline] = ready;
+      const { experience, penalty } = makeExperience(...ready, settings);
       const ofActor = await actor.update(experience, policyLosses.reinforce({}), { epochs, miniBatches, iteration });
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
@@ -58,7 +60,8 @@ export function makeExperience(
   rollout: Rollout,
   referenceLogprobs: Float32Array,
   rewards: Rewards,
-  greedy: Rewards,
+  greedy: Rollout,
+  greedyRewards: Rewards,
   { samples, gamma, klCoefficient, klReturn, ...truncation }: RemaxSettings,
 ) {
   const { lengths, logprobs } = rollout;
@@ -68,11 +71,12 @@ export function makeExperience(
     { coefficient: klCoefficient, estimator: 'k1' },
   );
   const scores = penalisedScores(rollout, rewards, truncation);
-  const baselines = scores.map((_, row) => greedy.scores[Math.floor(row / samples)]!);
-  const ofGreedy = overTokens(baselines, lengths, mask);
+  const ofGreedy = penalisedScores(greedy, greedyRewards, truncation);
+  const baselines = scores.map((_, row) => ofGreedy[Math.floor(row / samples)]!);
+  const overAnswers = overTokens(baselines, lengths, mask);
   const advantages =
     klReturn === 'token'
       ? remaxReturns({ lengths, mask, kl: penalty.kl, scores, baselines }, { beta: klCoefficient, gamma })
-      : returnsToGo({ lengths, mask, rewards: penalty.rewards }, gamma).map((gain, t) => gain - ofGreedy[t]!);
+      : returnsToGo({ lengths, mask, rewards: penalty.rewards }, gamma).map((gain, t) => gain - overAnswers[t]!);
   return { experience: sampledExperience(rollout, mask, { advantages }), penalty };
 }

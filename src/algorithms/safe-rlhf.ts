@@ -9,27 +9,15 @@ import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
 import type { Rewards, Rollout, RolloutAlgorithm } from './algorithm.js';
 import { actorMetrics, costMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
-import { learnedMask, placeScores, pretrainingMix, sampledExperience, type TruncationSettings } from './rollout.js';
+import type { ActorCriticSettings } from './ppo.js';
+import { learnedMask, placeScores, pretrainingMix, sampledExperience } from './rollout.js';
 
-export interface SafeRlhfSettings extends TruncationSettings {
-  readonly epochs: number;
-  readonly miniBatches: number;
-  /** As of PPO. */
-  readonly clip: number;
-  readonly clipHigh?: number | undefined;
-  readonly dualClip?: number | undefined;
-  readonly valueClip: number;
-  readonly gamma: number;
-  readonly lambda: number;
-  /** β: subtracts from rewards and adds to costs. */
-  readonly klCoefficient: number;
+/** PPO's, with β subtracting from rewards and adding to costs. */
+export interface SafeRlhfSettings extends ActorCriticSettings {
   /** Largest magnitude of a token's reward or cost, KL included; 0: none. */
   readonly rewardBound: number;
-  readonly whiten: boolean;
-  readonly entropyCoefficient: number;
   /** The constraint: mean cost per answer at most `threshold`. */
   readonly constraint: LagrangeSettings;
-  readonly ptxCoefficient?: number | undefined;
 }
 
 export function safeRlhf(

@@ -2,11 +2,10 @@
  * Sampling of groups of answers. Dynamic sampling: groups whose answers all score the same teach nothing, and answers to other
  * prompts take their place. DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 11 and section 3.2.
  */
-import { addRound, emptyBuffer, groupFilters } from '../losses/dapo.js';
 import type { ActorWorker, Context, Prompt, Rewards, RewardWorker, Rollout } from './algorithm.js';
-import { joinRows } from './rollout.js';
+import { joinRows, learnedMask, sumsBySequence, type TruncationSettings } from './rollout.js';
 
-export interface SamplingSettings {
+export interface SamplingSettings extends TruncationSettings {
   /** Answers per prompt. */
   readonly samples: number;
   /** Most rounds in which groups of equal scores are replaced by those of other prompts; 1: they stay. */
@@ -21,17 +20,12 @@ export interface SampledGroups {
   readonly rounds: number;
 }
 
-/** The rows of one prompt in a round. */
+/** The rows of one prompt in a round, and whether some with a learned token score unequally. */
 interface Group {
   readonly round: { readonly rollout: Rollout; readonly rewards: Rewards };
   readonly rows: readonly number[];
+  readonly teaches: boolean;
 }
-
-const teaches = ({ round, rows }: Group): boolean =>
-  groupFilters.unequal(
-    rows.map((row) => round.rewards.scores[row]!),
-    {},
-  );
 
 /** With several rounds, as many groups as prompts that teach, or those found until the last round. */
 export async function sampleGroups(
@@ -39,28 +33,32 @@ export async function sampleGroups(
   reward: RewardWorker,
   prompts: readonly Prompt[],
   { iteration, draw }: Context,
-  { samples, samplingRounds }: SamplingSettings,
+  { samples, samplingRounds, ...truncation }: SamplingSettings,
 ): Promise<SampledGroups> {
   const target = prompts.length / samples;
   const sampleRound = async (asked: readonly Prompt[], round: number): Promise<Group[]> => {
     const sampled = actor.generateSequences(asked, { iteration, round });
     const [rollout, rewards] = await Promise.all([sampled, reward.computeRewards(sampled)]);
-    return Array.from({ length: asked.length / samples }, (_, g) => ({
-      round: { rollout, rewards },
-      rows: Array.from({ length: samples }, (_, i) => g * samples + i),
-    }));
+    const learned = sumsBySequence(rollout, learnedMask(rollout, truncation));
+    return Array.from({ length: asked.length / samples }, (_, g) => {
+      const rows = Array.from({ length: samples }, (_, i) => g * samples + i);
+      const scores = rows.filter((row) => learned[row]! > 0).map((row) => rewards.scores[row]!);
+      return { round: { rollout, rewards }, rows, teaches: new Set(scores).size > 1 };
+    });
   };
   const first = await sampleRound(prompts, 0);
   if (samplingRounds === 1 || !draw) return { ...first[0]!.round, dropped: 0, rounds: 1 };
-  let buffer = addRound<Group>(emptyBuffer, first, teaches, target);
-  while (buffer.groups.length < target && buffer.rounds < samplingRounds) {
-    const asked = await draw(target - buffer.groups.length);
-    buffer = addRound(buffer, await sampleRound(asked, buffer.rounds), teaches, target);
+  const groups = first.filter(({ teaches }) => teaches);
+  let [tried, rounds] = [first.length, 1];
+  while (groups.length < target && rounds < samplingRounds) {
+    const round = await sampleRound(await draw(target - groups.length), rounds);
+    groups.push(...round.filter(({ teaches }) => teaches));
+    tried += round.length;
+    rounds++;
   }
-  const { dropped, rounds } = buffer;
   // With nothing to learn from, the first round is learned from as it is: every advantage is 0.
-  if (buffer.groups.length === 0) return { ...first[0]!.round, dropped: dropped - target, rounds };
-  return { ...joinGroups(buffer.groups), dropped, rounds };
+  if (groups.length === 0) return { ...first[0]!.round, dropped: tried - target, rounds };
+  return { ...joinGroups(groups), dropped: tried - groups.length, rounds };
 }
 
 function joinGroups(groups: readonly Group[]): { rollout: Rollout; rewards: Rewards } {

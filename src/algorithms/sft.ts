@@ -6,7 +6,7 @@ import { type Algorithm, type Evaluation, type Experience, type Learner, statele
 /** Token ids, and which of them are targets. Nothing predicts the first one. */
 export interface SftExample {
   readonly tokens: Int32Array;
-  readonly mask: ArrayLike<number>;
+  readonly mask: Uint8Array | readonly number[];
 }
 
 export interface SftModels {

@@ -12,9 +12,10 @@ export interface TokenPair {
   /** Prompt and answer. */
   chosen: Int32Array;
   rejected: Int32Array;
+  /** Which tokens are the answers', as in `toTrainingExample`. */
+  chosenMask: Uint8Array;
+  rejectedMask: Uint8Array;
   margin: number;
-  /** Leading tokens that both share as their prompt. */
-  promptLength: number;
 }
 
 export interface PromptTokens {
@@ -77,14 +78,16 @@ export function toPair(row: Row, tokenizer: Tokenizer | undefined, options: Pair
   }
   const chosen = answered(row.prompt, row.chosen, tokenizer, row.place, options);
   const rejected = answered(row.prompt, row.rejected, tokenizer, row.place, options);
-  for (const [side, { tokens }] of Object.entries({ chosen, rejected })) {
+  for (const [side, { tokens, mask }] of Object.entries({ chosen, rejected })) {
     if (tokens.length === 0) throw badRow(row.place, `${side} has no tokens, prompt included; expected at least one`);
+    mask[0] = 0;
   }
   return {
     chosen: chosen.tokens,
     rejected: rejected.tokens,
+    chosenMask: chosen.mask,
+    rejectedMask: rejected.mask,
     margin: row.margin,
-    promptLength: Math.min(firstLearned(chosen), firstLearned(rejected)),
   };
 }
 
@@ -171,11 +174,6 @@ function joined(head: ArrayLike<number>, tail: ArrayLike<number>): Int32Array {
 
 function isChat(content: Content): content is readonly Message[] {
   return typeof content !== 'string' && !(content instanceof Int32Array);
-}
-
-function firstLearned({ tokens, mask }: MaskedTokens): number {
-  const first = mask.indexOf(1);
-  return first < 0 ? tokens.length : first;
 }
 
 /** The tokens with the end token behind them, unless they end with it already. */

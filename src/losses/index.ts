@@ -10,6 +10,7 @@ export {
   groupAdvantages,
   groupCounts,
   overTokens,
+  promptMeanWeights,
   returnsToGo,
 } from './group-advantages.js';
 export { importanceWeighted, type KlEstimator, klEstimate, klPenalty } from './kl.js';
@@ -17,7 +18,9 @@ export { type KtoSettings, kto, ktoBaseline } from './kto.js';
 export { combineAdvantages, type LagrangeSettings, lagrangeMultiplier, safetyPenalty } from './lagrange.js';
 export { evaluateLoss, type Loss, type LossBatch, type LossInputs } from './loss.js';
 export { pretrainingLoss, weighted } from './mixed.js';
+export { type OffPolicyMetrics, type OffPolicySettings, offPolicyMetrics } from './off-policy.js';
 export { type PolicyLossSettings, policyLoss, policyLossOf } from './policy.js';
+export { selectForClip, selectForKl } from './policy-covariance.js';
 export { type PolicyLossName, policyLosses } from './policy-losses.js';
 export { type PreferenceLossName, preferenceLosses } from './preference.js';
 export { bradleyTerry, costModel } from './reward-model.js';

@@ -44,9 +44,9 @@ function sequenceClipped(
   reduce: (logRatios: TokenArray) => SequenceArray,
   settings: SequenceClipSettings,
 ): Loss<PolicyColumn> {
-  const { sequenceLogRatioBound = Infinity, aggregation = sequenceMean } = settings;
+  const { sequenceLogRatioBound = Infinity } = settings;
   const ratio = (t: SurrogateInputs) => reduce(logRatio(t, settings)).min(sequenceLogRatioBound).exp().overTokens();
-  return policyLossOf(clippedBy(ratio, settings), { ...settings, aggregation });
+  return policyLossOf(clippedBy(ratio, settings), settings, sequenceMean);
 }
 
 export interface GmpoSettings extends PolicyTermSettings {
@@ -61,7 +61,7 @@ export interface GmpoSettings extends PolicyTermSettings {
  * `outsideFraction` (log ρ_t beyond a bound, on whichever side).
  */
 export function gmpo(settings: GmpoSettings): Loss<PolicyColumn> {
-  const { clip, clipHigh = clip, aggregation = sequenceMean } = settings;
+  const { clip, clipHigh = clip } = settings;
   const clipped = (x: TokenArray, advantages: TokenArray) => {
     const bounded = x.clip(-clip, clipHigh);
     const negative = x.max(bounded).where(advantages.lessThan(0), 0);
@@ -79,5 +79,5 @@ export function gmpo(settings: GmpoSettings): Loss<PolicyColumn> {
       };
     },
   };
-  return policyLossOf(surrogate, { ...settings, aggregation });
+  return policyLossOf(surrogate, settings, sequenceMean);
 }

@@ -3,7 +3,7 @@
  * REINFORCE: Williams 1992; GPG: Chu et al. 2025, arXiv:2504.02546; CISPO: MiniMax-M1, arXiv:2506.13585; SAPO: Gao et
  * al. 2025, arXiv:2511.20347; DPPO: arXiv:2602.04879; DRO: Richemond et al. 2024, arXiv:2405.19107.
  */
-import { type Aggregation, meanOverTokens } from './aggregation.js';
+import { meanOverTokens } from './aggregation.js';
 import type { Loss } from './loss.js';
 import {
   logRatio,
@@ -20,14 +20,11 @@ const scoreFunction = (t: SurrogateInputs): TokenArray => t.advantages.negate().
 
 /** REINFORCE: agg(−A log π), Σ over the tokens of a sequence and mean over sequences by default. */
 export const reinforce = (settings: PolicyTermSettings = {}): Loss<PolicyColumn> =>
-  scoreFunctionLoss(settings, { mode: 'seq-mean-token-sum' });
+  policyLossOf({ tokens: scoreFunction }, settings, { mode: 'seq-mean-token-sum' });
 
 /** GPG: agg(−A log π) with the advantages of `groupAdvantages.gpg`, token mean by default. */
 export const gpg = (settings: PolicyTermSettings = {}): Loss<PolicyColumn> =>
-  scoreFunctionLoss(settings, { mode: 'token-mean' });
-
-const scoreFunctionLoss = (settings: PolicyTermSettings, aggregation: Aggregation): Loss<PolicyColumn> =>
-  policyLossOf({ tokens: scoreFunction }, { ...settings, aggregation: settings.aggregation ?? aggregation });
+  policyLossOf({ tokens: scoreFunction }, settings);
 
 export interface CispoSettings extends PolicyTermSettings {
   /** ε: the weight is ρ clipped to [1 − ε, 1 + ε]; `Infinity` leaves it without a lower bound. */
@@ -72,7 +69,6 @@ export interface SapoSettings extends PolicyTermSettings {
  */
 export function sapo(settings: SapoSettings = {}): Loss<PolicyColumn> {
   const { temperaturePositive = 1, temperatureNegative = 1.05 } = settings;
-  const { aggregation = { mode: 'seq-mean-token-mean' } } = settings;
   const gate = (distance: TokenArray, temperature: number) =>
     distance
       .times(temperature)
@@ -88,7 +84,7 @@ export function sapo(settings: SapoSettings = {}): Loss<PolicyColumn> {
       return gates.times(t.advantages.negate());
     },
   };
-  return policyLossOf(surrogate, { ...settings, aggregation });
+  return policyLossOf(surrogate, settings, { mode: 'seq-mean-token-mean' });
 }
 
 export interface DppoSettings extends PolicyTermSettings {

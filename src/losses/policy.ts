@@ -72,13 +72,17 @@ export function logRatio(t: LossInputs<'logprobs' | 'oldLogprobs'>, { logRatioBo
 }
 
 /**
- * L = agg(w · surrogate) − c_H agg(H) + β agg(KL); w is 1 unless `weighted`.
+ * L = agg(w · surrogate) − c_H agg(H) + β agg(KL); w is 1 unless `weighted`, agg that of the settings or the default.
  *
  * Statistics, token means: those of the surrogate, `entropy`, `kl` = (ρ − 1) − log ρ (approximate KL(π_old‖π), never
  * clamped), `klLinear` = −log ρ, `outliers` (|log ρ| > 20); and agg(w · surrogate) as `policyLoss`.
  */
-export function policyLossOf(surrogate: Surrogate, settings: PolicyTermSettings): Loss<PolicyColumn> {
-  const { aggregation = tokenMean, entropyCoefficient = 0, kl, weighted = false } = settings;
+export function policyLossOf(
+  surrogate: Surrogate,
+  settings: PolicyTermSettings,
+  byDefault: Aggregation = tokenMean,
+): Loss<PolicyColumn> {
+  const { aggregation = byDefault, entropyCoefficient = 0, kl, weighted = false } = settings;
   // A weight of 0 leaves a token out, also where its surrogate is infinite.
   const tokens = weighted
     ? (t: LossInputs<PolicyColumn>) => surrogate.tokens(t).times(t.weights).where(t.weights, 0)

@@ -33,7 +33,7 @@ export interface IpoSettings extends PreferenceSettings {
 }
 
 export interface SimpoSettings extends PreferenceSettings {
-  /** γ: the margin between the rewards. 0.5 by default (its authors' code, which has β 2). */
+  /** γ: the margin between the rewards. 1 by default (its authors' code: 0.5, with β 2). */
   readonly gamma?: number | undefined;
 }
 
@@ -107,7 +107,7 @@ export const preferenceLosses = {
   },
 
   /** −log σ(β m_chosen − β m_rejected − γ), m the mean log π of the answer's tokens. No reference. */
-  simpo({ beta, gamma = 0.5 }: SimpoSettings): Loss<'logprobs'> {
+  simpo({ beta, gamma = 1 }: SimpoSettings): Loss<'logprobs'> {
     return {
       couples: 'pair',
       reads: ['logprobs'],

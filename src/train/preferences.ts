@@ -9,6 +9,7 @@ import {
   preference,
   preferenceBatch,
 } from '../algorithms/preference.js';
+import type { SftExample } from '../algorithms/sft.js';
 import { checkTokens, toPair, toTrainingExample } from '../data/examples.js';
 import { badRow, type Row } from '../data/rows.js';
 import type { Loss } from '../losses/loss.js';
@@ -53,7 +54,7 @@ export async function preferenceTask(config: PairConfig, workshop: Workshop): Pr
     trained: models.trained,
     ...evaluation(sources, config, async (pairs: Preference[]): Promise<Outcome> => {
       const { loss, statistics } = await evaluatePreference(models.workers, preferenceBatch(pairs), settings);
-      const prompts = pairs.map(({ chosen, promptLength }) => chosen.subarray(0, promptLength));
+      const prompts = pairs.map(({ chosen }) => promptOf(chosen));
       const samples = await evaluationSamples(models.actor, prompts, workshop);
       return { metrics: ofEvaluation({ loss, ...preferenceMetrics(statistics) }), samples };
     }),
@@ -69,8 +70,7 @@ export async function ktoTask(config: ConfigOf<'kto'>, workshop: Workshop): Prom
     trained: models.trained,
     ...evaluation(sources, config, async (answers: JudgedAnswer[]): Promise<Outcome> => {
       const { loss, statistics } = await evaluateKto(models.workers, judgedBatch(answers), config.kto);
-      const prompts = answers.map(({ tokens, promptLength }) => tokens.subarray(0, promptLength));
-      const samples = await evaluationSamples(models.actor, prompts, workshop);
+      const samples = await evaluationSamples(models.actor, answers.map(promptOf), workshop);
       return { metrics: ofEvaluation({ loss, ...judgedMetrics(statistics) }), samples };
     }),
   };
@@ -112,12 +112,14 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
 function preferenceOf(row: Row, { roles: [policy], tokenizer }: Workshop): Preference {
   const { shape, checkpoint } = policy!;
   const pair = toPair(row, tokenizer, { directory: checkpoint.directory, endToken: true });
-  for (const tokens of [pair.chosen, pair.rejected]) {
+  const chosen = { tokens: pair.chosen, mask: pair.chosenMask };
+  const rejected = { tokens: pair.rejected, mask: pair.rejectedMask };
+  for (const { tokens, mask } of [chosen, rejected]) {
     checkTokens(tokens, shape.vocabulary, row.place);
     checkRowLength(row, tokens, shape);
-    if (tokens.length === pair.promptLength) throw badRow(row.place, 'an answer has no tokens; expected at least one');
+    if (mask.indexOf(1) < 0) throw badRow(row.place, 'an answer has no tokens; expected at least one');
   }
-  return pair;
+  return { chosen, rejected };
 }
 
 /** Any row to learn from, with a column `desirable`. */
@@ -130,7 +132,9 @@ function judgedAnswerOf(row: Row, { roles: [policy], tokenizer }: Workshop): Jud
   const { tokens, mask } = toTrainingExample(row, tokenizer, { directory: checkpoint.directory });
   checkTokens(tokens, shape.vocabulary, row.place);
   checkRowLength(row, tokens, shape);
-  const promptLength = mask.indexOf(1);
-  if (promptLength < 0) throw badRow(row.place, 'the row has no token to learn; expected a response');
-  return { tokens, promptLength, desirable };
+  if (mask.indexOf(1) < 0) throw badRow(row.place, 'the row has no token to learn; expected a response');
+  return { tokens, mask, desirable };
 }
+
+/** What comes before the first token of an answer. */
+const promptOf = ({ tokens, mask }: SftExample): Int32Array => tokens.subarray(0, mask.indexOf(1));

@@ -44,7 +44,7 @@ export interface LearnResult {
   loss: number;
   /** Mean over the updates of the gradient norm before clipping. */
   gradientNorm: number;
-  /** Means over the mini-batches of what the loss reports. */
+  /** Means of what the losses report, over the mini-batches that report it. */
   statistics: Record<string, number>;
   updates: number;
 }
@@ -235,9 +235,11 @@ function addUp(parts: readonly LossValue[]): LossValue {
   return { value, statistics };
 }
 
+/** The mean of each name over the parts that have it. */
 function averages(parts: readonly Record<string, number>[]): Record<string, number> {
-  const names = Object.keys(parts[0] ?? {});
-  return Object.fromEntries(names.map((name) => [name, mean(parts.map((part) => part[name]!))]));
+  const names = new Set(parts.flatMap((part) => Object.keys(part)));
+  const valuesOf = (name: string) => parts.flatMap((part) => part[name] ?? []);
+  return Object.fromEntries(Array.from(names, (name) => [name, mean(valuesOf(name))]));
 }
 
 function mean(values: readonly number[]): number {

@@ -69,6 +69,13 @@ describe('advantages by hand', () => {
     close(at({ advantage: 'rloo' }), [2, 2, 0, -2, 0]);
   });
 
+  it('groups of equal scores are counted before KL and length shape them', () => {
+    const same = { scores: Float64Array.of(2, 2) };
+    const shaped = { ...grpoSettings, klCoefficient: 0.1, kl: { in: 'reward', estimator: 'k1' } } as const;
+    expect(groupExperience(rollout, anchor, same, shaped).equal).toBe(1);
+    expect(groupExperience(rollout, anchor, rewards, shaped).equal).toBe(0);
+  });
+
   it('of REINFORCE++: returns to the end, whitened by the population; its baseline form starts from the group', () => {
     const at = (settings: Partial<ReinforcePlusPlusSettings>) =>
       whitenedReturns(rollout, anchor, rewards, { ...reinforceSettings, ...settings }).experience.columns.advantages!;
@@ -84,10 +91,14 @@ describe('advantages by hand', () => {
 
   it('of ReMax: against the greedy answer, a token paying for its own KL or for all that follows', () => {
     const at = (settings: Partial<RemaxSettings>) =>
-      remaxExperience(rollout, anchor, rewards, { scores: Float64Array.of(2) }, { ...remaxSettings, ...settings })
-        .experience.columns.advantages!;
+      remaxExperience(rollout, anchor, rewards, greedy, scored, { ...remaxSettings, ...settings }).experience.columns
+        .advantages!;
+    const greedy = joinRows([{ rollout, rows: [1] }]);
+    const scored = { scores: Float64Array.of(2) };
     close(at({}), [0.8, 0.9, 0, -1.1, 0]);
     close(at({ klReturn: 'to-go' }), [0.7, 0.9, 0, -1.1, 0]);
+    // The greedy answer was cut as the second one was: both pay.
+    close(at({ truncation: 'penalise' }), [1.8, 1.9, 0, -1.1, 0]);
   });
 });
 
@@ -233,6 +244,29 @@ describe('dynamic sampling', () => {
     expect(result.metrics).toMatchObject({ 'groups.dropped': 4, 'groups.rounds': 3, 'groups.equal': 0 });
   });
 
+  it('replaces groups whose learned answers score the same, whatever masked and empty ones score', async () => {
+    const cut = ['length', 'stop'] as const;
+    // Of each group the first answer is cut, or has no tokens.
+    for (const [truncation, empty] of [
+      ['mask', false],
+      ['keep', true],
+    ] as const) {
+      const actor = new TableActor(0);
+      const sample = actor.generateSequences.bind(actor);
+      actor.generateSequences = async (asked) => {
+        const { responseMask, ...answers } = await sample(asked);
+        const mask = responseMask.map((learned, t) => (empty && t % 8 < 4 ? 0 : learned));
+        return { ...answers, responseMask: mask, finish: answers.finish.map((_, i) => cut[i % 2]!) };
+      };
+      const draw = async (count: number) => numbered(1, count);
+      const algorithm = grpo({ ...settings, truncation });
+      const { metrics } = await algorithm.iterate({ ...models(), actor, reward } as Models, numbered(1, 2), {
+        ...{ iteration: 1, draw },
+      });
+      expect(metrics).toMatchObject({ 'groups.dropped': 4, 'groups.rounds': 3 });
+    }
+  });
+
   it('learns from the first round when nothing teaches', async () => {
     const same = {
       computeRewards: async (given: unknown) => ({ scores: ((await given) as Rollout).finish.map(() => 1) }),
@@ -247,7 +281,8 @@ describe('dynamic sampling', () => {
 });
 
 describe('learning from preferences', () => {
-  const pairs = [{ chosen: Int32Array.of(0, 3, 3, 3), rejected: Int32Array.of(0, 1, 1, 1), promptLength: 1 }];
+  const example = (tokens: number[], mask: number[]) => ({ tokens: Int32Array.from(tokens), mask });
+  const pairs = [{ chosen: example([0, 3, 3, 3], [0, 1, 1, 1]), rejected: example([0, 1, 1, 1], [0, 1, 1, 1]) }];
 
   it.each(['dpo', 'ipo', 'hinge', 'simpo', 'orpo'] as const)('%s prefers the chosen answer', async (name) => {
     const table = models(0.1);
@@ -262,15 +297,35 @@ describe('learning from preferences', () => {
   });
 
   it('learns the answers, not the prompts', () => {
-    const { mask, lengths } = preferenceBatch([{ ...pairs[0]!, promptLength: 2 }]);
-    expect([...lengths]).toEqual([4, 4]);
-    expect([...(mask as Uint8Array)]).toEqual([0, 1, 1, 0, 0, 1, 1, 0]);
+    const chosen = example([0, 3, 3, 3], [0, 0, 1, 1]);
+    const twoTurns = example([0, 1, 2, 2, 1], [0, 1, 0, 0, 1]);
+    const { mask, lengths, groupSize } = preferenceBatch([{ chosen, rejected: twoTurns }]);
+    expect(groupSize).toBe(2);
+    expect([...lengths]).toEqual([4, 5]);
+    expect([...(mask as Uint8Array)]).toEqual([0, 1, 1, 0, 1, 0, 0, 1, 0]);
+    const { answers, mismatched } = judgedBatch([
+      { ...twoTurns, desirable: true },
+      { ...chosen, desirable: false },
+    ]);
+    expect([...(answers.mask as Uint8Array)]).toEqual([1, 0, 0, 1, 0, 0, 1, 1, 0]);
+    expect([...mismatched.tokens]).toEqual([0, 3, 3, 0, 3, 1, 2, 2]);
+    expect([...(mismatched.mask as Uint8Array)]).toEqual([1, 1, 0, 0, 1, 0, 0, 0]);
+  });
+
+  it('KTO pairs a long prompt with a long answer within the longest row', () => {
+    const { mismatched } = judgedBatch([
+      { ...example([0, 1, 2, 3, 4], [0, 0, 0, 0, 1]), desirable: true },
+      { ...example([5, 6, 7, 8], [0, 1, 1, 1]), desirable: false },
+    ]);
+    expect([...mismatched.lengths]).toEqual([5, 2]);
+    expect([...mismatched.tokens]).toEqual([0, 1, 2, 3, 6, 5, 4]);
+    expect([...(mismatched.mask as Uint8Array)]).toEqual([0, 0, 0, 1, 0, 1, 0]);
   });
 
   it('KTO raises desirable answers, lowers others, and pairs each prompt with the next answer', async () => {
     const answers = [
-      { tokens: Int32Array.of(0, 3, 3, 3), promptLength: 1, desirable: true },
-      { tokens: Int32Array.of(5, 1, 1, 1), promptLength: 1, desirable: false },
+      { ...example([0, 3, 3, 3], [0, 1, 1, 1]), desirable: true },
+      { ...example([5, 1, 1, 1], [0, 1, 1, 1]), desirable: false },
     ];
     const { mismatched } = judgedBatch(answers);
     expect([...mismatched.tokens]).toEqual([0, 1, 1, 1, 5, 3, 3, 3]);

@@ -142,6 +142,11 @@ describe('preference losses', () => {
     }
   });
 
+  it('SimPO asks for a margin of 1 where none is given, as the configuration does', () => {
+    const { loss } = evaluate(preferenceLosses.simpo({ beta: 2 }), pair(-1, -1.25));
+    expect(loss).toBeCloseTo(Math.log1p(Math.exp(0.5)), 10);
+  });
+
   it('ORPO is finite, with a gradient, where a float32 log-prob of 0 says that an answer is certain', () => {
     for (const [chosen, rejected] of [
       [0, -1],

@@ -6,6 +6,7 @@ import { loadTokenizer } from '../../src/data/tokenizer.js';
 import type { Engine, StepOptions } from '../../src/engine/engine.js';
 import { parseModelConfig, withHead } from '../../src/layout/config.js';
 import type { Loss } from '../../src/losses/loss.js';
+import { pretrainingLoss } from '../../src/losses/mixed.js';
 import { bradleyTerry } from '../../src/losses/reward-model.js';
 import { crossEntropy } from '../../src/losses/sft.js';
 import { initialScoreHead } from '../../src/train/roles.js';
@@ -167,6 +168,21 @@ describe('learn', () => {
     expect(steps.map(({ options }) => [options.step, options.learningRate])).toEqual(
       [9, 10, 11, 12].map((n) => [n, 0.3]),
     );
+  });
+
+  it('an addition of fewer rows than mini-batches reports its mean over those that had one', async () => {
+    for (const rows of [[0], [0, 1]]) {
+      const also = [{ experience: takeRows(batch, Int32Array.from(rows)), loss: pretrainingLoss(1) }];
+      const still = { ...optimizer, learningRate: 0 };
+      const options = { microTokens: 9, epochs: 1, miniBatches: 3, optimizer: still, also };
+      const { statistics } = await learn(recording(engine()).engine, batch, crossEntropy(), options);
+      const values = rows.map(async (row) => {
+        const alone = takeRows(batch, Int32Array.of(row));
+        return (await computeLoss(engine(), alone, crossEntropy(), { microTokens: 9 })).loss;
+      });
+      const mean = (await Promise.all(values)).reduce((sum, value) => sum + value, 0) / rows.length;
+      expect(statistics.pretrainingLoss).toBeCloseTo(mean, 10);
+    }
   });
 
   it('more mini-batches than rows make one of each row', async () => {

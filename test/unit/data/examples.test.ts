@@ -13,9 +13,11 @@ const learned = (columns: Record<string, unknown>) => {
   return [tokenizer.decode(tokens), tokenizer.decode([...tokens].filter((_, i) => mask[i] === 1))];
 };
 const pair = (columns: Record<string, unknown>, options = {}) => {
-  const { chosen, rejected, promptLength, margin } = toPair(row(columns), tokenizer, options);
+  const { chosen, rejected, chosenMask, rejectedMask, margin } = toPair(row(columns), tokenizer, options);
+  const promptLength = chosenMask.indexOf(1);
   const words = (tokens: Int32Array) => tokenizer.decode(tokens.subarray(promptLength));
   expect([...chosen.subarray(0, promptLength)]).toEqual([...rejected.subarray(0, promptLength)]);
+  expect(rejectedMask.indexOf(1)).toBe(rejected.length > promptLength ? promptLength : -1);
   return [tokenizer.decode(chosen.subarray(0, promptLength)), words(chosen), words(rejected), margin];
 };
 const dialogue = (answer: string) => `\n\nHuman: hi\n\nAssistant: yes\n\nHuman: so?\n\nAssistant:${answer}`;
@@ -153,6 +155,16 @@ describe('pairs', () => {
     expect(pair({ chosen: say('b'), rejected: say('b') })).toEqual([prompt, 'b<|im_end|>\n', 'b<|im_end|>\n', 0]);
     const turns = [...say('b'), ...say('c')];
     expect(pair({ chosen: turns, rejected: [...say('b'), ...say('d')] })[1]).toBe('c<|im_end|>\n');
+  });
+
+  test('of an answer of several turns, those of the assistant are marked', () => {
+    const chosen = ['user', 'assistant', 'user', 'assistant'].map((role, i) => ({ role, content: 'acQe'[i] }));
+    const rejected = [chosen[0], { role: 'assistant', content: 'f' }];
+    const both = toPair(row({ chosen, rejected }), tokenizer);
+    const marked = (tokens: Int32Array, mask: Uint8Array) => tokenizer.decode([...tokens].filter((_, i) => mask[i]));
+    expect(marked(both.chosen, both.chosenMask)).toBe(learned({ messages: chosen })[1]);
+    expect(marked(both.chosen, both.chosenMask)).not.toMatch(/Q|user|start/);
+    expect(marked(both.rejected, both.rejectedMask)).toBe(learned({ messages: rejected })[1]);
   });
 });
 
