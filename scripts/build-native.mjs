@@ -204,6 +204,6 @@ const started = Date.now();
 const base = join(root, flags.sanitize ? 'build-sanitize' : 'build');
 const output = join(base, 'Release');
 configure(join(base, 'cmake'), output);
-const targets = flags.tests ? ['lockstep', 'kernel_contracts'] : ['lockstep'];
+const targets = flags.tests ? ['lockstep', 'lockstep_emulated', 'kernel_contracts'] : ['lockstep'];
 if (!(await build(join(base, 'cmake'), targets))) refuse('the build failed (compiler output above)');
 say(`ready in ${((Date.now() - started) / 1000).toFixed(1)} s: ${join(output, 'lockstep.node')}`);

@@ -1,10 +1,6 @@
 #include "core/arena.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <vector>
 
 #include "core/error.h"
 
@@ -12,26 +8,12 @@ namespace lockstep {
 
 namespace {
 
-constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20, kAlignment = 64;
-
-char* map(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) return nullptr;
-  // Large arenas use huge pages: fewer TLB misses in the products that stream through them.
-  if (bytes >= 2 * kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
-  return static_cast<char*>(memory);
-}
-
-void giveBack(char* from, size_t bytes) {
-  // Whole pages inside the range: their next touch finds zeroes.
-  const auto begin = (reinterpret_cast<uintptr_t>(from) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(from) + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-}
+constexpr size_t kAlignment = 64;
 
 }  // namespace
 
-Arena::Arena(std::string name, size_t bytes, MemorySpace* space) : name_(std::move(name)), space_(space) {
+Arena::Arena(std::string name, size_t bytes, MemorySpace* space, Memory& memory)
+    : name_(std::move(name)), space_(space), memory_(memory) {
   reserve(bytes);
 }
 
@@ -40,11 +22,17 @@ Arena::~Arena() {
 }
 
 void Arena::release() {
-  if (memory_ != nullptr) munmap(memory_, mapped_);
-  memory_ = nullptr;
+  if (data_ != nullptr) memory_.unmap(data_, mapped_);
+  data_ = nullptr;
   mapped_ = 0;
   if (space_ != nullptr) space_->give(counted_);
   counted_ = 0;
+}
+
+void Arena::refuse(size_t bytes) const {
+  throw Error("OUT_OF_MEMORY", "arena '" + name_ + "': " + (memory_.isHost() ? "the system" : memory_.name()) +
+                                   " refused " + std::to_string(bytes) +
+                                   " bytes; use a smaller model, batch.microTokens or memory.device");
 }
 
 void Arena::reserve(size_t bytes) {
@@ -53,20 +41,17 @@ void Arena::reserve(size_t bytes) {
   release();
   if (space_ != nullptr) space_->take(bytes, "arena '" + name_ + "'");
   counted_ = bytes;
-  const size_t mapped = (bytes + kPage - 1) / kPage * kPage;
-  memory_ = map(mapped);
-  if (memory_ == nullptr) {
-    throw Error("OUT_OF_MEMORY", "arena '" + name_ + "': the system refused " + std::to_string(mapped) +
-                                     " bytes; use a smaller model, batch.microTokens or memory.device");
-  }
+  const size_t grain = memory_.grain(), mapped = (bytes + grain - 1) / grain * grain;
+  data_ = memory_.map(mapped);
+  if (data_ == nullptr) refuse(mapped);
   mapped_ = mapped;
 }
 
 void Arena::trim(size_t bytes) {
   if (bytes >= counted_) return;
-  const size_t kept = bytes / kPage * kPage;
-  if (kept < mapped_) munmap(memory_ + kept, mapped_ - kept);
-  if (kept == 0) memory_ = nullptr;
+  const size_t grain = memory_.grain(), kept = bytes / grain * grain;
+  if (kept < mapped_) memory_.unmap(data_ + kept, mapped_ - kept);
+  if (kept == 0) data_ = nullptr;
   mapped_ = kept;
   bytes_ = std::min(bytes_, kept);
   if (space_ != nullptr) space_->give(counted_ - kept);
@@ -74,27 +59,36 @@ void Arena::trim(size_t bytes) {
 }
 
 void Arena::setAbsent(size_t bytes) {
-  const size_t before = absent_;
+  const size_t before = absent_, grain = memory_.grain();
   if (bytes > before) {
     absent_ = bytes;
-    discard(before, bytes - before);
+    // What is absent is one run from the start: the grain in which it ended before goes now, when it is whole.
+    const size_t begin = before / grain * grain, end = bytes == bytes_ ? mapped_ : bytes / grain * grain;
+    if (end > begin) memory_.giveBack(data_ + begin, end - begin);
     if (space_ != nullptr) space_->give(bytes - before);
     counted_ -= bytes - before;
   } else if (bytes < before) {
     if (space_ != nullptr) space_->take(before - bytes, "arena '" + name_ + "'");
+    const size_t begin = bytes / grain * grain, end = std::min((before + grain - 1) / grain * grain, mapped_);
+    if (!memory_.restore(data_ + begin, end - begin)) {
+      if (space_ != nullptr) space_->give(before - bytes);
+      refuse(before - bytes);
+    }
     counted_ += before - bytes;
     absent_ = bytes;
   }
 }
 
 void Arena::discard(size_t offset, size_t bytes) const {
-  giveBack(memory_ + offset, (offset + bytes == bytes_ ? mapped_ : offset + bytes) - offset);
+  // Of device memory all that an arena has stays its own: others could not take it, and getting it back costs time.
+  if (!memory_.isHost()) return;
+  const size_t grain = memory_.grain(), begin = (offset + grain - 1) / grain * grain;
+  const size_t end = offset + bytes == bytes_ ? mapped_ : (offset + bytes) / grain * grain;
+  if (end > begin) memory_.giveBack(data_ + begin, end - begin);
 }
 
 size_t Arena::resident() const {
-  std::vector<unsigned char> pages(mapped_ / kPage);
-  if (pages.empty() || mincore(memory_, mapped_, pages.data()) != 0) return 0;
-  return kPage * static_cast<size_t>(std::count_if(pages.begin(), pages.end(), [](auto page) { return page & 1; }));
+  return memory_.resident(data_, mapped_);
 }
 
 void* Arena::at(size_t offset, size_t bytes, const char* what) {
@@ -108,7 +102,7 @@ void* Arena::at(size_t offset, size_t bytes, const char* what) {
                                            " bytes are not on the device; move them there first");
   }
   highWater_ = std::max(highWater_, std::min((offset + bytes + kAlignment - 1) / kAlignment * kAlignment, bytes_));
-  return memory_ + offset;
+  return data_ + offset;
 }
 
 }  // namespace lockstep

@@ -6,15 +6,16 @@
 #include <cstddef>
 #include <string>
 
+#include "core/memory.h"
 #include "core/memory_space.h"
 
 namespace lockstep {
 
 class Arena {
  public:
-  // Reserves `bytes` of zeroed memory; pages are touched on use. What it holds counts in `space`, when there is one.
-  // Throws Error("OUT_OF_MEMORY") and what MemorySpace::take throws.
-  Arena(std::string name, size_t bytes, MemorySpace* space = nullptr);
+  // Reserves `bytes` of zeroed memory; on the host pages are touched on use. What it holds counts in `space`, when
+  // there is one. Throws Error("OUT_OF_MEMORY") and what MemorySpace::take throws.
+  Arena(std::string name, size_t bytes, MemorySpace* space = nullptr, Memory& memory = hostMemory());
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -40,19 +41,23 @@ class Arena {
   size_t resident() const;
 
   // Bytes [0, absent) are not here: more absent bytes give their pages back, fewer take zeroed ones. Addresses stay.
-  // Throws what MemorySpace::take throws.
+  // Throws Error("OUT_OF_MEMORY") and what MemorySpace::take throws.
   void setAbsent(size_t bytes);
   size_t absent() const { return absent_; }
-  // Gives the pages of a range back: it reads as zeroes.
+  // The contents of a range are lost; on the host its pages are given back, and read as zeroes.
   void discard(size_t offset, size_t bytes) const;
   // The block itself, whatever is absent: for those who move it.
-  char* data() { return memory_; }
+  char* data() { return data_; }
+  Memory& memory() const { return memory_; }
   const std::string& name() const { return name_; }
 
  private:
+  [[noreturn]] void refuse(size_t bytes) const;
+
   std::string name_;
   MemorySpace* space_;
-  char* memory_ = nullptr;
+  Memory& memory_;
+  char* data_ = nullptr;
   size_t bytes_ = 0, mapped_ = 0, highWater_ = 0;
   size_t counted_ = 0;  // in space_
   std::atomic<size_t> absent_{0};

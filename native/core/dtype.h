@@ -17,15 +17,15 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float toFloat(BFloat16 x) {
+constexpr float toFloat(BFloat16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
-inline float toFloat(float x) {
+constexpr float toFloat(float x) {
   return x;
 }
 
 // NaN stays NaN (quiet); denormal inputs give a zero of the same sign, as VCVTNEPS2BF16 does.
-inline BFloat16 toBFloat16(float x) {
+constexpr BFloat16 toBFloat16(float x) {
   uint32_t u = std::bit_cast<uint32_t>(x);
   if ((u & 0x7f800000u) == 0) return {static_cast<uint16_t>((u >> 16) & 0x8000u)};
   if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "core/error.h"
@@ -39,6 +40,25 @@ void Queue::close() {
   pool_.stop();
   if (memory_ != nullptr) munmap(memory_, scratchBytes_ * (static_cast<size_t>(threads()) + 1));
   memory_ = nullptr;
+}
+
+void Queue::copyRows(void* to, size_t toStride, const void* from, size_t fromStride, size_t bytes, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto row = static_cast<size_t>(r);
+    std::memcpy(static_cast<char*>(to) + row * toStride, static_cast<const char*>(from) + row * fromStride, bytes);
+  }
+}
+
+void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) std::memset(static_cast<char*>(at) + static_cast<size_t>(r) * stride, byte, bytes);
+}
+
+void Queue::toHost(void* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+}
+
+void Queue::fromHost(void* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
 }
 
 void Queue::require(size_t bytes) const {

@@ -1,5 +1,6 @@
 // What an operation needs besides its arguments: the threads that run it and the scratch memory of its rank. On a CPU
-// rank an operation has finished when the call returns.
+// rank an operation has finished when the call returns; on a GPU (cuda/queue.h) operations follow each other on the
+// device, and what copies to the host waits for them.
 #pragma once
 
 #include <atomic>
@@ -13,12 +14,24 @@ class Queue {
  public:
   // scratchBytes per thread and once more for all, 64-byte aligned, reserved at once and touched on use.
   Queue(int threads, size_t scratchBytes);
-  ~Queue();
+  virtual ~Queue();
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
 
   // Ends the threads and gives the scratch memory back; no operation may follow. Idempotent.
-  void close();
+  virtual void close();
+
+  // --- memory, in order with the operations --------------------------------------------------------------------------
+  // Within the device.
+  void copy(void* to, const void* from, size_t bytes) { copyRows(to, bytes, from, bytes, bytes, 1); }
+  virtual void copyRows(void* to, size_t toStride, const void* from, size_t fromStride, size_t bytes, int64_t rows);
+  void fill(void* at, int byte, size_t bytes) { fillRows(at, bytes, byte, bytes, 1); }
+  virtual void fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t rows);
+  // What comes to the host is there on return; what leaves it may change.
+  virtual void toHost(void* to, const void* from, size_t bytes);
+  virtual void fromHost(void* to, const void* from, size_t bytes);
+  // Returns when everything before has been done. Throws its errors.
+  virtual void synchronize() {}
 
   ThreadPool& pool() { return pool_; }
   int threads() const { return pool_.threads(); }

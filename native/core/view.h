@@ -13,10 +13,10 @@ struct View {
   T* data = nullptr;
   int64_t rows = 0, cols = 0, stride = 0;
 
-  T* row(int64_t r) const { return data + r * stride; }
-  bool empty() const { return data == nullptr; }
-  View<T> slice(int64_t begin, int64_t count) const { return {data + begin * stride, count, cols, stride}; }
-  operator View<const T>() const { return {data, rows, cols, stride}; }
+  constexpr T* row(int64_t r) const { return data + r * stride; }
+  constexpr bool empty() const { return data == nullptr; }
+  constexpr View<T> slice(int64_t begin, int64_t count) const { return {data + begin * stride, count, cols, stride}; }
+  constexpr operator View<const T>() const { return {data, rows, cols, stride}; }
 };
 
 template <class T>
@@ -31,11 +31,11 @@ struct Operand {
   int64_t rows = 0, cols = 0, stride = 0;  // in elements
 
   template <class T>
-  T* row(int64_t r) const {
+  constexpr T* row(int64_t r) const {
     return static_cast<T*>(data) + r * stride;
   }
   void* rowBytes(int64_t r) const { return static_cast<char*>(data) + r * stride * bytesOf(dtype); }
-  bool empty() const { return data == nullptr; }
+  constexpr bool empty() const { return data == nullptr; }
   Operand slice(int64_t begin, int64_t count) const { return {rowBytes(begin), dtype, count, cols, stride}; }
 };
 

@@ -5,7 +5,7 @@
 //
 // The law: an output row depends on its own inputs only, never on T, on its neighbours, on tiles, threads or
 // instruction sets; every sum is the chain or the tree written beside it. `reference/` (plain loops) and `cpu/` give
-// equal bits.
+// equal bits; so does `cuda/`, but for the products of bfloat16 on tensor cores, which round in a way of their own.
 //
 // Terms used below
 //   chain over i     acc = fma(a_i, b_i, acc), i ascending, from zero (or from what is accumulated into). Of bfloat16
@@ -15,6 +15,10 @@
 //                    ((l, l+8), (l, l+4), (l, l+2), (l, l+1)).
 //   tree over parts  balanced binary tree in float32: neighbours (0,1), (2,3), ..., then their sums, ...
 //   operand          a matrix in the compute dtype, rounded once, where it is produced (core/view.h).
+//   where it lies    Tensors (views, operands, weights, gradients, vectors, tables, pages, staging) are in the memory of
+//                    the device. What counts or answers per row is in the host's: tokens, positions, targets, the
+//                    arrays of Sequences, LogSoftmax, SoftmaxStatistics, dLogprobs, dEntropies, Sampling and what is
+//                    sampled. On a CPU both are one.
 //   exp, log, ...    math.h of this folder: explicit-FMA polynomials, the same expression on every instruction set.
 #pragma once
 
@@ -64,11 +68,11 @@ struct KvPages {
   DType dtype = DType::kFloat32;
   int64_t keyValueHeads = 0, headWidth = 0;
 
-  int64_t keyPanelElements() const { return roundUp(headWidth, 2) * kPagePositions; }
-  int64_t valuePanelElements() const { return kPagePositions * roundUp(headWidth, kPanelGrain); }
-  int64_t pageElements() const { return keyValueHeads * (keyPanelElements() + valuePanelElements()); }
-  int64_t keyPanel(int64_t page, int64_t g) const { return page * pageElements() + g * keyPanelElements(); }
-  int64_t valuePanel(int64_t page, int64_t g) const {
+  constexpr int64_t keyPanelElements() const { return roundUp(headWidth, 2) * kPagePositions; }
+  constexpr int64_t valuePanelElements() const { return kPagePositions * roundUp(headWidth, kPanelGrain); }
+  constexpr int64_t pageElements() const { return keyValueHeads * (keyPanelElements() + valuePanelElements()); }
+  constexpr int64_t keyPanel(int64_t page, int64_t g) const { return page * pageElements() + g * keyPanelElements(); }
+  constexpr int64_t valuePanel(int64_t page, int64_t g) const {
     return page * pageElements() + keyValueHeads * keyPanelElements() + g * valuePanelElements();
   }
 };
@@ -85,35 +89,35 @@ struct AttentionShape {
 // none.
 struct QkvLayout {
   AttentionShape attention;
-  int64_t columns() const { return (attention.heads + 2 * attention.keyValueHeads) * attention.headWidth; }
-  int64_t headsPerPart() const { return attention.heads / attention.parts; }
-  bool owns(int64_t p) const {
+  constexpr int64_t columns() const { return (attention.heads + 2 * attention.keyValueHeads) * attention.headWidth; }
+  constexpr int64_t headsPerPart() const { return attention.heads / attention.parts; }
+  constexpr bool owns(int64_t p) const {
     return attention.keyValueHeads >= attention.parts || p % (attention.parts / attention.keyValueHeads) == 0;
   }
-  int64_t keyValueHeadsOf(int64_t p) const {
+  constexpr int64_t keyValueHeadsOf(int64_t p) const {
     return attention.keyValueHeads >= attention.parts ? attention.keyValueHeads / attention.parts : owns(p) ? 1 : 0;
   }
-  int64_t partColumns(int64_t p) const { return (headsPerPart() + 2 * keyValueHeadsOf(p)) * attention.headWidth; }
-  int64_t partBegin(int64_t p) const {
+  constexpr int64_t partColumns(int64_t p) const { return (headsPerPart() + 2 * keyValueHeadsOf(p)) * attention.headWidth; }
+  constexpr int64_t partBegin(int64_t p) const {
     int64_t begin = 0;
     for (int64_t i = 0; i < p; ++i) begin += partColumns(i);
     return begin;
   }
-  int64_t queryColumn(int64_t h) const {
+  constexpr int64_t queryColumn(int64_t h) const {
     const int64_t p = h / headsPerPart();
     return partBegin(p) + (h - p * headsPerPart()) * attention.headWidth;
   }
-  int64_t keyColumn(int64_t g) const {
+  constexpr int64_t keyColumn(int64_t g) const {
     const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0)
                                                                  : g * (attention.parts / attention.keyValueHeads);
     return partBegin(p) + (headsPerPart() + g - firstKeyValueHead(p)) * attention.headWidth;
   }
-  int64_t valueColumn(int64_t g) const {
+  constexpr int64_t valueColumn(int64_t g) const {
     const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0)
                                                                  : g * (attention.parts / attention.keyValueHeads);
     return keyColumn(g) + keyValueHeadsOf(p) * attention.headWidth;
   }
-  int64_t firstKeyValueHead(int64_t p) const { return p * attention.keyValueHeads / attention.parts; }
+  constexpr int64_t firstKeyValueHead(int64_t p) const { return p * attention.keyValueHeads / attention.parts; }
 };
 
 // Per-head RMSNorm of q and k before rotation (Qwen3); gains [K], empty when the model has none.
@@ -316,6 +320,9 @@ struct Kernels {
 };
 
 const Kernels& referenceKernels();
+
+// The CUDA implementation; its operations take a Queue of cuda::makeQueue. Throws as cuda::requireGpu(0).
+const Kernels& cudaKernels();
 
 // The CPU implementation. isa: "avx2", "avx512", "avx512-bf16" or "" for the best one that the CPU has and that passes
 // its self-check. Throws Error("ISA_UNSUPPORTED") naming what is lacking.

@@ -15,12 +15,15 @@
 #include <limits>
 #include <type_traits>
 
+// device.h of CUDA says so as well, of both halves.
+#ifndef LOCKSTEP_INLINE
 #define LOCKSTEP_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace lockstep::kernels {
 
 LOCKSTEP_INLINE float fma(float a, float b, float c) {
-  return __builtin_fmaf(a, b, c);
+  return ::fmaf(a, b, c);
 }
 LOCKSTEP_INLINE float selectLessEqual(float a, float b, float x, float y) {
   return a <= b ? x : y;
@@ -116,7 +119,7 @@ LOCKSTEP_INLINE V geluTanhDerivative(V x) {
 
 // 1 / sqrt(mean + eps), both operations IEEE.
 LOCKSTEP_INLINE float inverseRoot(float meanSquare, float eps) {
-  return 1.0f / __builtin_sqrtf(meanSquare + eps);
+  return 1.0f / ::sqrtf(meanSquare + eps);
 }
 
 }  // namespace lockstep::kernels

@@ -30,14 +30,14 @@ struct Part {
   int64_t inBegin, in;    // columns of W in this part
   int64_t offset;         // first element, the same in every dtype
 
-  int64_t inPadded() const { return roundUp(in, 2); }
-  int64_t panels() const { return (out + kPanel - 1) / kPanel; }
-  int64_t panelWidth(int64_t panel) const {
+  constexpr int64_t inPadded() const { return roundUp(in, 2); }
+  constexpr int64_t panels() const { return (out + kPanel - 1) / kPanel; }
+  constexpr int64_t panelWidth(int64_t panel) const {
     const int64_t left = out - panel * kPanel;
     return left >= kPanel ? kPanel : roundUp(left, kPanelGrain);
   }
-  int64_t panelOffset(int64_t panel) const { return offset + panel * kPanel * inPadded(); }
-  int64_t elements() const { return out == 0 ? 0 : ((panels() - 1) * kPanel + panelWidth(panels() - 1)) * inPadded(); }
+  constexpr int64_t panelOffset(int64_t panel) const { return offset + panel * kPanel * inPadded(); }
+  constexpr int64_t elements() const { return out == 0 ? 0 : ((panels() - 1) * kPanel + panelWidth(panels() - 1)) * inPadded(); }
 };
 
 struct WeightLayout {

@@ -1,10 +1,14 @@
 #include "harness.h"
 
+#include "testing.h"
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+
+#include "cuda/backend.h"
 
 namespace lockstep::contracts {
 
@@ -35,9 +39,9 @@ std::string printed(float value) {
 }  // namespace
 
 Buffer::Buffer(size_t bytes) : bytes_(bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, std::max<size_t>(bytes, 1)) != 0) throw std::bad_alloc();
-  memory_ = std::shared_ptr<std::byte>(static_cast<std::byte*>(memory), [](std::byte* p) { std::free(p); });
+  void* memory = cuda::testing::allocate(std::max<size_t>(bytes, 1));
+  if (memory == nullptr) throw std::bad_alloc();
+  memory_ = std::shared_ptr<std::byte>(static_cast<std::byte*>(memory), [](std::byte* p) { cuda::testing::free(p); });
   std::memset(memory, 0, bytes);
 }
 
@@ -56,10 +60,22 @@ Queue& Trial::referenceQueue() {
 }
 
 void Trial::eachQueue(const std::function<void(Queue&)>& body) {
-  static Queue one(1, kScratchBytes), two(2, kScratchBytes), three(3, kScratchBytes);
-  for (Queue* queue : {&one, &two, &three}) {
-    context_ = " with " + std::to_string(queue->threads()) + " thread(s)";
-    body(*queue);
+  const auto run = [&](Queue& queue, const std::string& context) {
+    context_ = context;
+    queue_ = &queue;
+    body(queue);
+    queue.synchronize();
+    queue_ = nullptr;
+  };
+  if (implementation_.name == std::string("cuda")) {
+    static const std::unique_ptr<Queue> gpu = cuda::makeQueue(0, 1, 0);
+    for (int i = 0; i < cuda::testing::kSchedules; ++i) {
+      cuda::testing::setSchedule(i);
+      run(*gpu, " with schedule " + std::to_string(i));
+    }
+  } else {
+    static Queue one(1, kScratchBytes), two(2, kScratchBytes), three(3, kScratchBytes);
+    for (Queue* queue : {&one, &two, &three}) run(*queue, " with " + std::to_string(queue->threads()) + " thread(s)");
   }
   context_.clear();
 }
@@ -163,6 +179,7 @@ void Trial::compareElement(const std::string& what, const std::string& where, fl
 }
 
 void Trial::compare(const std::string& what, const Matrix& expected, const Matrix& actual) {
+  settle();
   const int64_t count = static_cast<int64_t>(expected.buffer.bytes() / bytesOf(expected.dtype));
   for (int64_t i = 0; i < count; ++i) {
     const float a = element(expected.buffer, expected.dtype, i), b = element(actual.buffer, actual.dtype, i);
@@ -178,6 +195,7 @@ void Trial::compare(const std::string& what, const WeightMatrix& expected, const
 }
 
 void Trial::compare(const std::string& what, const Buffer& expected, const Buffer& actual, DType dtype) {
+  settle();
   const int64_t count = static_cast<int64_t>(expected.bytes() / bytesOf(dtype));
   for (int64_t i = 0; i < count; ++i) {
     compareElement(what, "element " + std::to_string(i), element(expected, dtype, i), element(actual, dtype, i), false);
@@ -185,6 +203,7 @@ void Trial::compare(const std::string& what, const Buffer& expected, const Buffe
 }
 
 void Trial::compareRows(const std::string& what, const Matrix& whole, int64_t firstRow, const Matrix& part) {
+  settle();
   for (int64_t r = 0; r < part.rows; ++r) {
     for (int64_t c = 0; c < part.cols; ++c) {
       compareElement(what + " of a part of the batch,",

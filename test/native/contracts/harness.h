@@ -77,7 +77,7 @@ class Trial {
   const kernels::Kernels& reference() const { return kernels::referenceKernels(); }
   const kernels::Kernels& implementation() const { return implementation_; }
   Queue& referenceQueue();
-  // body(queue) with 1, 2 and 3 threads.
+  // body(queue) with 1, 2 and 3 threads; on a GPU with each order of threads and copies.
   void eachQueue(const std::function<void(Queue&)>& body);
 
   // --- drawing -------------------------------------------------------------------------------------------------------
@@ -112,6 +112,10 @@ class Trial {
   const std::string& shape() const { return shape_; }
 
  private:
+  // What the implementation computes is there.
+  void settle() {
+    if (queue_ != nullptr) queue_->synchronize();
+  }
   void compareElement(const std::string& what, const std::string& where, float expected, float actual, bool exact);
 
   const kernels::Kernels& implementation_;
@@ -120,6 +124,7 @@ class Trial {
   double tolerance_;
   std::string shape_;
   std::string context_;
+  Queue* queue_ = nullptr;
 };
 
 struct Case {

@@ -18,7 +18,7 @@
 namespace lockstep::contracts {
 namespace {
 
-constexpr const char* kImplementations[] = {"reference", "avx2", "avx512", "avx512-bf16"};
+constexpr const char* kImplementations[] = {"reference", "avx2", "avx512", "avx512-bf16", "cuda"};
 
 struct Options {
   std::string implementation, communicator, only;
@@ -27,7 +27,8 @@ struct Options {
 };
 
 const kernels::Kernels& kernelsNamed(const std::string& name) {
-  return name == "reference" ? kernels::referenceKernels() : kernels::cpuKernels(name.c_str());
+  if (name == "reference") return kernels::referenceKernels();
+  return name == "cuda" ? kernels::cudaKernels() : kernels::cpuKernels(name.c_str());
 }
 
 std::vector<Case> sortedCases() {

@@ -1,0 +1,244 @@
+// The part of the CUDA runtime that the back end uses, on host memory; device memory starts as NaN. Streams are queues.
+// `eager` runs work as it is queued; `lazy` runs it when something synchronises with it, so what a stream should wait
+// for, and does not, has not happened yet. What a kernel did wrong is the text of cudaErrorLaunchFailure.
+//
+// The environment injects faults and sets the scene:
+//   LOCKSTEP_EMULATION_DEVICES   how many GPUs there are (default 8)
+//   LOCKSTEP_EMULATION_FAULT     no-driver | old-driver | old-architecture | mixed | lost
+//   LOCKSTEP_EMULATION_MEMORY    bytes of a GPU's memory (default 64 GiB, of which the host gives what is used)
+//   LOCKSTEP_EMULATION_TIMING    eager | lazy
+#pragma once
+
+#include <cstdio>
+#include <string_view>
+
+#include "cuda/emulation/machine.h"
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
+};
+enum cudaMemcpyKind {
+  cudaMemcpyHostToDevice = 1,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocPortable = 1;
+constexpr unsigned cudaHostRegisterPortable = 1;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+  std::size_t totalGlobalMem;
+};
+
+namespace emulated {
+
+inline std::string_view setting(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? std::string_view{} : std::string_view{value};
+}
+inline bool fault(std::string_view name) {
+  return setting("LOCKSTEP_EMULATION_FAULT") == name;
+}
+
+enum class Timing { eager, lazy };
+struct Stream {
+  std::deque<std::function<void()>> queue;
+  std::uint64_t queued = 0, done = 0;
+};
+struct Event {  // the stream's first `at` operations
+  Stream* stream;
+  std::uint64_t at;
+};
+
+inline Timing timing = setting("LOCKSTEP_EMULATION_TIMING") == "lazy" ? Timing::lazy : Timing::eager;
+inline std::string failure;    // sticks, as it does on a GPU
+inline Stream default_stream;  // a stream like any other
+inline std::vector<Stream*> streams{&default_stream};
+inline thread_local int device = 0;
+
+inline cudaError_t run_until(Stream& stream, std::uint64_t at) {
+  std::lock_guard lock(machine.mutex);
+  if (failure.empty() && fault("lost")) failure = "the GPU has fallen off the bus (injected)";
+  while (stream.done < at) {
+    const auto operation = std::move(stream.queue.front());
+    stream.queue.pop_front();
+    try {
+      if (failure.empty()) operation();
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+    stream.done++;
+  }
+  return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+inline cudaError_t enqueue(Stream* stream, std::function<void()> operation) {
+  std::lock_guard lock(machine.mutex);
+  if (!stream) stream = &default_stream;
+  stream->queue.push_back(std::move(operation)), stream->queued++;
+  return run_until(*stream, timing == Timing::eager ? stream->queued : 0);
+}
+
+inline void copy_rows(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width,
+                      std::size_t rows) {
+  const DeviceAccess access;
+  for (std::size_t r = 0; r < rows; r++)
+    std::memcpy(static_cast<char*>(to) + r * to_pitch, static_cast<const char*>(from) + r * from_pitch, width);
+}
+
+}  // namespace emulated
+
+using cudaStream_t = emulated::Stream*;
+using cudaEvent_t = emulated::Event*;
+
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  if (emulated::fault("no-driver")) return cudaErrorInsufficientDriver;  // leaves the count alone, as the real one does
+  if (emulated::fault("old-driver")) return cudaErrorInsufficientDriver;
+  const auto set = emulated::setting("LOCKSTEP_EMULATION_DEVICES");
+  *count = set.empty() ? 8 : std::atoi(set.data());
+  return *count > 0 ? cudaSuccess : cudaErrorNoDevice;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = emulated::fault("no-driver") ? 0 : emulated::fault("old-driver") ? 12080 : 13000, cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  return *version = 13000, cudaSuccess;
+}
+inline std::size_t emulatedMemory() {
+  const auto set = emulated::setting("LOCKSTEP_EMULATION_MEMORY");
+  return set.empty() ? std::size_t{64} << 30 : std::strtoull(set.data(), nullptr, 10);
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  *properties = {"emulated sm_80", 8, 0, 4, emulatedMemory()};
+  if (emulated::fault("old-architecture")) properties->major = 7, properties->minor = 5;
+  if (emulated::fault("mixed") && device % 2 == 1) properties->major = 9;
+  if (properties->major != 8)
+    std::snprintf(properties->name, sizeof properties->name, "emulated sm_%d%d", properties->major, properties->minor);
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  return emulated::device = device, cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = emulated::device, cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+  return emulated::failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    default:
+      return emulated::failure.c_str();
+  }
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (!stream) stream = &emulated::default_stream;
+  return emulated::run_until(*stream, stream->queued);
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return cudaStreamSynchronize(stream);
+}
+inline cudaError_t cudaDeviceSynchronize() {
+  std::lock_guard lock(emulated::machine.mutex);
+  for (auto* stream : emulated::streams) cudaStreamSynchronize(stream);
+  return cudaGetLastError();
+}
+
+// Whole pages, so that they can be protected; under a sanitizer exact blocks, so that overruns are seen.
+inline cudaError_t cudaMalloc(void** data, std::size_t bytes) {
+  if (bytes > emulatedMemory()) return cudaErrorMemoryAllocation;
+#ifdef __SANITIZE_ADDRESS__
+  *data = emulated::allocate(bytes);
+#else
+  const std::size_t header = 4096, pages = (bytes + 4095) / 4096 * 4096;
+  void* base = mmap(nullptr, header + pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) return cudaErrorMemoryAllocation;
+  *static_cast<std::size_t*>(base) = header + pages;
+  *data = static_cast<char*>(base) + header;
+  std::memset(*data, emulated::kPoison, bytes);
+  emulated::DeviceAccess::protect(*data, pages);
+#endif
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) {
+  if (data == nullptr) return cudaSuccess;
+  cudaDeviceSynchronize();
+#ifdef __SANITIZE_ADDRESS__
+  std::free(data);
+#else
+  char* base = static_cast<char*>(data) - 4096;
+  munmap(base, *reinterpret_cast<std::size_t*>(base));
+#endif
+  return cudaSuccess;
+}
+inline cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
+  return *data = emulated::allocate(bytes), cudaSuccess;
+}
+inline cudaError_t cudaFreeHost(void* data) {
+  return cudaDeviceSynchronize(), std::free(data), cudaSuccess;
+}
+inline cudaError_t cudaHostRegister(void*, std::size_t, unsigned) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaHostUnregister(void*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  return emulated::enqueue(stream, [=] { emulated::copy_rows(to, 0, from, 0, bytes, 1); });
+}
+inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
+                                     std::size_t width, std::size_t rows, cudaMemcpyKind, cudaStream_t stream) {
+  return emulated::enqueue(stream, [=] { emulated::copy_rows(to, to_pitch, from, from_pitch, width, rows); });
+}
+inline cudaError_t cudaMemset2DAsync(void* to, std::size_t pitch, int value, std::size_t width, std::size_t rows,
+                                     cudaStream_t stream) {
+  return emulated::enqueue(stream, [=] {
+    const emulated::DeviceAccess access;
+    for (std::size_t r = 0; r < rows; r++) std::memset(static_cast<char*>(to) + r * pitch, value, width);
+  });
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
+  return cudaMemset2DAsync(to, 0, value, bytes, 1, stream);
+}
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  std::lock_guard lock(emulated::machine.mutex);
+  return emulated::streams.push_back(*stream = new emulated::Stream), cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  std::lock_guard lock(emulated::machine.mutex);
+  return cudaStreamSynchronize(stream), std::erase(emulated::streams, stream), delete stream, cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return *event = new emulated::Event{&emulated::default_stream, 0}, cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (!stream) stream = &emulated::default_stream;
+  return *event = {stream, stream->queued}, cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+  return emulated::enqueue(stream, [event = *event] { emulated::run_until(*event.stream, event.at); });
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return emulated::run_until(*event->stream, event->at);
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return delete event, cudaSuccess;
+}

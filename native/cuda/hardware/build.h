@@ -1,0 +1,7 @@
+#pragma once
+
+namespace lockstep::cuda {
+
+inline constexpr const char* kBuild = "hardware";
+
+}  // namespace lockstep::cuda

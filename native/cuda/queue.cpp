@@ -1,0 +1,137 @@
+#include "cuda/queue.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+
+namespace lockstep::cuda {
+
+namespace {
+
+constexpr size_t kAlignment = 256, kFirstStaging = size_t{4} << 20, kMostStaged = 64;
+
+size_t aligned(size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  const std::string text = std::string(what) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorMemoryAllocation)
+    throw Error("CUDA_OUT_OF_MEMORY", text + "; lower memory.device, or end what else uses this GPU (nvidia-smi)");
+  throw Error("CUDA_FAILED", text + "; the GPU can not be used by this process any more: run again, with --resume to go "
+                                    "on from the last checkpoint, and look at the kernel log if it comes back");
+}
+
+Queue::Queue(int gpu, int threads, size_t hostScratchBytes) : lockstep::Queue(threads, hostScratchBytes), gpu_(gpu) {
+  check(cudaSetDevice(gpu), "choosing the GPU");
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
+}
+
+Queue::~Queue() {
+  close();
+}
+
+void Queue::close() {
+  if (stream_ != nullptr) {
+    cudaSetDevice(gpu_);
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
+    for (Region& region : regions_) release(region);
+    cudaFree(scratch_);
+  }
+  stream_ = nullptr;
+  scratch_ = nullptr;
+  lockstep::Queue::close();
+}
+
+cudaStream_t Queue::stream() const {
+  check(cudaSetDevice(gpu_), "choosing the GPU");
+  return stream_;
+}
+
+void Queue::copyRows(void* to, size_t toStride, const void* from, size_t fromStride, size_t bytes, int64_t rows) {
+  if (bytes == 0 || rows == 0) return;
+  cudaStream_t const stream = this->stream();
+  const auto count = static_cast<size_t>(rows);
+  check(count == 1 ? cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream)
+                   : cudaMemcpy2DAsync(to, toStride, from, fromStride, bytes, count, cudaMemcpyDeviceToDevice,
+                                     stream),
+        "copying");
+}
+
+void Queue::toHost(void* to, const void* from, size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream()), "copying to the host");
+  synchronize();
+}
+
+void Queue::fromHost(void* to, const void* from, size_t bytes) {
+  cudaStream_t const stream = this->stream();
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream), "copying from the host");
+  check(cudaStreamSynchronize(stream), "copying from the host");
+}
+
+void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t rows) {
+  if (bytes == 0 || rows == 0) return;
+  check(cudaMemset2DAsync(at, stride, byte, bytes, static_cast<size_t>(rows), stream()), "filling memory");
+}
+
+void Queue::synchronize() {
+  check(cudaStreamSynchronize(stream()), "working");
+}
+
+void Queue::release(Region& region) {
+  if (region.pinned != nullptr) cudaFreeHost(region.pinned);
+  cudaFree(region.device);
+  region = {};
+}
+
+void Queue::nextRegion(size_t bytes) {
+  region_ ^= 1;
+  synchronize();
+  std::erase_if(staged_, [&](const Staged& s) { return s.region == region_; });
+  Region& region = regions_[region_];
+  region.end = 0;
+  if (bytes <= region.bytes) return;
+  release(region);
+  const size_t size = std::max(kFirstStaging, 2 * aligned(bytes));
+  check(cudaHostAlloc(reinterpret_cast<void**>(&region.pinned), size, cudaHostAllocPortable),
+        "pinned memory for index arrays");
+  check(cudaMalloc(reinterpret_cast<void**>(&region.device), size), "memory for index arrays");
+  region.bytes = size;
+}
+
+const void* Queue::stageBytes(const void* host, size_t bytes) {
+  for (size_t i = staged_.size(); i-- > 0;) {
+    const Staged& s = staged_[i];
+    const Region& region = regions_[s.region];
+    if (s.host == host && s.bytes == bytes && std::memcmp(region.pinned + s.offset, host, bytes) == 0)
+      return region.device + s.offset;
+  }
+  if (regions_[region_].end + bytes > regions_[region_].bytes) nextRegion(bytes);
+  if (staged_.size() == kMostStaged) staged_.erase(staged_.begin(), staged_.begin() + kMostStaged / 2);
+  Region& region = regions_[region_];
+  const size_t offset = region.end;
+  region.end += aligned(bytes);
+  std::memcpy(region.pinned + offset, host, bytes);
+  check(cudaMemcpyAsync(region.device + offset, region.pinned + offset, bytes, cudaMemcpyHostToDevice, stream()),
+        "sending index arrays");
+  staged_.push_back({host, region_, offset, bytes});
+  return region.device + offset;
+}
+
+void* Queue::scratch(size_t bytes) {
+  if (bytes <= scratchSize_) return scratch_;
+  synchronize();
+  cudaFree(scratch_);
+  scratch_ = nullptr;
+  scratchSize_ = 0;
+  check(cudaMalloc(&scratch_, bytes), "scratch memory");
+  scratchSize_ = bytes;
+  return scratch_;
+}
+
+}  // namespace lockstep::cuda
