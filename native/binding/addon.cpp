@@ -5,6 +5,7 @@
 #include "binding/rank.h"
 #include "binding/transfer.h"
 #include "core/error.h"
+#include "cuda/backend.h"
 #include "kernels/kernels.h"
 
 namespace lockstep::binding {
@@ -21,12 +22,38 @@ Napi::Value instructionSet(const Napi::CallbackInfo& info) {
   }
 }
 
+// cuda(): {build, problem, driver, runtime, gpus: [{name, major, minor, multiprocessors, memoryBytes}]}; see
+// cuda/backend.h
+Napi::Value cudaStatus(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const cuda::Status status = cuda::status();
+  auto out = Napi::Object::New(env);
+  out.Set("build", status.build);
+  out.Set("problem", status.problem);
+  out.Set("driver", status.driver);
+  out.Set("runtime", status.runtime);
+  auto gpus = Napi::Array::New(env, status.gpus.size());
+  for (uint32_t i = 0; i < gpus.Length(); ++i) {
+    const cuda::Gpu& gpu = status.gpus[i];
+    auto o = Napi::Object::New(env);
+    o.Set("name", gpu.name);
+    o.Set("major", gpu.major);
+    o.Set("minor", gpu.minor);
+    o.Set("multiprocessors", gpu.multiprocessors);
+    o.Set("memoryBytes", static_cast<double>(gpu.memoryBytes));
+    gpus.Set(i, o);
+  }
+  out.Set("gpus", gpus);
+  return out;
+}
+
 Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("Device", DeviceWrap::define(env));
   exports.Set("World", WorldWrap::define(env));
   exports.Set("Model", ModelWrap::define(env));
   exports.Set("Memory", MemoryWrap::define(env));
   exports.Set("Transfer", TransferWrap::define(env));
+  exports.Set("cuda", Napi::Function::New<cudaStatus>(env));
   exports.Set("instructionSet", Napi::Function::New<instructionSet>(env));
   return exports;
 }

@@ -19,6 +19,7 @@ DeviceWrap::DeviceWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Device
                             static_cast<size_t>(integerAt(o, "scratchBytes")),
                             stringAt(o, "implementation"),
                             stringAt(o, "isa"),
+                            static_cast<int>(integerAt(o, "gpu")),
                             booleanAt(o, "poison"),
                             static_cast<size_t>(integerAt(o, "hostBytes"))};
   try {
@@ -27,6 +28,7 @@ DeviceWrap::DeviceWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Device
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
   Value().Set("kernels", Napi::String::New(info.Env(), rank_->kernels().name));
+  Value().Set("rowGrain", static_cast<double>(rank_->kernels().rowGrain));
 }
 
 // {workspace: {planned, highWater}, scratch: {planned, highWater}} in bytes; scratch over all threads.

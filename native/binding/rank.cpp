@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "core/work_clock.h"
+#include "cuda/backend.h"
 
 namespace lockstep::binding {
 
@@ -30,6 +31,11 @@ Napi::Object timed(Napi::Env env, Napi::Value value, const WorkTimes& times) {
   return result;
 }
 
+const kernels::Kernels* kernelsOf(const RankOptions& options) {
+  if (options.implementation == "reference") return &kernels::referenceKernels();
+  return options.implementation == "cuda" ? &kernels::cudaKernels() : &kernels::cpuKernels(options.isa.c_str());
+}
+
 }  // namespace
 
 Napi::Error toJavaScript(Napi::Env env, const std::string& code, const std::string& message) {
@@ -39,13 +45,14 @@ Napi::Error toJavaScript(Napi::Env env, const std::string& code, const std::stri
 }
 
 Rank::Rank(Napi::Env env, const RankOptions& options)
-    : kernels_(options.implementation == "reference" ? &kernels::referenceKernels()
-                                                     : &kernels::cpuKernels(options.isa.c_str())),
+    : options_(options),
+      kernels_(kernelsOf(options)),
       poison_(options.poison),
       memory_("memory.device", MemorySpace::kUnbounded),
       host_("memory.host", options.hostBytes),
-      workspace_("workspace", 0, &memory_),
-      queue_(std::make_unique<Queue>(options.threads, options.scratchBytes)),
+      workspace_("workspace", 0, &memory_, gpu() < 0 ? hostMemory() : cuda::memoryOf(gpu())),
+      queue_(gpu() < 0 ? std::make_unique<Queue>(options.threads, options.scratchBytes)
+                       : cuda::makeQueue(gpu(), options.threads, 0)),
       env_(env),
       door_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
                                           "lockstep rank", 0, 1)) {

@@ -24,8 +24,9 @@ namespace lockstep::binding {
 struct RankOptions {
   int threads;
   size_t scratchBytes;
-  std::string implementation;  // "cpu" or "reference"
-  std::string isa;             // "" for the best one
+  std::string implementation;  // "cpu", "reference" or "cuda"
+  std::string isa;             // of a CPU; "" for the best one
+  int gpu;                     // of "cuda"
   bool poison;
   size_t hostBytes;  // budget of what is moved to host memory
 };
@@ -70,6 +71,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
   MemorySpace& host() { return host_; }
   const std::atomic<bool>& cancelled() const { return thread_.cancelled(); }
   bool poison() const { return poison_; }
+  // The GPU that it computes on; negative: on the CPU.
+  int gpu() const { return options_.implementation == "cuda" ? options_.gpu : -1; }
 
  private:
   struct Call;
@@ -78,6 +81,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   static void complete(Napi::Env, Call*);
   static void atExit(void* rank);
 
+  const RankOptions options_;
   const kernels::Kernels* kernels_;
   bool poison_;
   int64_t workspaceUse_ = 0;

@@ -1,6 +1,5 @@
 #include "binding/transfer.h"
 
-#include <cstring>
 #include <utility>
 
 #include "binding/convert.h"
@@ -45,7 +44,8 @@ Napi::Function MemoryWrap::define(Napi::Env env) {
 MemoryWrap::MemoryWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<MemoryWrap>(info) {
   const auto o = info[0].As<Napi::Object>();
   try {
-    arena_ = std::make_shared<Arena>(stringAt(o, "name"), static_cast<size_t>(integerAt(o, "bytes")));
+    Memory& memory = DeviceWrap::Unwrap(objectAt(o, "device"))->rank()->workspace().memory();
+    arena_ = std::make_shared<Arena>(stringAt(o, "name"), static_cast<size_t>(integerAt(o, "bytes")), nullptr, memory);
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
@@ -86,8 +86,9 @@ Napi::Value MemoryWrap::read(const Napi::CallbackInfo& info) {
   const auto bytes = static_cast<size_t>(info[1].As<Napi::Number>().Int64Value());
   auto out = Napi::Uint8Array::New(info.Env(), bytes);
   try {
-    std::memcpy(out.Data(), static_cast<char*>(arena(info.Env())->at(0, offset + bytes, "what is read")) + offset,
-                bytes);
+    const auto memory = arena(info.Env());
+    memory->memory().toHost(out.Data(), static_cast<char*>(memory->at(0, offset + bytes, "what is read")) + offset,
+                            bytes);
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
@@ -99,8 +100,9 @@ Napi::Value MemoryWrap::write(const Napi::CallbackInfo& info) {
   const auto offset = static_cast<size_t>(info[0].As<Napi::Number>().Int64Value());
   const auto data = info[1].As<Napi::Uint8Array>();
   try {
-    void* to = arena(info.Env())->at(0, offset + data.ByteLength(), "what is written");
-    std::memcpy(static_cast<char*>(to) + offset, data.Data(), data.ByteLength());
+    const auto memory = arena(info.Env());
+    void* to = memory->at(0, offset + data.ByteLength(), "what is written");
+    memory->memory().fromHost(static_cast<char*>(to) + offset, data.Data(), data.ByteLength());
   } catch (const Error& error) {
     throw toJavaScript(info.Env(), error.code(), error.what());
   }
@@ -144,7 +146,7 @@ std::shared_ptr<transfer::Transfer> TransferWrap::open(Napi::Env env) const {
 Napi::Value TransferWrap::run(const Napi::CallbackInfo& info) {
   auto result = std::make_shared<transfer::TransferResult>();
   auto work = [rank = rank_, transfer = open(info.Env()), check = info[0].As<Napi::Boolean>().Value(), result] {
-    *result = transfer->run(rank->queue().pool(), check);
+    *result = transfer->run(rank->queue(), check);
   };
   return rank_->call(info.Env(), work, [result](Napi::Env env) {
     auto out = Napi::Object::New(env);
@@ -158,7 +160,7 @@ Napi::Value TransferWrap::run(const Napi::CallbackInfo& info) {
 
 // verify(): rejects when what the last checked run sent has changed since
 Napi::Value TransferWrap::verify(const Napi::CallbackInfo& info) {
-  auto work = [rank = rank_, transfer = open(info.Env())] { transfer->verify(rank->queue().pool()); };
+  auto work = [rank = rank_, transfer = open(info.Env())] { transfer->verify(rank->queue()); };
   return rank_->call(info.Env(), work, [](Napi::Env env) { return env.Undefined(); });
 }
 

@@ -37,6 +37,7 @@ class HostMemory final : public Memory {
 
   void toHost(void* to, const char* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void fromHost(char* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void copy(char* to, const char* from, size_t bytes) override { std::memcpy(to, from, bytes); }
 
  private:
   const std::string name_ = "host";

@@ -26,9 +26,14 @@ class Memory {
   // What is there now of a range.
   virtual size_t resident(const char* at, size_t bytes) const = 0;
 
-  // Between this memory and the host's, from any thread; done on return.
+  // Between this memory and the host's, or within it, from any thread; done on return. They do not wait for operations
+  // of a Queue.
   virtual void toHost(void* to, const char* from, size_t bytes) = 0;
   virtual void fromHost(char* to, const void* from, size_t bytes) = 0;
+  virtual void copy(char* to, const char* from, size_t bytes) = 0;
+  // Memory of the host that is copied from and to at full speed, until unpin().
+  virtual void pin(void*, size_t) {}
+  virtual void unpin(void*) {}
 };
 
 // Pages appear when they are touched.

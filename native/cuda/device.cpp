@@ -114,17 +114,28 @@ class GpuMemory final : public Memory {
     return count * grain_;
   }
 
-  void toHost(void* to, const char* from, size_t bytes) override { transfer(out_, to, from, bytes, false); }
-  void fromHost(char* to, const void* from, size_t bytes) override { transfer(in_, to, from, bytes, true); }
+  void toHost(void* to, const char* from, size_t bytes) override {
+    transfer(out_, to, from, bytes, cudaMemcpyDeviceToHost);
+  }
+  void fromHost(char* to, const void* from, size_t bytes) override {
+    transfer(in_, to, from, bytes, cudaMemcpyHostToDevice);
+  }
+  void copy(char* to, const char* from, size_t bytes) override {
+    transfer(in_, to, from, bytes, cudaMemcpyDeviceToDevice);
+  }
+  void pin(void* at, size_t bytes) override {
+    use();
+    check(cudaHostRegister(at, bytes, cudaHostRegisterPortable), "pinning host memory");
+  }
+  void unpin(void* at) override { cudaHostUnregister(at); }
 
  private:
   void use() const { check(cudaSetDevice(gpu_), "choosing the GPU"); }
 
   // One stream each way, so that what goes and what comes use both directions of the bus.
-  void transfer(cudaStream_t stream, void* to, const void* from, size_t bytes, bool in) const {
+  void transfer(cudaStream_t stream, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) const {
     use();
-    check(cudaMemcpyAsync(to, from, bytes, in ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, stream),
-          "copying between host and GPU");
+    check(cudaMemcpyAsync(to, from, bytes, kind, stream), "copying between host and GPU");
     check(cudaStreamSynchronize(stream), "copying between host and GPU");
   }
 

@@ -47,7 +47,7 @@ enum class Activation : uint8_t { kSwiGlu, kGeluTanh };
 
 // Packed sequences of one call. Rows of sequence b are rowBegin[b] .. rowBegin[b] + length[b] - 1 and stand at absolute
 // positions offset[b] .. offset[b] + length[b] - 1; sequences ascend by row. In training every sequence starts at an
-// even row and offset is 0; the padding rows between sequences belong to none and are zero in every operand (operations
+// multiple of Kernels::rowGrain and offset is 0; the padding rows between sequences belong to none and are zero in every operand (operations
 // that are given the sequences write those zeros).
 struct Sequences {
   int64_t count = 0;
@@ -174,7 +174,10 @@ struct Sampling {
 
 // One implementation of everything. Filled once at load; every pointer is set.
 struct Kernels {
-  const char* name;  // "reference", "avx2", "avx512", "avx512-bf16"
+  const char* name;  // "reference", "avx2", "avx512", "avx512-bf16", "cuda"
+  // In training sequences start at multiples of it, so that no step of a chain over rows has rows of two: 2, of tensor
+  // cores 16.
+  int64_t rowGrain;
 
   // --- weights ---
 

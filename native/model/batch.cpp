@@ -4,7 +4,7 @@
 
 namespace lockstep::model {
 
-Batch Batch::whole(const int32_t* tokens, const int32_t* lengths, int64_t count, bool padded) {
+Batch Batch::whole(const int32_t* tokens, const int32_t* lengths, int64_t count, int64_t grain) {
   Batch batch;
   int64_t longest = 1;
   for (int64_t b = 0; b < count; ++b) longest = std::max<int64_t>(longest, lengths[b]);
@@ -20,7 +20,7 @@ Batch Batch::whole(const int32_t* tokens, const int32_t* lengths, int64_t count,
       batch.positions.push_back(i);
       batch.targets.push_back(i + 1 < length ? tokens[i + 1] : -1);
     }
-    if (padded && length % 2 == 1) {
+    while (batch.rows() % grain != 0) {
       batch.tokens.push_back(-1);
       batch.positions.push_back(-1);
       batch.targets.push_back(-1);

@@ -20,10 +20,9 @@ struct Batch {
     return {count(), rowBegin.data(), length.data(), offset.data(), pages.data(), pageStride};
   }
 
-  // Whole sequences from position 0, each in pages of its own. With `padded` every sequence starts at an even row
-  // (DESIGN §2: pairs of tokens never straddle two sequences), as training needs. tokens is packed without padding;
-  // targets are the next tokens.
-  static Batch whole(const int32_t* tokens, const int32_t* lengths, int64_t count, bool padded);
+  // Whole sequences from position 0, each in pages of its own and from a multiple of `grain` rows on
+  // (Kernels::rowGrain). tokens is packed without padding; targets are the next tokens.
+  static Batch whole(const int32_t* tokens, const int32_t* lengths, int64_t count, int64_t grain);
 };
 
 }  // namespace lockstep::model

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <map>
 #include <utility>
 
@@ -48,7 +47,7 @@ Generator::Generator(const Spec& spec, const Parallel& parallel, Transformer& tr
       queue_(queue),
       workspace_(workspace),
       settings_(settings),
-      pool_(workspace.take("kv", workspace.bytes("kv")), pageShape(spec), spec.shape.layers, settings.pages,
+      pool_(queue, workspace.take("kv", workspace.bytes("kv")), pageShape(spec), spec.shape.layers, settings.pages,
             settings.poison) {}
 
 std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& requests, GenerateControl& control,
@@ -293,7 +292,7 @@ void Generator::sampleRows(Operand hidden, const std::vector<int64_t>& rows,
   const int64_t count = static_cast<int64_t>(rows.size()), vocabulary = spec_.shape.vocabulary;
   const Operand gathered = workspace_.operand("sampledHidden", kAbsent, spec_.dtype, count, hidden.cols);
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]),
+    queue_.copy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]),
                 static_cast<size_t>(hidden.cols) * bytesOf(spec_.dtype));
   }
   const View<float> logits = workspace_.f32("logits", kAbsent, count, vocabulary);

@@ -1,7 +1,6 @@
 #include "model/gradient_buckets.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <utility>
 
@@ -17,9 +16,9 @@ int64_t bytesOf(const TensorSpec& t) {
 
 // A piece of a bucket and where the rank keeps it.
 struct Keeping {
-  const float* from;
-  float* to;
-  int64_t count;
+  const char* from;
+  char* to;
+  size_t bytes;
 };
 
 }  // namespace
@@ -46,7 +45,7 @@ void GradientBuckets::put(size_t unit) {
   const Unit& u = spec_.units[unit];
   const auto zeros = [&](const char* name, int64_t index, int64_t bytes) {
     void* memory = buffers_.take(name, index, bytes);
-    std::memset(memory, 0, static_cast<size_t>(bytes));
+    queue_.fill(memory, 0, static_cast<size_t>(bytes));
     return static_cast<float*>(memory);
   };
   int64_t bytes = 0;
@@ -110,8 +109,10 @@ void GradientBuckets::reduce(size_t lowest) {
     }
     if (spec_.zero < 2) continue;
     const int64_t begin = pieces[static_cast<size_t>(spec_.dataRank)];
-    keeping.push_back(
-        {whole + begin, parameters_.heldGradient(tensor), pieces[static_cast<size_t>(spec_.dataRank) + 1] - begin});
+    const int64_t end = pieces[static_cast<size_t>(spec_.dataRank) + 1];
+    keeping.push_back({reinterpret_cast<const char*>(whole + begin),
+                       reinterpret_cast<char*>(parameters_.heldGradient(tensor)),
+                       static_cast<size_t>(end - begin) * sizeof(float)});
   }
   const size_t bucket = bucketOf(lowest);
   const std::string site = "gradients of bucket " + std::to_string(bucket);
@@ -119,9 +120,10 @@ void GradientBuckets::reduce(size_t lowest) {
   if (spec_.zero == 0) {
     tickets_[bucket] = background.submit([=](auto& group) { group.allReduce(base, base, count, site); });
   } else {
-    tickets_[bucket] = background.submit([=, shares = std::move(shares), keeping = std::move(keeping)](auto& group) {
+    tickets_[bucket] = background.submit([=, shares = std::move(shares), keeping = std::move(keeping),
+                                           &memory = parameters_.gradients().memory()](auto& group) {
       group.reduceScatterPieces(base, count, shares, site);
-      for (const Keeping& piece : keeping) std::copy_n(piece.from, piece.count, piece.to);
+      for (const Keeping& piece : keeping) memory.copy(piece.to, piece.from, piece.bytes);
     });
   }
   if (!spec_.overlap) background.wait(tickets_[bucket]);

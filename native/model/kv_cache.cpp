@@ -1,11 +1,10 @@
 #include "model/kv_cache.h"
 
-#include <cstring>
-
 namespace lockstep::model {
 
-PagePool::PagePool(void* data, kernels::KvPages shape, int64_t layers, int64_t pages, bool poison)
-    : data_(static_cast<char*>(data)),
+PagePool::PagePool(Queue& queue, void* data, kernels::KvPages shape, int64_t layers, int64_t pages, bool poison)
+    : queue_(queue),
+      data_(static_cast<char*>(data)),
       layers_(layers),
       pages_(pages),
       pageBytes_(shape.pageElements() * static_cast<int64_t>(bytesOf(shape.dtype))),
@@ -39,11 +38,11 @@ void PagePool::release(int32_t page) {
   free_.push_back(page);
   if (!poison_) return;
   // All bits set is a NaN in float32 and in bfloat16.
-  for (int64_t l = 0; l < layers_; ++l) std::memset(at(l, page), 0xff, static_cast<size_t>(pageBytes_));
+  for (int64_t l = 0; l < layers_; ++l) queue_.fill(at(l, page), 0xff, static_cast<size_t>(pageBytes_));
 }
 
 void PagePool::copy(int32_t from, int32_t to) {
-  for (int64_t l = 0; l < layers_; ++l) std::memcpy(at(l, to), at(l, from), static_cast<size_t>(pageBytes_));
+  for (int64_t l = 0; l < layers_; ++l) queue_.copy(at(l, to), at(l, from), static_cast<size_t>(pageBytes_));
 }
 
 }  // namespace lockstep::model

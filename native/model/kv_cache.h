@@ -12,7 +12,7 @@ namespace lockstep::model {
 class PagePool {
  public:
   // `layers` regions of `pages` pages each, starting at data. With `poison`, freed pages are filled with NaN (tests).
-  PagePool(void* data, kernels::KvPages shape, int64_t layers, int64_t pages, bool poison);
+  PagePool(Queue& queue, void* data, kernels::KvPages shape, int64_t layers, int64_t pages, bool poison);
 
   int64_t free() const { return static_cast<int64_t>(free_.size()); }
   int64_t total() const { return pages_; }
@@ -29,6 +29,7 @@ class PagePool {
  private:
   char* at(int64_t layer, int32_t page) const;
 
+  Queue& queue_;
   char* data_;
   int64_t layers_, pages_, pageBytes_;
   DType dtype_;

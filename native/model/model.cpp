@@ -49,11 +49,12 @@ Model::Model(Spec spec, Device device, Parallel parallel, std::shared_ptr<Arena>
     : spec_(std::move(spec)),
       device_(device),
       parallel_(std::move(parallel)),
-      parameters_(spec_, parallel_, device.kernels, device.memory, std::move(weights)),
+      parameters_(spec_, parallel_, device.kernels, device.queue, device.workspace.memory(), device.memory,
+                  std::move(weights)),
       weights_(spec_, parallel_, parameters_),
       gradients_(spec_, parallel_, parameters_, device.queue),
       transformer_(spec_, parallel_, parameters_, weights_, gradients_, device.kernels, device.queue,
-                   device.cancelled) {}
+                   device.workspace.memory(), device.cancelled) {}
 
 Model::~Model() {
   parallel_.background.reset();  // what it still does reads and writes the arenas
@@ -111,7 +112,8 @@ void Model::runForward(const ForwardCall& call) {
   std::vector<Pass> passes;
   for (const ForwardPass& pass : call.passes) {
     Batch batch =
-        Batch::whole(pass.tokens.data(), pass.lengths.data(), static_cast<int64_t>(pass.lengths.size()), true);
+        Batch::whole(pass.tokens.data(), pass.lengths.data(), static_cast<int64_t>(pass.lengths.size()),
+                     device_.kernels.rowGrain);
     const int64_t pages = batch.pageCount;
     passes.push_back({.workspace = Workspace(device_.workspace, pass.plan),
                       .batch = std::move(batch),
@@ -134,7 +136,9 @@ void Model::giveOutputs(Pass& pass, const ForwardOutputs& out, bool keep) {
   };
   if (spec_.shape.head == Head::kScalar) {
     std::vector<float> values(static_cast<size_t>(rows));
-    transformer_.values(pass.hidden, dense(values.data(), rows, 1));
+    const View<float> computed = pass.workspace.f32("wide", kAbsent, rows, 1);
+    transformer_.values(pass.hidden, computed);
+    device_.queue.toHost(values.data(), computed.data, values.size() * sizeof(float));
     give(values, out.values);
   } else if (keep || out.logprobs != nullptr || out.entropies != nullptr) {
     transformer_.logprobs(pass);
@@ -143,16 +147,20 @@ void Model::giveOutputs(Pass& pass, const ForwardOutputs& out, bool keep) {
   }
   if (out.logits != nullptr) {
     std::vector<float> logits(static_cast<size_t>(rows * spec_.shape.vocabulary));
-    transformer_.logits(pass.hidden, dense(logits.data(), rows, spec_.shape.vocabulary));
+    const size_t bytes = logits.size() * sizeof(float);
+    Arena computed("logits", bytes, nullptr, device_.workspace.memory());
+    auto* data = static_cast<float*>(computed.at(0, bytes, "logits"));
+    transformer_.logits(pass.hidden, dense(data, rows, spec_.shape.vocabulary));
+    device_.queue.toHost(logits.data(), data, bytes);
     give(logits, out.logits, spec_.shape.vocabulary);
   }
   if (out.hidden != nullptr) {
     std::vector<float> widened(static_cast<size_t>(rows * spec_.shape.width));
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < spec_.shape.width; ++c) {
-        widened[static_cast<size_t>(r * spec_.shape.width + c)] =
-            spec_.dtype == DType::kFloat32 ? pass.hidden.row<float>(r)[c] : toFloat(pass.hidden.row<BFloat16>(r)[c]);
-      }
+    std::vector<char> hidden(widened.size() * bytesOf(spec_.dtype));
+    device_.queue.toHost(hidden.data(), pass.hidden.data, hidden.size());
+    for (size_t i = 0; i < widened.size(); ++i) {
+      widened[i] = spec_.dtype == DType::kFloat32 ? reinterpret_cast<const float*>(hidden.data())[i]
+                                                  : toFloat(reinterpret_cast<const BFloat16*>(hidden.data())[i]);
     }
     give(widened, out.hidden, spec_.shape.width);
   }

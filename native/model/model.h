@@ -78,12 +78,14 @@ class Model {
 
   // Forms the groups of ranks; all of the world at the same time.
   void join(const Degrees& degrees) { parallel_.join(degrees); }
-  // Runs `work`; if it fails, the other ranks are told, so that their calls fail as well and none waits for this one.
+  // Runs `work` to its end on the device; if it fails, the other ranks are told, so that their calls fail as well and
+  // none waits for this one.
   template <class Work>
   void together(const Work& work) {
     try {
       if (!parallel_.joined()) throw Error("RANKS_NOT_JOINED", "the ranks of this model have not joined");
       work();
+      device_.queue.synchronize();
     } catch (const std::exception& error) {
       if (parallel_.world != nullptr) parallel_.world->abort(error.what());
       throw;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "core/error.h"
@@ -19,18 +18,81 @@ size_t bytes(int64_t elements, DType dtype) {
   return static_cast<size_t>(elements) * bytesOf(dtype);
 }
 
-// Calls visit(index, column) for every element of row `row` of a packed matrix: where it lies in the given element
-// order.
+// Calls visit(index, column) for every element of row `row` of a packed matrix that lies in `part`: where it is in the
+// given element order.
 template <class Visit>
-void eachElement(const kernels::WeightLayout& layout, int64_t row, DType order, const Visit& visit) {
-  for (const Part& part : layout.parts) {
-    if (row < part.outBegin || row >= part.outBegin + part.out) continue;
-    const int64_t n = (row - part.outBegin) % kPanel, panel = (row - part.outBegin) / kPanel;
-    const int64_t width = part.panelWidth(panel), base = part.panelOffset(panel);
-    for (int64_t k = 0; k < part.in; ++k) {
-      visit(order == DType::kFloat32 ? base + k * width + n : base + k / 2 * 2 * width + 2 * n + k % 2,
-            part.inBegin + k);
+void eachElement(const Part& part, int64_t row, DType order, const Visit& visit) {
+  const int64_t n = (row - part.outBegin) % kPanel, panel = (row - part.outBegin) / kPanel;
+  const int64_t width = part.panelWidth(panel), base = part.panelOffset(panel);
+  for (int64_t k = 0; k < part.in; ++k) {
+    visit(order == DType::kFloat32 ? base + k * width + n : base + k / 2 * 2 * width + 2 * n + k % 2, part.inBegin + k);
+  }
+}
+
+// Some stored elements where the host can touch them: in place, or as a copy that giveBack() writes.
+class Reached {
+ public:
+  Reached(const Stored& from, int64_t begin, int64_t end)
+      : begin_(std::clamp(begin, from.begin, from.end)), end_(std::clamp(end, begin_, from.end)), dtype_(from.dtype) {
+    data_ = static_cast<char*>(from.data) + bytes(begin_ - from.begin, dtype_);
+    if (from.memory->isHost()) return;
+    memory_ = from.memory;
+    device_ = data_;
+    copy_.resize(bytes(end_ - begin_, dtype_));
+    data_ = copy_.data();
+    if (!copy_.empty()) memory_->toHost(data_, device_, copy_.size());
+  }
+
+  // Zero, and nothing is written, of elements that are not stored here.
+  float read(int64_t i) const {
+    if (i < begin_ || i >= end_) return 0.0f;
+    if (dtype_ == DType::kFloat32) return reinterpret_cast<const float*>(data_)[i - begin_];
+    return toFloat(reinterpret_cast<const BFloat16*>(data_)[i - begin_]);
+  }
+  void write(int64_t i, float value) {
+    if (i < begin_ || i >= end_) return;
+    if (dtype_ == DType::kFloat32) {
+      reinterpret_cast<float*>(data_)[i - begin_] = value;
+    } else {
+      reinterpret_cast<BFloat16*>(data_)[i - begin_] = toBFloat16(value);
     }
+  }
+  void giveBack() const {
+    if (memory_ != nullptr && !copy_.empty()) memory_->fromHost(device_, copy_.data(), copy_.size());
+  }
+
+ private:
+  int64_t begin_, end_;
+  DType dtype_;
+  char* data_;
+  Memory* memory_ = nullptr;
+  char* device_ = nullptr;
+  std::vector<char> copy_;
+};
+
+// Calls visit(reached, index, row, column) for every element of rows row .. row + count - 1 of a tensor, then
+// done(reached), for each run of memory that has some of them.
+template <class Visit, class Done>
+void eachRun(const TensorSpec& t, const Stored& stored, int64_t row, int64_t count, const Visit& visit,
+             const Done& done) {
+  const int64_t in = t.layout.in;
+  if (!t.matrix) {
+    Reached reached(stored, row * in, (row + count) * in);
+    for (int64_t r = row; r < row + count; ++r) {
+      for (int64_t k = 0; k < in; ++k) visit(reached, r * in + k, r, k);
+    }
+    return done(reached);
+  }
+  for (const Part& part : t.layout.parts) {
+    const int64_t first = std::max(row, part.outBegin), last = std::min(row + count, part.outBegin + part.out);
+    if (first >= last) continue;
+    const int64_t panel = (first - part.outBegin) / kPanel, lastPanel = (last - 1 - part.outBegin) / kPanel;
+    const int64_t end = part.panelOffset(lastPanel) + part.panelWidth(lastPanel) * part.inPadded();
+    Reached reached(stored, part.panelOffset(panel), end);
+    for (int64_t r = first; r < last; ++r) {
+      eachElement(part, r, stored.dtype, [&](int64_t i, int64_t k) { visit(reached, i, r, k); });
+    }
+    done(reached);
   }
 }
 
@@ -80,16 +142,18 @@ kernels::WeightLayout vectorLayout(int64_t out, int64_t in, const std::vector<in
   return layout;
 }
 
-Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory,
-                       std::shared_ptr<Arena> weights)
+Parameters::Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, Queue& queue,
+                       Memory& memory, MemorySpace& space, std::shared_ptr<Arena> weights)
     : spec_(spec),
       parallel_(parallel),
       kernels_(kernels),
-      shared_(weights != nullptr ? std::move(weights)
-                                 : std::make_shared<Arena>("weights", static_cast<size_t>(spec.weightsBytes), &memory)),
+      queue_(queue),
+      shared_(weights != nullptr
+                  ? std::move(weights)
+                  : std::make_shared<Arena>("weights", static_cast<size_t>(spec.weightsBytes), &space, memory)),
       weights_(*shared_),
-      gradients_("gradients", static_cast<size_t>(spec.gradientBytes), &memory),
-      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &memory),
+      gradients_("gradients", static_cast<size_t>(spec.gradientBytes), &space, memory),
+      optimizer_("optimizer", static_cast<size_t>(spec.optimizerBytes), &space, memory),
       wholeWeights_(spec.tensors.size()),
       wholeGradients_(spec.tensors.size()) {
   for (size_t i = 0; i < spec.tensors.size(); ++i) {
@@ -182,18 +246,20 @@ Stored Parameters::stored(int64_t index, Space space) const {
   const Held& h = held_[static_cast<size_t>(index)];
   const int64_t kept = h.end - h.begin;
   if (space == Space::kWeights) {
-    if (t.master != kAbsent) return {floats(optimizer_, t, t.master, kept), DType::kFloat32, h.begin, h.end};
+    if (t.master != kAbsent)
+      return {floats(optimizer_, t, t.master, kept), DType::kFloat32, h.begin, h.end, &optimizer_.memory()};
     const DType dtype = t.matrix ? spec_.dtype : DType::kFloat32;
-    if (spec_.zero < 3) return {compute(t), dtype, 0, t.layout.elements};
-    return {heldWeights(index).data, dtype, h.begin, h.end};
+    if (spec_.zero < 3) return {compute(t), dtype, 0, t.layout.elements, &weights_.memory()};
+    return {heldWeights(index).data, dtype, h.begin, h.end, &weights_.memory()};
   }
   const int64_t offset = space == Space::kMoment1 ? t.moment1 : space == Space::kMoment2 ? t.moment2 : t.gradient;
   if (offset == kAbsent)
     throw Error("MODEL_NOT_TRAINED", "tensor '" + t.name + "' has no such state: the model was loaded for inference");
   if (space == Space::kGradients && spec_.zero < 2)
-    return {floats(gradients_, t, offset, t.layout.elements) + h.begin, DType::kFloat32, h.begin, h.end};
+    return {floats(gradients_, t, offset, t.layout.elements) + h.begin, DType::kFloat32, h.begin, h.end,
+            &gradients_.memory()};
   Arena& arena = space == Space::kGradients ? gradients_ : optimizer_;
-  return {floats(arena, t, offset, kept), DType::kFloat32, h.begin, h.end};
+  return {floats(arena, t, offset, kept), DType::kFloat32, h.begin, h.end, &arena.memory()};
 }
 
 bool Parameters::saves(int64_t tensor, Space space) const {
@@ -232,51 +298,32 @@ std::vector<Block> Parameters::blocks(const TensorSpec& t, const Stored& stored,
 
 void Parameters::writeRows(int64_t index, Space space, int64_t row, int64_t count, const float* data) {
   const TensorSpec& t = spec(index);
-  const int64_t in = t.layout.in;
-  const Stored to = stored(index, space);
   if (space == Space::kGradients) touchGradients();
-  const auto write = [&](int64_t i, float value) {
-    if (i < to.begin || i >= to.end) return;
-    if (to.dtype == DType::kFloat32) {
-      static_cast<float*>(to.data)[i - to.begin] = value;
-    } else {
-      static_cast<BFloat16*>(to.data)[i - to.begin] = toBFloat16(value);
-    }
-  };
-  for (int64_t r = 0; r < count; ++r) {
-    if (t.matrix) {
-      eachElement(t.layout, row + r, to.dtype, [&](int64_t i, int64_t k) { write(i, data[r * in + k]); });
-    } else {
-      for (int64_t k = 0; k < in; ++k) write((row + r) * in + k, data[r * in + k]);
-    }
-  }
+  settle();
+  eachRun(
+      t, stored(index, space), row, count,
+      [&](Reached& to, int64_t i, int64_t r, int64_t k) { to.write(i, data[(r - row) * t.layout.in + k]); },
+      [](const Reached& to) { to.giveBack(); });
 }
 
 void Parameters::readRows(int64_t index, Space space, int64_t row, int64_t count, float* data) const {
   const TensorSpec& t = spec(index);
+  settle();
   unpack(t, stored(index, space), row, count, data);
   if (space != Space::kGradients || t.gradient2 == kAbsent) return;
-  const float* second = floats(gradients_, t, t.gradient2, t.layout.elements);
-  for (int64_t r = 0; r < count; ++r) {
-    eachElement(t.layout, row + r, DType::kFloat32,
-                [&](int64_t i, int64_t k) { data[r * t.layout.in + k] += second[i]; });
-  }
+  const Stored second{floats(gradients_, t, t.gradient2, t.layout.elements), DType::kFloat32, 0, t.layout.elements,
+                      &gradients_.memory()};
+  eachRun(
+      t, second, row, count,
+      [&](Reached& from, int64_t i, int64_t r, int64_t k) { data[(r - row) * t.layout.in + k] += from.read(i); },
+      [](const Reached&) {});
 }
 
 void Parameters::unpack(const TensorSpec& t, const Stored& stored, int64_t row, int64_t count, float* data) {
-  const int64_t in = t.layout.in;
-  const auto read = [&](int64_t i) {
-    if (i < stored.begin || i >= stored.end) return 0.0f;
-    if (stored.dtype == DType::kFloat32) return static_cast<const float*>(stored.data)[i - stored.begin];
-    return toFloat(static_cast<const BFloat16*>(stored.data)[i - stored.begin]);
-  };
-  for (int64_t r = 0; r < count; ++r) {
-    if (t.matrix) {
-      eachElement(t.layout, row + r, stored.dtype, [&](int64_t i, int64_t k) { data[r * in + k] = read(i); });
-    } else {
-      for (int64_t k = 0; k < in; ++k) data[r * in + k] = read((row + r) * in + k);
-    }
-  }
+  eachRun(
+      t, stored, row, count,
+      [&](Reached& from, int64_t i, int64_t r, int64_t k) { data[(r - row) * t.layout.in + k] = from.read(i); },
+      [](const Reached&) {});
 }
 
 void Parameters::publish(Queue& queue) {
@@ -347,10 +394,13 @@ void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector
     std::vector<float> packed(static_cast<size_t>(own.elements)), row(static_cast<size_t>(t.layout.in));
     for (int64_t r = 0; r < t.summedBegin; ++r) {
       readRows(find(t.name), Space::kGradients, r, 1, row.data());
-      eachElement(own, r, DType::kFloat32,
+      eachElement(own.parts.front(), r, DType::kFloat32,
                   [&](int64_t i, int64_t k) { packed[static_cast<size_t>(i)] = row[static_cast<size_t>(k)]; });
     }
-    sums.push_back(kernels_.sumOfSquares(queue, packed.data(), own.elements));
+    const size_t size = packed.size() * sizeof(float);
+    Arena onDevice("rows that are copied", size, nullptr, gradients_.memory());
+    queue.fromHost(onDevice.data(), packed.data(), size);
+    sums.push_back(kernels_.sumOfSquares(queue, reinterpret_cast<float*>(onDevice.data()), own.elements));
   }
 }
 
@@ -429,7 +479,7 @@ void Parameters::step(Queue& queue, const StepOptions& o, double norm) {
 
 void Parameters::clearGradients() {
   if (gradients_.planned() > 0)
-    std::memset(gradients_.at(0, gradients_.planned(), "gradients"), 0, gradients_.planned());
+    queue_.fill(gradients_.at(0, gradients_.planned(), "gradients"), 0, gradients_.planned());
   gradientsLive_ = false;
 }
 

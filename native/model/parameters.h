@@ -28,6 +28,7 @@ struct Stored {
   void* data;  // of element `begin`
   DType dtype;
   int64_t begin, end;
+  Memory* memory = &hostMemory();
 
   size_t bytes() const { return static_cast<size_t>(end - begin) * bytesOf(dtype); }
 };
@@ -44,11 +45,11 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps references; the arenas count in `memory`. `weights`: the arena in which the compute weights lie, shared with
+  // Keeps references; the arenas lie in `memory` and count in `space`. `weights`: the arena in which the compute weights lie, shared with
   // whoever else uses it; null: one of its own. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan
   // puts it.
-  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, MemorySpace& memory,
-             std::shared_ptr<Arena> weights = nullptr);
+  Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, Queue& queue, Memory& memory,
+             MemorySpace& space, std::shared_ptr<Arena> weights = nullptr);
 
   bool has(const std::string& name) const { return index_.count(name) != 0; }
   kernels::Weight weight(const std::string& name) const;
@@ -89,7 +90,8 @@ class Parameters {
   const TensorSpec& spec(int64_t tensor) const { return spec_.tensors[static_cast<size_t>(tensor)]; }
   int64_t find(const std::string& name) const;
 
-  // Rows of a tensor that lies elsewhere in the same order, as plain float32 [count, in].
+  // Rows of a tensor that lies elsewhere in the same order, as plain float32 [count, in]; of one that operations use
+  // settle() first.
   static void unpack(const TensorSpec&, const Stored&, int64_t row, int64_t count, float* data);
   // Which of these rows' elements are stored.
   static std::vector<Block> blocks(const TensorSpec&, const Stored&, int64_t row, int64_t count);
@@ -107,6 +109,9 @@ class Parameters {
   // The gradients may be other than zero: something is added to them, and no step has used it.
   void touchGradients() { gradientsLive_ = true; }
   const std::atomic<bool>& gradientsLive() const { return gradientsLive_; }
+
+  // What operations still do with the tensors is done.
+  void settle() const { queue_.synchronize(); }
 
   Arena& weights() { return weights_; }
   Arena& gradients() { return gradients_; }
@@ -130,6 +135,7 @@ class Parameters {
   const Spec& spec_;
   const Parallel& parallel_;
   const kernels::Kernels& kernels_;
+  Queue& queue_;
   std::shared_ptr<Arena> shared_;
   Arena& weights_;
   mutable Arena gradients_, optimizer_;

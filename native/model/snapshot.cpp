@@ -26,12 +26,17 @@ Snapshot::Snapshot(const Parameters& parameters, Queue& queue, const std::vector
     total += (parameters.stored(key.first, key.second).bytes() + kAlignment - 1) / kAlignment * kAlignment;
   }
   memory_.reserve(total);
+  parameters.settle();
   std::vector<Chunk> chunks;
   for (const auto& [key, offset] : offsets) {
     const Stored from = parameters.stored(key.first, key.second);
     const size_t bytes = from.bytes();
     auto* to = static_cast<char*>(memory_.at(offset, bytes, "a tensor's copy"));
     copies_.emplace(key, Stored{to, from.dtype, from.begin, from.end});
+    if (!from.memory->isHost()) {
+      from.memory->toHost(to, static_cast<const char*>(from.data), bytes);
+      continue;
+    }
     for (size_t done = 0; done < bytes; done += kBlock) {
       chunks.push_back({to + done, static_cast<const char*>(from.data) + done, std::min(kBlock, bytes - done)});
     }

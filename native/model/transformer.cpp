@@ -1,7 +1,6 @@
 #include "model/transformer.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "core/error.h"
 #include "core/work_clock.h"
@@ -11,12 +10,12 @@ namespace lockstep::model {
 namespace {
 
 // Rows between sequences are read by products over tokens and must be finite: attention writes none of them.
-void zeroPaddingRows(const Batch& batch, Operand x) {
+void zeroPaddingRows(Queue& queue, const Batch& batch, Operand x) {
   for (int64_t b = 0; b < batch.count(); ++b) {
     const int64_t end = batch.rowBegin[static_cast<size_t>(b)] + batch.length[static_cast<size_t>(b)];
     const int64_t next = b + 1 < batch.count() ? batch.rowBegin[static_cast<size_t>(b) + 1] : batch.rows();
-    for (int64_t row = end; row < next; ++row)
-      std::memset(x.rowBytes(row), 0, static_cast<size_t>(x.cols) * bytesOf(x.dtype));
+    queue.fillRows(x.rowBytes(end), static_cast<size_t>(x.stride) * bytesOf(x.dtype), 0,
+                   static_cast<size_t>(x.cols) * bytesOf(x.dtype), next - end);
   }
 }
 
@@ -24,7 +23,7 @@ void zeroPaddingRows(const Batch& batch, Operand x) {
 
 Transformer::Transformer(const Spec& spec, const Parallel& parallel, const Parameters& parameters,
                          GatheredWeights& weights, GradientBuckets& gradients, const kernels::Kernels& kernels,
-                         Queue& queue, const std::atomic<bool>& cancelled)
+                         Queue& queue, Memory& memory, const std::atomic<bool>& cancelled)
     : spec_(spec),
       parallel_(parallel),
       parameters_(parameters),
@@ -33,7 +32,22 @@ Transformer::Transformer(const Spec& spec, const Parallel& parallel, const Param
       k_(kernels),
       queue_(queue),
       cancelled_(cancelled),
-      link_(parallel) {}
+      link_(parallel),
+      tables_("rotary tables", memory.isHost() ? 0 : (spec.cosine.size() + spec.sine.size()) * sizeof(float), nullptr,
+              memory) {
+  const size_t bytes = spec.cosine.size() * sizeof(float);
+  if (memory.isHost() || bytes == 0) return;
+  memory.fromHost(tables_.data(), spec.cosine.data(), bytes);
+  memory.fromHost(tables_.data() + bytes, spec.sine.data(), bytes);
+}
+
+// In the device's memory: on the host the tables are the spec's own.
+kernels::Rope Transformer::rope() {
+  if (spec_.cosine.empty()) return {};
+  if (tables_.planned() == 0) return {spec_.cosine.data(), spec_.sine.data()};
+  const auto* cosine = reinterpret_cast<const float*>(tables_.data());
+  return {cosine, cosine + spec_.cosine.size()};
+}
 
 std::string Transformer::named(int64_t layer, const char* tensor) const {
   return "layers." + std::to_string(spec_.firstLayer + layer) + "." + tensor;
@@ -96,15 +110,14 @@ void Transformer::blockForward(const Pass& pass, int64_t l, const LayerBuffers& 
   const auto weight = [&](const char* name) { return parameters_.weight(named(l, name)); };
   const auto vector = [&](const char* name) { return parameters_.vector(named(l, name)); };
   const kernels::HeadNorm headNorm{vector("queryNorm"), vector("keyNorm"), s.normEps};
-  const kernels::Rope rope{spec_.cosine.empty() ? nullptr : spec_.cosine.data(),
-                           spec_.sine.empty() ? nullptr : spec_.sine.data()};
+  const kernels::Rope rope = this->rope();
 
   norm(named(l, "norm1"), b.in, b.normed1, b.stat1);
   const View<float> wide = w.f32("wide", kAbsent, batch.rows(), qkv.columns());
   k_.linear(queue_, b.normed1, weight("qkv"), vector("qkvBias"), kernels::Output::store(wide));
   k_.qkvPrepare(queue_, qkv, wide, batch.sequences(), headNorm, rope, b.q, b.pages, b.savedQk);
   k_.attention(queue_, qkv.attention, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp);
-  zeroPaddingRows(batch, b.attended);
+  zeroPaddingRows(queue_, batch, b.attended);
   rowProduct(w, b.attended, named(l, "attentionOut"), b.in, b.middle);
 
   norm(named(l, "norm2"), b.middle, b.normed2, b.stat2);
@@ -244,7 +257,9 @@ void Transformer::headBackward(Pass& pass, const OutputGradients& d, View<float>
     return;
   }
   const Operand dValues = w.operand("operand", kAbsent, spec_.dtype, pass.rows(), 1);
-  k_.round(queue_, {d.values, pass.rows(), 1, 1}, dValues);
+  const View<float> values = w.f32("wide", kAbsent, pass.rows(), 1);  // until dHidden takes its place
+  queue_.fromHost(values.data, d.values, static_cast<size_t>(pass.rows()) * sizeof(float));
+  k_.round(queue_, values, dValues);
   k_.linearBackwardWeight(queue_, dValues, pass.hidden, parameters_.gradient("scalarHead"),
                           parameters_.vectorGradient("scalarHeadBias"));
   k_.linearBackwardInput(queue_, dValues, parameters_.weight("scalarHead"), kernels::Output::store(dHidden));
@@ -282,7 +297,7 @@ void Transformer::beginBackward(Pass& pass, const OutputGradients& d) {
   const Workspace& w = pass.workspace;
   const View<float> dHidden = w.f32("wide", kAbsent, pass.rows(), s.width);
   headBackward(pass, d, dHidden);
-  std::fill_n(dx(pass).data, pass.rows() * s.width, 0.0f);
+  queue_.fill(dx(pass).data, 0, static_cast<size_t>(pass.rows() * s.width) * sizeof(float));
   normBackward("finalNorm", w.f32("x", s.layers, pass.rows(), s.width),
                w.f32("hiddenStat", kAbsent, pass.rows(), s.norm == Norm::kLayer ? 2 : 1).data, dHidden, dx(pass));
 }
@@ -306,14 +321,13 @@ void Transformer::shareKeyValueGradients(const Workspace& w, const kernels::QkvL
   // The rank's one key head and, behind it, its value head.
   const int64_t first = qkv.keyColumn(0), columns = 2 * qkv.attention.headWidth;
   const View<float> sum = w.f32("keyValueGradients", kAbsent, dqkv.rows, columns);
-  for (int64_t t = 0; t < dqkv.rows; ++t) std::copy_n(dqkv.row(t) + first, columns, sum.row(t));
+  const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
+  queue_.copyRows(sum.data, bytes(columns), dqkv.data + first, bytes(dqkv.stride), bytes(columns), dqkv.rows);
   sharers->allReduce(sum.data, sum.data, sum.rows * sum.cols, "key/value gradients");
-  for (int64_t t = 0; t < dqkv.rows; ++t) {
-    if (sharers->rank() == 0) {
-      std::copy_n(sum.row(t), columns, dqkv.row(t) + first);
-    } else {
-      std::fill_n(dqkv.row(t) + first, columns, 0.0f);
-    }
+  if (sharers->rank() == 0) {
+    queue_.copyRows(dqkv.data + first, bytes(dqkv.stride), sum.data, bytes(columns), bytes(columns), dqkv.rows);
+  } else {
+    queue_.fillRows(dqkv.data + first, bytes(dqkv.stride), 0, bytes(columns), dqkv.rows);
   }
 }
 
@@ -330,8 +344,7 @@ void Transformer::blockBackward(const Pass& pass, int64_t l, const LayerBuffers&
   const auto vector = [&](const char* name) { return parameters_.vector(named(l, name)); };
   const auto vectorGradient = [&](const char* name) { return parameters_.vectorGradient(named(l, name)); };
   const kernels::HeadNorm headNorm{vector("queryNorm"), vector("keyNorm"), s.normEps};
-  const kernels::Rope rope{spec_.cosine.empty() ? nullptr : spec_.cosine.data(),
-                           spec_.sine.empty() ? nullptr : spec_.sine.data()};
+  const kernels::Rope rope = this->rope();
   // "wide" (float32) and "operand" (compute dtype) hold one intermediate after the other.
   const auto wide = [&](int64_t cols) { return w.f32("wide", kAbsent, rows, cols); };
   const auto operand = [&](int64_t cols) { return w.operand("operand", kAbsent, spec_.dtype, rows, cols); };

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "core/arena.h"
 #include "core/queue.h"
 #include "kernels/kernels.h"
 #include "model/batch.h"
@@ -59,7 +60,7 @@ struct Pass {
 class Transformer {
  public:
   Transformer(const Spec&, const Parallel&, const Parameters&, GatheredWeights&, GradientBuckets&,
-              const kernels::Kernels&, Queue&, const std::atomic<bool>& cancelled);
+              const kernels::Kernels&, Queue&, Memory&, const std::atomic<bool>& cancelled);
 
   // Runs the rank's layers; with several passes there is one stage, and activations are kept. What a stage hands on
   // goes with its next operation or flush() when activations are kept.
@@ -86,6 +87,7 @@ class Transformer {
   void backward(std::span<Pass>, std::span<const OutputGradients>);
 
  private:
+  kernels::Rope rope();
   LayerBuffers layer(const Pass&, int64_t l, Keep) const;
   void receive(const Pass&);
   void finish(Pass&, Keep);
@@ -125,6 +127,7 @@ class Transformer {
   Queue& queue_;
   const std::atomic<bool>& cancelled_;
   StageLink link_;
+  Arena tables_;
 };
 
 }  // namespace lockstep::model

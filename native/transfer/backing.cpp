@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <vector>
 
 #include "core/arena.h"
 #include "core/error.h"
@@ -17,19 +18,24 @@ namespace {
 
 class HostBacking final : public Backing {
  public:
-  HostBacking(const std::string& name, size_t bytes, MemorySpace& host)
-      : name_(name), memory_(name, bytes), host_(host) {}
-  ~HostBacking() override { host_.give(held_); }
-
-  void put(size_t offset, const char* from, size_t bytes) override {
-    host_.take(bytes, "keeping '" + name_ + "' in host memory");
-    held_ += bytes;
-    std::memcpy(memory_.data() + offset, from, bytes);
+  HostBacking(const std::string& name, size_t bytes, MemorySpace& host, Memory& device)
+      : name_(name), memory_(name, bytes), host_(host), device_(device) {
+    if (bytes > 0) device_.pin(memory_.data(), bytes);
+  }
+  ~HostBacking() override {
+    if (memory_.planned() > 0) device_.unpin(memory_.data());
+    host_.give(held_);
   }
 
-  void take(size_t offset, char* to, size_t bytes) override {
-    std::memcpy(to, memory_.data() + offset, bytes);
-    memory_.discard(offset, bytes);
+  void put(size_t offset, const char* from, size_t bytes, Memory& device) override {
+    host_.take(bytes, "keeping '" + name_ + "' in host memory");
+    held_ += bytes;
+    device.toHost(memory_.data() + offset, from, bytes);
+  }
+
+  void take(size_t offset, char* to, size_t bytes, Memory& device) override {
+    device.fromHost(to, memory_.data() + offset, bytes);
+    if (device_.isHost()) memory_.discard(offset, bytes);
     host_.give(bytes);
     held_ -= bytes;
   }
@@ -38,6 +44,7 @@ class HostBacking final : public Backing {
   std::string name_;
   Arena memory_;
   MemorySpace& host_;
+  Memory& device_;
   size_t held_ = 0;
 };
 
@@ -60,14 +67,22 @@ class FileBacking final : public Backing {
   }
   ~FileBacking() override { close(file_); }
 
-  void put(size_t offset, const char* from, size_t bytes) override {
+  void put(size_t offset, const char* from, size_t bytes, Memory& device) override {
+    if (!device.isHost()) {
+      passing_.resize(bytes);
+      device.toHost(passing_.data(), from, bytes);
+      from = passing_.data();
+    }
     each(offset, bytes, "cannot be written",
          [&](size_t at, size_t left) { return pwrite(file_, from + (at - offset), left, static_cast<off_t>(at)); });
   }
 
-  void take(size_t offset, char* to, size_t bytes) override {
+  void take(size_t offset, char* to, size_t bytes, Memory& device) override {
+    passing_.resize(device.isHost() ? 0 : bytes);
+    char* const into = device.isHost() ? to : passing_.data();
     each(offset, bytes, "cannot be read back",
-         [&](size_t at, size_t left) { return pread(file_, to + (at - offset), left, static_cast<off_t>(at)); });
+         [&](size_t at, size_t left) { return pread(file_, into + (at - offset), left, static_cast<off_t>(at)); });
+    if (into != to) device.fromHost(to, into, bytes);
   }
 
  private:
@@ -90,12 +105,13 @@ class FileBacking final : public Backing {
 
   std::string path_;
   int file_ = -1;
+  std::vector<char> passing_;  // on the way between a GPU and the file
 };
 
 }  // namespace
 
-std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host) {
-  return std::make_unique<HostBacking>(name, bytes, host);
+std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host, Memory& device) {
+  return std::make_unique<HostBacking>(name, bytes, host, device);
 }
 
 std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder) {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "core/memory.h"
 #include "core/memory_space.h"
 
 namespace lockstep::transfer {
@@ -13,15 +14,16 @@ namespace lockstep::transfer {
 class Backing {
  public:
   virtual ~Backing() = default;
-  // Keeps `bytes` bytes of `from` as those at `offset`. A failure leaves what was kept before.
-  virtual void put(size_t offset, const char* from, size_t bytes) = 0;
+  // Keeps `bytes` bytes of `from` as those at `offset`. A failure leaves what was kept before. `device`: where `from`
+  // and `to` lie.
+  virtual void put(size_t offset, const char* from, size_t bytes, Memory& device) = 0;
   // The inverse; the backing need not keep them any longer.
-  virtual void take(size_t offset, char* to, size_t bytes) = 0;
+  virtual void take(size_t offset, char* to, size_t bytes, Memory& device) = 0;
 };
 
 // Host memory for `bytes` bytes, counted in `host` chunk by chunk. put() throws Error("MEMORY_BUDGET"); the
-// constructor Error("OUT_OF_MEMORY").
-std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host);
+// constructor Error("OUT_OF_MEMORY"). Pinned for `device`.
+std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host, Memory& device);
 
 // A file of `bytes` bytes in `folder`. It has no name once it is open, so nothing is left of it however the process
 // ends. Throws Error("OFFLOAD_FILE") with the path and the system's reason; the constructor already when there is no

@@ -77,8 +77,10 @@ bool continues(const Slice& a, const Slice& b) {
   return a.count == 1 && b.count == 1 && a.sourceEnd() == b.sourceOffset && a.destinationEnd() == b.destinationOffset;
 }
 
-void copyRuns(const char* from, int64_t fromStride, char* to, int64_t toStride, int64_t bytes, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * toStride, from + i * fromStride, static_cast<size_t>(bytes));
+void copyRuns(Queue& queue, const char* from, int64_t fromStride, char* to, int64_t toStride, int64_t bytes,
+              int64_t count) {
+  queue.copyRows(to, static_cast<size_t>(toStride), from, static_cast<size_t>(fromStride), static_cast<size_t>(bytes),
+                 count);
 }
 
 }  // namespace
@@ -184,14 +186,14 @@ char* Transfer::destination() const {
   return static_cast<char*>(destination_->at(0, static_cast<size_t>(destinationEnd_), "what a transfer brings"));
 }
 
-TransferResult Transfer::run(ThreadPool& pool, bool check) {
+TransferResult Transfer::run(Queue& queue, bool check) {
   TransferResult result;
   sums_.clear();
   try {
     if (check && communicator_ != nullptr) {
-      runChecked(pool, result);
+      runChecked(queue, result);
     } else {
-      move(result);
+      move(queue, result);
     }
   } catch (const std::exception& error) {
     if (communicator_ != nullptr) communicator_->abort(error.what());
@@ -200,31 +202,42 @@ TransferResult Transfer::run(ThreadPool& pool, bool check) {
   return result;
 }
 
-std::vector<uint64_t> Transfer::sumsOfSent(ThreadPool& pool) const {
-  std::vector<uint64_t> sums(sent_.size());
-  const char* const from = source();
-  pool.forEach(static_cast<int64_t>(sent_.size()), [&](int64_t i, int) {
-    const Slice& s = slices_[sent_[static_cast<size_t>(i)]];
-    sums[static_cast<size_t>(i)] = checksum(from + s.sourceOffset, s.bytes, s.count, s.sourceStride);
+std::vector<uint64_t> Transfer::sumsOfSent(Queue& queue) const {
+  return sumsOf(queue, *source_, source(), sent_, true);
+}
+
+std::vector<uint64_t> Transfer::sumsOf(Queue& queue, Arena& arena, const char* base, const std::vector<size_t>& slices,
+                                       bool source) const {
+  queue.synchronize();
+  Memory& memory = arena.memory();
+  std::vector<uint64_t> sums(slices.size());
+  queue.pool().forEach(static_cast<int64_t>(slices.size()), [&](int64_t i, int) {
+    const Slice& s = slices_[slices[static_cast<size_t>(i)]];
+    const char* data = base + (source ? s.sourceOffset : s.destinationOffset);
+    const int64_t stride = source ? s.sourceStride : s.destinationStride;
+    std::vector<char> copy;
+    if (!memory.isHost()) {
+      copy.resize(static_cast<size_t>((s.count - 1) * stride + s.bytes));
+      memory.toHost(copy.data(), data, copy.size());
+      data = copy.data();
+    }
+    sums[static_cast<size_t>(i)] = checksum(data, s.bytes, s.count, stride);
   });
   return sums;
 }
 
-void Transfer::runChecked(ThreadPool& pool, TransferResult& result) {
+void Transfer::runChecked(Queue& queue, TransferResult& result) {
   auto start = std::chrono::steady_clock::now();
-  std::vector<uint64_t> own = sumsOfSent(pool), all(static_cast<size_t>(size_) * mostSent_);
+  std::vector<uint64_t> own = sumsOfSent(queue), all(static_cast<size_t>(size_) * mostSent_);
   own.resize(mostSent_);
   communicator_->allGather(own.data(), all.data(), static_cast<int64_t>(mostSent_ * sizeof(uint64_t)), Element::kByte,
                            "checksums");
   result.checkSeconds = secondsSince(start);
-  move(result);
+  move(queue, result);
   start = std::chrono::steady_clock::now();
-  std::vector<uint64_t> arrived(incoming_.size());
-  const char* const to = destination();
-  pool.forEach(static_cast<int64_t>(incoming_.size()), [&](int64_t i, int) {
-    const Slice& s = slices_[incoming_[static_cast<size_t>(i)].slice];
-    arrived[static_cast<size_t>(i)] = checksum(to + s.destinationOffset, s.bytes, s.count, s.destinationStride);
-  });
+  std::vector<size_t> received;
+  for (const Incoming& in : incoming_) received.push_back(in.slice);
+  const std::vector<uint64_t> arrived = sumsOf(queue, *destination_, destination(), received, false);
   for (size_t i = 0; i < incoming_.size(); ++i) {
     const Slice& s = slices_[incoming_[i].slice];
     const uint64_t sent = all[static_cast<size_t>(s.from) * mostSent_ + incoming_[i].place];
@@ -239,9 +252,9 @@ void Transfer::runChecked(ThreadPool& pool, TransferResult& result) {
   result.checkSeconds += secondsSince(start);
 }
 
-void Transfer::verify(ThreadPool& pool) const {
+void Transfer::verify(Queue& queue) const {
   if (sums_.empty()) return;
-  const std::vector<uint64_t> now = sumsOfSent(pool);
+  const std::vector<uint64_t> now = sumsOfSent(queue);
   for (size_t i = 0; i < now.size(); ++i) {
     if (now[i] == sums_[i]) continue;
     throw Error("WEIGHTS_CHANGED", "rank " + std::to_string(ranks_[static_cast<size_t>(rank_)]) + ": tensor '" +
@@ -252,15 +265,16 @@ void Transfer::verify(ThreadPool& pool) const {
   }
 }
 
-void Transfer::move(TransferResult& result) {
+void Transfer::move(Queue& queue, TransferResult& result) {
   const auto start = std::chrono::steady_clock::now();
   const comm::Traffic before = communicator_ == nullptr ? comm::Traffic{} : communicator_->traffic();
   if (gathers_) {
     gather();
   } else {
-    copyLocal();
-    if (communicator_ != nullptr) exchange();
+    copyLocal(queue);
+    if (communicator_ != nullptr) exchange(queue);
   }
+  queue.synchronize();
   if (communicator_ != nullptr) {
     const comm::Traffic after = communicator_->traffic();
     result.receivedBytes = after.receivedBytes - before.receivedBytes;
@@ -284,23 +298,22 @@ void Transfer::gather() {
                                  gatheredEnd_, "weights");
 }
 
-void Transfer::copyLocal() {
+void Transfer::copyLocal(Queue& queue) {
   for (const Slice& s : slices_) {
     if (s.from != rank_ || s.to != rank_) continue;
-    copyRuns(source() + s.sourceOffset, s.sourceStride, destination() + s.destinationOffset, s.destinationStride,
+    copyRuns(queue, source() + s.sourceOffset, s.sourceStride, destination() + s.destinationOffset, s.destinationStride,
              s.bytes, s.count);
   }
 }
 
 // Slices of several runs are packed on one side and unpacked on the other.
-void Transfer::exchange() {
+void Transfer::exchange(Queue& queue) {
   std::vector<comm::Outgoing> outgoing;
   std::vector<comm::Incoming> incoming;
-  std::vector<std::vector<char>> packed;
-  packed.reserve(slices_.size());
-  const auto packing = [&](const Slice& s) {
-    packed.emplace_back(static_cast<size_t>(s.total()));
-    return packed.back().data();
+  std::vector<std::unique_ptr<Arena>> packed;
+  const auto packing = [&](const Slice& s, Memory& memory) {
+    packed.push_back(std::make_unique<Arena>("packed slices", static_cast<size_t>(s.total()), nullptr, memory));
+    return packed.back()->data();
   };
   std::vector<std::pair<const Slice*, const char*>> unpack;
   for (const Slice& s : slices_) {
@@ -308,23 +321,24 @@ void Transfer::exchange() {
     if (s.from == rank_) {
       const char* data = source() + s.sourceOffset;
       if (s.count > 1) {
-        char* const dense = packing(s);
-        copyRuns(data, s.sourceStride, dense, s.bytes, s.bytes, s.count);
+        char* const dense = packing(s, source_->memory());
+        copyRuns(queue, data, s.sourceStride, dense, s.bytes, s.bytes, s.count);
         data = dense;
       }
       outgoing.push_back({s.to, data, s.total(), Element::kByte});
     } else if (s.to == rank_) {
       char* data = destination() + s.destinationOffset;
       if (s.count > 1) {
-        data = packing(s);
+        data = packing(s, destination_->memory());
         unpack.emplace_back(&s, data);
       }
       incoming.push_back({s.from, data, s.total(), Element::kByte});
     }
   }
+  queue.synchronize();
   communicator_->exchange(outgoing, incoming, "slices");
   for (const auto& [s, data] : unpack) {
-    copyRuns(data, s->bytes, destination() + s->destinationOffset, s->destinationStride, s->bytes, s->count);
+    copyRuns(queue, data, s->bytes, destination() + s->destinationOffset, s->destinationStride, s->bytes, s->count);
   }
 }
 

@@ -12,7 +12,7 @@
 
 #include "comm/communicator.h"
 #include "core/arena.h"
-#include "core/thread_pool.h"
+#include "core/queue.h"
 
 namespace lockstep::transfer {
 
@@ -46,10 +46,10 @@ class Transfer {
 
   // All ranks together. Throws Error("WEIGHTS_DIFFER") where what arrived is not what was sent. An error of one rank
   // ends the group's communicator, so that the calls of all end.
-  TransferResult run(ThreadPool&, bool check);
+  TransferResult run(Queue&, bool check);
 
   // Throws Error("WEIGHTS_CHANGED") when what the last checked run() sent is not what lies there now.
-  void verify(ThreadPool&) const;
+  void verify(Queue&) const;
 
   bool gathers() const { return gathers_; }
 
@@ -63,12 +63,14 @@ class Transfer {
   bool isGather() const;
   std::vector<size_t> between(int from, int to) const;
   std::vector<size_t> sentBy(int rank) const;
-  void runChecked(ThreadPool&, TransferResult&);
-  void move(TransferResult&);
+  void runChecked(Queue&, TransferResult&);
+  void move(Queue&, TransferResult&);
   void gather();
-  void exchange();
-  void copyLocal();
-  std::vector<uint64_t> sumsOfSent(ThreadPool&) const;
+  void exchange(Queue&);
+  void copyLocal(Queue&);
+  std::vector<uint64_t> sumsOfSent(Queue&) const;
+  // Checksums of slices that lie in an arena, on the source's side or the destination's.
+  std::vector<uint64_t> sumsOf(Queue&, Arena&, const char* base, const std::vector<size_t>& slices, bool source) const;
   char* source() const;
   char* destination() const;
 

@@ -49,6 +49,7 @@ export const commonFlags: Readonly<Record<string, Flag>> = {
 /** Flags of the commands that open a model. */
 export const modelFlags: Readonly<Record<string, Flag>> = {
   dtype: { value: 'float32|bfloat16', help: 'Precision of the computation (default float32)' },
+  device: { value: 'cpu|cuda', help: 'What computes (default: GPUs where there are some, else the CPU)' },
   threads: { value: 'N', help: 'Threads that compute (default 2)' },
   tensor: { value: 'N', help: 'Ranks that share each layer; a power of two up to --parts (default 1)' },
   pipeline: { value: 'N', help: 'Stages that the layers are cut into (default 1)' },

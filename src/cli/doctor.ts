@@ -2,7 +2,7 @@
 import { readFileSync } from 'node:fs';
 import { availableParallelism, cpus, freemem, totalmem } from 'node:os';
 import { join } from 'node:path';
-import { loadNative, nativeLocation, nativePaths, requestedInstructionSet } from '../engine/native.js';
+import { type CudaStatus, loadNative, nativeLocation, nativePaths, requestedInstructionSet } from '../engine/native.js';
 import type { Command, Input, Session } from './command.js';
 import { packageRoot, packageVersion } from './package.js';
 import { formatBytes } from './progress.js';
@@ -29,7 +29,8 @@ export interface Diagnosis {
   native: { path: string | null; tried: string[]; buildCommand: string };
   /** `usable`: name, and whether it passes its self-check or why it does not run. */
   instructionSet: { requested: string; chosen: string | null; usable: Record<string, string> };
-  gpu: null;
+  /** Of the addon: whether it was built with CUDA, why no GPU can be used, and those that there are. */
+  gpu: CudaStatus | null;
   /** What keeps models from running; empty when nothing does. */
   problems: string[];
 }
@@ -67,7 +68,7 @@ export function diagnose(): Diagnosis {
       chosen: chosen || null,
       usable: location ? Object.fromEntries(instructionSets.map((name) => [name, selfCheck(name)])) : {},
     },
-    gpu: null,
+    gpu: location ? loadNative().cuda() : null,
     problems,
   };
 }
@@ -103,7 +104,22 @@ async function run(input: Input, { terminal }: Session): Promise<number> {
   return diagnosis.problems.length === 0 ? 0 : 1;
 }
 
-function describe({ version, node, platform, cpu, memory, native, instructionSet, problems }: Diagnosis): string[] {
+const version = (cuda: number): string => `${Math.floor(cuda / 1000)}.${Math.floor((cuda % 1000) / 10)}`;
+
+function describeGpu(gpu: CudaStatus | null): string[] {
+  if (gpu === null) return ['gpu           unknown: the addon is not loaded'];
+  const cuda = gpu.build === 'none' ? 'not built' : `${version(gpu.runtime)}${gpu.build === 'emulated' ? ', emulated' : ''}`;
+  return [
+    `cuda          ${cuda}${gpu.driver > 0 ? `; the driver is for ${version(gpu.driver)}` : ''}`,
+    ...gpu.gpus.map(
+      ({ name, major, minor, memoryBytes }, i) =>
+        `gpu ${i}         ${name}, ${formatBytes(memoryBytes)}, compute capability ${major}.${minor}`,
+    ),
+    ...(gpu.problem === '' ? [] : [`gpu           none used: ${gpu.problem}`]),
+  ];
+}
+
+function describe({ version, node, platform, cpu, memory, native, instructionSet, gpu, problems }: Diagnosis): string[] {
   const usable = Object.entries(instructionSet.usable).map(([name, state]) => `  ${name.padEnd(12)} ${state}`);
   const request = instructionSet.requested ? ` (LOCKSTEP_ISA=${instructionSet.requested})` : '';
   return [
@@ -111,7 +127,7 @@ function describe({ version, node, platform, cpu, memory, native, instructionSet
     `cpu           ${cpu.model}, ${cpu.cores} cores`,
     `features      ${cpu.features.join(' ') || 'unknown'}`,
     `memory        ${formatBytes(memory.totalBytes)}, ${formatBytes(memory.freeBytes)} free`,
-    'gpu           none used: this version computes on the CPU',
+    ...describeGpu(gpu),
     `addon         ${native.path ?? 'not loaded'}`,
     `kernels       ${instructionSet.chosen ?? 'none'}${request}`,
     ...usable,

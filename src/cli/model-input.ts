@@ -12,6 +12,7 @@ export function modelOptions(input: Input): OpenModelOptions {
     model: input.words[0]!,
     ...given({
       dtype: choice(input, 'dtype', ['float32', 'bfloat16']),
+      device: choice(input, 'device', ['auto', 'cpu', 'cuda']),
       threads: number(input, 'threads', { minimum: 1, maximum: 256, whole: true }),
       parts: number(input, 'parts', { minimum: 1, whole: true }),
       tensor: number(input, 'tensor', { minimum: 1, whole: true }),

@@ -1,7 +1,15 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
 import { type ErrorDetails, LockstepError } from '../errors.js';
-import { loadNative, type NativeDevice, requestedInstructionSet, type Timed, type WorkTimes } from './native.js';
+import {
+  loadNative,
+  type NativeDevice,
+  type Processor,
+  requestedInstructionSet,
+  resolveProcessor,
+  type Timed,
+  type WorkTimes,
+} from './native.js';
 
 export interface DeviceOptions {
   /** Threads that compute, the rank's own included; default: the cores there are. */
@@ -12,8 +20,12 @@ export interface DeviceOptions {
   hostBytes?: number;
   /** Where state is moved to files; default: the current directory. They have no name while they exist. */
   offloadFolder?: string;
-  /** `reference` computes with plain loops: the oracle, very slow. */
-  implementation?: 'cpu' | 'reference';
+  /** Default `auto`: a GPU where there is one that the addon can use, else the CPU; LOCKSTEP_DEVICE decides where it is set. */
+  processor?: 'auto' | Processor;
+  /** Of `cuda`: its number. Default: that of the rank. */
+  gpu?: number;
+  /** `reference` computes with plain loops on the CPU: the oracle, very slow. */
+  implementation?: 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
   poison?: boolean;
   /** Among the ranks of a run: named in `details.rank` of its errors. */
@@ -60,7 +72,10 @@ export class Device implements AsyncDisposable {
   private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
-  /** @throws LockstepError NATIVE_NOT_BUILT, ISA_UNSUPPORTED, ISA_INVALID, THREADS_INVALID. */
+  /**
+   * @throws LockstepError NATIVE_NOT_BUILT, ISA_UNSUPPORTED, ISA_INVALID, THREADS_INVALID; DEVICE_INVALID; CUDA_UNAVAILABLE,
+   *   CUDA_DEVICE and CUDA_ARCHITECTURE where a GPU is asked for that cannot be used.
+   */
   constructor(options: DeviceOptions = {}) {
     this.threads = options.threads ?? availableParallelism();
     this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
@@ -75,17 +90,23 @@ export class Device implements AsyncDisposable {
         new (loadNative().Device)({
           threads: this.threads,
           scratchBytes,
-          implementation: options.implementation ?? 'cpu',
+          implementation: options.implementation ?? resolveProcessor(options.processor),
           isa: requestedInstructionSet(),
+          gpu: options.gpu ?? options.rank ?? 0,
           poison: options.poison ?? false,
           hostBytes: options.hostBytes ?? 16 * 2 ** 30,
         }),
     );
   }
 
-  /** "reference", "avx2", "avx512" or "avx512-bf16". */
+  /** "reference", "avx2", "avx512", "avx512-bf16" or "cuda". */
   get kernels(): string {
     return this.native.kernels;
+  }
+
+  /** Sequences of a micro-batch start at multiples of so many rows (kernels.h). */
+  get rowGrain(): number {
+    return this.native.rowGrain;
   }
 
   /** Bytes that the models of this device hold for good. */

@@ -113,7 +113,7 @@ export class NativeEngine implements Engine {
   readonly state: ModelState;
   lastGeneration: GenerationStatistics | undefined;
   /** Among those of its world. */
-  private readonly device: Device;
+  readonly device: Device;
   private readonly recompute: boolean;
   private readonly train: boolean;
   private readonly degrees: Degrees;
@@ -232,7 +232,7 @@ export class NativeEngine implements Engine {
     if (options.keep && !this.train) {
       throw new LockstepError('MODEL_NOT_TRAINED', 'forward with `keep` needs an engine created with `train: true`.');
     }
-    const sizes = batches.map(({ lengths }) => wholeSequences(lengths));
+    const sizes = batches.map(({ lengths }) => wholeSequences(lengths, this.device.rowGrain));
     const only: Kept = { slot: 0, slots: { count: batches.length, sizes }, first: true, more: false };
     const { slot, slots, first, more } = kept ?? only;
     const { share, recompute, dtype } = this;

@@ -37,8 +37,10 @@ export interface Timed<T> extends WorkTimes {
 }
 
 export interface NativeDevice {
-  /** "reference", "avx2", "avx512" or "avx512-bf16". */
+  /** "reference", "avx2", "avx512", "avx512-bf16" or "cuda". */
   readonly kernels: string;
+  /** Sequences of a micro-batch start at multiples of so many rows. */
+  readonly rowGrain: number;
   memory(): Record<'workspace' | 'scratch', { planned: number; highWater: number }>;
   /** Bytes of the arenas of models and the workspace, and of what was moved to host memory. */
   spaces(): Record<'device' | 'host', { used: number; highWater: number }>;
@@ -280,8 +282,9 @@ export interface NativeAddon {
   Device: new (options: {
     threads: number;
     scratchBytes: number;
-    implementation: 'cpu' | 'reference';
+    implementation: 'cpu' | 'reference' | 'cuda';
     isa: string;
+    gpu: number;
     poison: boolean;
     hostBytes: number;
   }) => NativeDevice;
@@ -292,10 +295,22 @@ export interface NativeAddon {
     ranks?: { world: NativeWorld; rank: number },
     weights?: NativeMemory,
   ) => NativeModel;
-  Memory: new (options: { name: string; bytes: number }) => NativeMemory;
+  Memory: new (options: { name: string; bytes: number; device: NativeDevice }) => NativeMemory;
   Transfer: new (device: NativeDevice, options: NativeTransferOptions) => NativeTransfer;
   /** The kernels that a name ('' for the best) resolves to on this CPU, after their self-check. */
   instructionSet(name: string): string;
+  /** What the addon can do with GPUs here; never throws. */
+  cuda(): CudaStatus;
+}
+
+export interface CudaStatus {
+  build: 'none' | 'hardware' | 'emulated';
+  /** Why no GPU can be used, and what to do; empty when one can. */
+  problem: string;
+  /** CUDA versions, 1000 major + 10 minor; 0: there is none. */
+  driver: number;
+  runtime: number;
+  gpus: { name: string; major: number; minor: number; multiprocessors: number; memoryBytes: number }[];
 }
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
@@ -303,6 +318,10 @@ const root = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
 /** Where the addon is looked for, in order. */
 export function nativePaths(): string[] {
   const explicit = process.env.LOCKSTEP_NATIVE_PATH;
+  // Built with the tests only.
+  if (environmentDevice() === 'cuda-emulated' && !explicit) {
+    return [join(root, 'build', 'Release', 'lockstep_emulated.node')];
+  }
   return [
     ...(explicit ? [explicit] : []),
     join(root, 'prebuilds', `${process.platform}-${process.arch}`, 'lockstep.node'),
@@ -353,6 +372,40 @@ export function nativeLocation(): { addon: NativeAddon; path: string } {
   }
   return loaded;
 }
+
+/** What computes: a CPU, or a GPU with CUDA. */
+export type Processor = 'cpu' | 'cuda';
+
+/**
+ * LOCKSTEP_DEVICE, '' when it is not set.
+ *
+ * @throws LockstepError DEVICE_INVALID for an unknown name.
+ */
+function environmentDevice(): '' | Processor | 'cuda-emulated' {
+  const device = process.env.LOCKSTEP_DEVICE ?? '';
+  if (device === '' || device === 'cpu' || device === 'cuda' || device === 'cuda-emulated') return device;
+  throw new LockstepError(
+    'DEVICE_INVALID',
+    `LOCKSTEP_DEVICE is '${device}'; expected cpu, cuda or, for tests, cuda-emulated (unset: a GPU where there is one).`,
+    { received: device },
+  );
+}
+
+/**
+ * What `auto` stands for: LOCKSTEP_DEVICE where it is set, else a GPU where the addon can use one.
+ *
+ * @throws LockstepError DEVICE_INVALID, and what `loadNative` throws.
+ */
+export function resolveProcessor(asked: 'auto' | Processor = 'auto'): Processor {
+  if (asked !== 'auto') return asked;
+  const environment = environmentDevice();
+  if (environment !== '') return environment === 'cpu' ? 'cpu' : 'cuda';
+  const { build, problem } = loadNative().cuda();
+  return build === 'hardware' && problem === '' ? 'cuda' : 'cpu';
+}
+
+/** Rows at whose multiples sequences start on it (kernels.h). */
+export const rowGrainOf = (asked: 'auto' | Processor = 'auto'): number => (resolveProcessor(asked) === 'cuda' ? 16 : 2);
 
 /**
  * The instruction set asked for by LOCKSTEP_ISA, '' when it is not set.

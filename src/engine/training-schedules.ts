@@ -40,7 +40,7 @@ export function planPipeline(
   }
   const operations = scheduleOfRun(schedule, stages.length, microBatches.length);
   const slotCounts = microBatchesInFlight(operations);
-  const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths));
+  const sizes = microBatches.map(({ lengths }) => wholeSequences(lengths, stages[0]![0]!.device.rowGrain));
   const slots = slotCounts.map((count) => ({ count, sizes }));
   // Both schedules end micro-batches in the order in which they begin them.
   const slotOf = (stage: number, { microBatch }: PipelineOperation): number => microBatch % slotCounts[stage]!;

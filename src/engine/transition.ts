@@ -129,7 +129,7 @@ export class Transition {
     const { slotOffset: own, arenaBytes } = training;
     device.hold(this.views[rank]!, arenaBytes, 'The weights of a rank');
     const memory = (name: string, bytes: number): NativeMemory => {
-      const made = rethrow(() => new (loadNative().Memory)({ name, bytes }));
+      const made = rethrow(() => new (loadNative().Memory)({ name, bytes, device: device.native }));
       this.memories.push(made);
       return made;
     };

@@ -8,6 +8,8 @@ import type { ScheduleName } from '../layout/pipeline-schedule.js';
 
 export interface DeviceSettings {
   threads: number;
+  /** Default `auto`: GPUs where there are some that can be used, one for each rank, else the CPU. */
+  processor?: 'auto' | 'cpu' | 'cuda';
   /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
   memoryBytes: number;
   /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */

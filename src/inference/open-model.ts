@@ -11,6 +11,8 @@ export interface OpenModelOptions {
   model: string;
   dtype?: Dtype;
   threads?: number;
+  /** Default `auto`: GPUs where there are some that can be used, one for each rank, else the CPU. */
+  device?: 'auto' | 'cpu' | 'cuda';
   /** `numerics.parts`; default: what suits the model. */
   parts?: number | 'auto';
   /** Tokens of a forward pass when scoring; a longer row has one to itself. Default 8192. */
@@ -38,6 +40,7 @@ export async function openModel({
   model,
   dtype = 'float32',
   threads = 2,
+  device: processor = 'auto',
   parts = 'auto',
   microTokens = 8192,
   memoryBytes = 8 * 2 ** 30,
@@ -47,7 +50,7 @@ export async function openModel({
 }: OpenModelOptions): Promise<OpenModel> {
   const checkpoint = await openCheckpoint(model);
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
-  const device = await backend.openDevice({ threads, memoryBytes, layout: { pipeline, tensor } });
+  const device = await backend.openDevice({ threads, processor, memoryBytes, layout: { pipeline, tensor } });
   try {
     const engine = await device.createEngine(checkpoint, { dtype, train: false, parts });
     const close = async () => {

@@ -133,21 +133,22 @@ export function snapshotBytes(table: readonly TensorSpec[]): number {
   return table.reduce((sum, { elements }) => sum + 3 * align(elements * 4), 0);
 }
 
-/** Rows and pages of whole sequences: each starts at an even row and has pages of its own. */
-export function wholeSequences(lengths: Iterable<number>): CallSize {
+/** Rows and pages of whole sequences: each starts at a multiple of `rowGrain` rows and has pages of its own. */
+export function wholeSequences(lengths: Iterable<number>, rowGrain = 2): CallSize {
   let rows = 0;
   let pages = 0;
   for (const length of lengths) {
-    rows += roundUp(length, 2);
+    rows += roundUp(length, rowGrain);
     pages += Math.ceil(length / pagePositions);
   }
   return { rows, pages };
 }
 
-/** The largest call that micro-batches of at most `tokens` (even-padded) rows can make. */
-export function largestCall(tokens: number, sequences: number): CallSize {
-  const rows = roundUp(tokens, 2);
-  return { rows, pages: Math.ceil(rows / pagePositions) + Math.min(sequences, rows / 2) };
+/** The largest call that micro-batches of at most `tokens` (even-padded) rows can make, each sequence from a multiple of `rowGrain` on. */
+export function largestCall(tokens: number, sequences: number, rowGrain = 2): CallSize {
+  const even = roundUp(tokens, 2);
+  const most = Math.min(sequences, even / 2);
+  return { rows: even + most * (rowGrain - 2), pages: Math.ceil(even / pagePositions) + most };
 }
 
 class CallPlanner {

@@ -1,5 +1,6 @@
 /** The calls of a run and what each needs on the device: the preflight adds them up, and offload plans its moves by them. */
 import { generationRows, generationSequences } from '../engine/generation-needs.js';
+import { rowGrainOf } from '../engine/native.js';
 import { generationView } from '../layout/generation-view.js';
 import {
   type Dtype,
@@ -138,7 +139,7 @@ function workspaceOf(
   const { name, shape } = role;
   const { dtype, batch, rollout } = config;
   const rows = batch.microTokens;
-  const size = largestCall(rows, batch.sequences);
+  const size = largestCall(rows, batch.sequences, rowGrainOf(config.device));
   if (kind === 'score' || kind === 'train') {
     const scoring = mostOf(role, config, (rank) => {
       const begin = unitBytes(rank, dtype, config.parallel.zero, 'scoring');
@@ -193,9 +194,9 @@ function mostOfGeneration(
 }
 
 /** With as many micro-batches under way as the rank's stage may hold; from ZeRO stage 2 on, all of a step. */
-function trainingBytes({ shape }: Role, { dtype, batch, memory, parallel }: Config, rank: RankOfRole): number {
+function trainingBytes({ shape }: Role, { device, dtype, batch, memory, parallel }: Config, rank: RankOfRole): number {
   const { share, stage } = rank;
-  const size = largestCall(batch.microTokens, batch.sequences);
+  const size = largestCall(batch.microTokens, batch.sequences, rowGrainOf(device));
   const rows = Math.ceil(batch.sequences / parallel.data);
   // Two micro-batches that follow each other have more than microTokens together, or one would have taken both.
   const microBatches = Math.min(rows, Math.ceil((2 * rows * shape.maxPositions) / batch.microTokens));

@@ -109,6 +109,7 @@ async function openDevice(
   { pool, lane, threads }: { pool: ResourcePool; lane: Lane; threads: number },
 ): Promise<BackendDevice> {
   const device = await backend.openDevice({
+    processor: config.device,
     threads,
     memoryBytes: parseBytes(config.memory.device),
     hostBytes: parseBytes(config.memory.host),

@@ -44,6 +44,8 @@ const common = {
     /** What a bad row does: stop the run, or be skipped, counted and reported. */
     onError: z.enum(['stop', 'skip']).default('stop'),
   }),
+  /** What computes. `auto`: GPUs where there are some that can be used, one for each rank, else the CPU. */
+  device: z.enum(['auto', 'cpu', 'cuda']).default('auto'),
   dtype: z.enum(['float32', 'bfloat16']).default('bfloat16'),
   optimizer: section(optimizerShape),
   batch: section({ sequences: count.default(64), microTokens: count.default(8192) }),

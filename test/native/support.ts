@@ -201,7 +201,7 @@ export async function withEngine<T>(
   { isa, ...options }: DeviceOptions & Omit<OpenOptions, 'device'> & { isa?: string },
   run: (engine: NativeEngine, device: Device) => Promise<T>,
 ): Promise<T> {
-  const { threads = 2, memoryBytes, hostBytes, offloadFolder, implementation, poison, ...rest } = options;
+  const { threads = 2, memoryBytes, hostBytes, offloadFolder, implementation, processor, poison, ...rest } = options;
   const device = withIsa(isa, () =>
     createDevice({
       threads,
@@ -209,6 +209,7 @@ export async function withEngine<T>(
       ...(hostBytes === undefined ? {} : { hostBytes }),
       ...(offloadFolder === undefined ? {} : { offloadFolder }),
       ...(implementation === undefined ? {} : { implementation }),
+      ...(processor === undefined ? {} : { processor }),
       ...(poison === undefined ? {} : { poison }),
     }),
   );

@@ -6,6 +6,7 @@ namespace lockstep::kernels::LOCKSTEP_ISA {
 const Kernels& table() {
   static const Kernels table = {
       .name = LOCKSTEP_ISA_NAME,
+      .rowGrain = 2,
       .publish = LOCKSTEP_ISA::publish,
       .round = LOCKSTEP_ISA::round,
       .linear = LOCKSTEP_ISA::linear,

@@ -7,6 +7,7 @@ const Kernels& cudaKernels() {
   lockstep::cuda::requireGpu(0);
   static const Kernels table = {
       .name = "cuda",
+      .rowGrain = 16,
       .publish = cuda::publish,
       .round = cuda::round,
       .linear = cuda::linear,

@@ -5,6 +5,7 @@ namespace lockstep::kernels {
 const Kernels& referenceKernels() {
   static const Kernels table = {
       .name = "reference",
+      .rowGrain = 2,
       .publish = reference::publish,
       .round = reference::round,
       .linear = reference::linear,

@@ -139,7 +139,7 @@ void runProblem(CommunicatorTrial& t, const Problem& p, bool gathers) {
     const Memories m = memoriesOf(p, me);
     Transfer transfer(p.ranks == 1 ? nullptr : world, m.source, m.destination, p.slices, namesOf(p.ranks));
     require(transfer.gathers() == gathers || p.ranks == 1, "what is an all-gather is taken for something else");
-    ThreadPool pool(me % 2 + 1);
+    Queue pool(me % 2 + 1, 0);
     for (const bool check : {false, true}) {
       const transfer::TransferResult result = transfer.run(pool, check);
       const std::vector<char> expected = expectedOf(p, me);
@@ -230,7 +230,7 @@ void plantFlippedBit(CommunicatorTrial& t, bool asExchange) {
     const auto source = std::make_shared<Arena>("source", 1024), destination = std::make_shared<Arena>("to", 1024);
     Transfer transfer(world, source, destination, slices, namesOf(3));
     require(transfer.gathers() == !asExchange, "an all-gather for an exchange");
-    ThreadPool pool(1);
+    Queue pool(1, 0);
     transfer.run(pool, false);  // nobody looks
     transfer.run(pool, true);
     if (me != 1) transfer.run(pool, true);  // the other ranks learn of it at the next call
@@ -251,7 +251,7 @@ const CommunicatorRegistration kChanged("slices.changedLater", 10, [](Communicat
     const auto memory = std::make_shared<Arena>("memory", 2048);
     const std::vector<Slice> slices{{"mine", 0, 1, 0, 0, 1000, 1, 0, 0}, {"yours", 1, 0, 1024, 1024, 1000, 1, 0, 0}};
     Transfer transfer(std::move(rank.world), memory, memory, slices, {4, 5});
-    ThreadPool pool(1);
+    Queue pool(1, 0);
     transfer.run(pool, true);
     transfer.verify(pool);
     bytesOf(memory)[(1 - me) * 1024 + at] = 1;  // what was received is not this rank's to keep
