@@ -1,6 +1,8 @@
 #!/usr/bin/env node
 // Builds the addon with CMake: native/ -> build/Release/lockstep.node. Incremental; progress goes to stderr.
-//   --tests       also builds the kernel contract suite, build/Release/kernel_contracts
+//   --tests       also builds the kernel contract suite, build/Release/kernel_contracts, and the addon with GPUs emulated
+//   --cuda [auto|on|off]
+//                 with the CUDA back end: where nvcc of CUDA 13 is found (auto, the default), always (on, or no word), never
 //   --sanitize    AddressSanitizer and UndefinedBehaviorSanitizer, in build-sanitize/ instead of build/
 //   --jobs N      compilers at a time (default: one per core)
 import { spawn, spawnSync } from 'node:child_process';
@@ -10,6 +12,7 @@ import { availableParallelism } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import { findNvcc } from './cuda.mjs';
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const minimumCmake = [3, 18];
@@ -24,17 +27,27 @@ function refuse(text) {
   process.exit(1);
 }
 
+const cudaWords = ['auto', 'on', 'off'];
+
 function parseFlags() {
+  // --cuda may stand alone.
+  const given = process.argv.slice(2);
+  const args = given.map((word, i) => (word === '--cuda' && !cudaWords.includes(given[i + 1]) ? '--cuda=on' : word));
+  const known = 'flags: --tests, --cuda [auto|on|off], --sanitize, --jobs N';
   try {
-    return parseArgs({
+    const { values } = parseArgs({
+      args,
       options: {
         tests: { type: 'boolean', default: false },
+        cuda: { type: 'string', default: 'auto' },
         sanitize: { type: 'boolean', default: false },
         jobs: { type: 'string' },
       },
-    }).values;
+    });
+    if (!cudaWords.includes(values.cuda)) return refuse(`--cuda ${values.cuda}: expected auto, on or off (${known})`);
+    return values;
   } catch (error) {
-    return refuse(`${error.message} (flags: --tests, --sanitize, --jobs N)`);
+    return refuse(`${error.message} (${known})`);
   }
 }
 
@@ -94,16 +107,42 @@ function includeDirectories() {
   }
 }
 
+/** nvcc and its version, or undefined; says why when it is not used. */
+function findCuda(previous) {
+  // Memory errors of kernels are found in the emulation; a sanitized addon with CUDA has to be asked for.
+  if (flags.cuda === 'off' || (flags.cuda === 'auto' && flags.sanitize)) return undefined;
+  let found = findNvcc();
+  // A tree that was built with CUDA stays so.
+  if (found.problem && !process.env.LOCKSTEP_NVCC && previous?.cuda) {
+    found = findNvcc({ LOCKSTEP_NVCC: previous.cuda.nvcc });
+  }
+  if (found.problem === undefined) return found;
+  if (flags.cuda === 'on') {
+    refuse(
+      `${found.problem}.\nInstall the CUDA toolkit 13.0 and set CUDA_PATH to its root; without root rights:\n` +
+        '  python3 -m venv cuda && cuda/bin/pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"\n' +
+        '  export CUDA_PATH=$(echo $PWD/cuda/lib/python3*/site-packages/nvidia/cu13)\n' +
+        'or build for the CPU only: --cuda off',
+    );
+  }
+  if (previous === undefined || previous.cuda) say(`without CUDA: ${found.problem}; --cuda says what to do`);
+  return undefined;
+}
+
 /** Configures when this tree has never been configured, or was configured with other settings. */
 function configure(tree, output) {
   const record = join(tree, 'lockstep-settings.json');
   let previous = existsSync(record) ? JSON.parse(readFileSync(record, 'utf8')) : undefined;
   // A plain build keeps the test suite configured: switching back and forth would recompile nothing but costs a configure.
   const tests = flags.tests || previous?.tests === true;
-  const settings = { root, include: includeDirectories(), tests, sanitize: flags.sanitize, cxx: process.env.CXX ?? '' };
-  if (previous !== undefined && JSON.stringify(previous) === JSON.stringify(settings)) return;
-  // CMake keeps a tree's folders and compiler: when those change, or a first configure was cut short, it begins anew.
-  if (previous === undefined || JSON.stringify({ ...previous, tests }) !== JSON.stringify(settings)) {
+  const cuda = findCuda(previous) ?? null;
+  const cxx = process.env.CXX ?? '';
+  const settings = { root, include: includeDirectories(), sanitize: flags.sanitize, cxx, tests, cuda };
+  if (previous !== undefined && JSON.stringify(previous) === JSON.stringify(settings)) return settings;
+  // CMake keeps a tree's folders and compilers: when those change, or a first configure was cut short, it begins anew.
+  // Tests can come and go, and CUDA can come.
+  const kept = previous && { ...previous, tests, cuda: previous.cuda ?? cuda };
+  if (JSON.stringify(kept) !== JSON.stringify(settings)) {
     rmSync(tree, { recursive: true, force: true });
     previous = undefined;
   }
@@ -111,7 +150,8 @@ function configure(tree, output) {
   const cmake = findCmake();
   const compiler = findCompiler();
   const generator = previous === undefined ? findGenerator() : undefined;
-  say(`configuring (cmake ${cmake}, ${compiler} ${version(compiler)}${generator ? `, ${generator}` : ''})`);
+  const tools = [`cmake ${cmake}`, `${compiler} ${version(compiler)}`, generator, cuda && `CUDA ${cuda.version}`];
+  say(`configuring (${tools.filter(Boolean).join(', ')})`);
   mkdirSync(tree, { recursive: true });
   const result = spawnSync(
     'cmake',
@@ -123,16 +163,19 @@ function configure(tree, output) {
       `-DCMAKE_RUNTIME_OUTPUT_DIRECTORY=${output}`,
       `-DLOCKSTEP_TESTS=${tests ? 'ON' : 'OFF'}`,
       `-DLOCKSTEP_SANITIZE=${flags.sanitize ? 'ON' : 'OFF'}`,
+      `-DLOCKSTEP_NVCC=${cuda?.nvcc ?? ''}`,
     ],
     { encoding: 'utf8' },
   );
   if (result.status !== 0) {
     process.stderr.write(result.stdout + result.stderr);
     refuse(
-      `cmake could not configure ${tree} (output above); after a change of tools, delete that folder and try again`,
+      `cmake could not configure ${tree} (output above); after a change of tools, delete that folder and try again` +
+        (cuda ? ', or build without CUDA: --cuda off' : ''),
     );
   }
   writeFileSync(record, JSON.stringify(settings));
+  return settings;
 }
 
 /** Reports a build's progress: one line that renews itself on a terminal, a line per tenth elsewhere. */
@@ -203,7 +246,10 @@ if (process.platform !== 'linux' || process.arch !== 'x64') {
 const started = Date.now();
 const base = join(root, flags.sanitize ? 'build-sanitize' : 'build');
 const output = join(base, 'Release');
-configure(join(base, 'cmake'), output);
-const targets = flags.tests ? ['lockstep', 'lockstep_emulated', 'kernel_contracts'] : ['lockstep'];
+const { cuda } = configure(join(base, 'cmake'), output);
+const targets = ['lockstep'];
+if (flags.tests) targets.push('lockstep_emulated', 'kernel_contracts', 'mma_layout', 'emulation_faults');
+if (flags.tests && cuda) targets.push('kernel_contracts_gpu', 'mma_layout_gpu');
 if (!(await build(join(base, 'cmake'), targets))) refuse('the build failed (compiler output above)');
-say(`ready in ${((Date.now() - started) / 1000).toFixed(1)} s: ${join(output, 'lockstep.node')}`);
+const seconds = ((Date.now() - started) / 1000).toFixed(1);
+say(`ready in ${seconds} s: ${join(output, 'lockstep.node')}${cuda ? `, with CUDA ${cuda.version}` : ''}`);

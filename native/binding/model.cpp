@@ -64,7 +64,10 @@ Napi::Value ModelWrap::join(const Napi::CallbackInfo& info) {
   const model::Degrees degrees{degree("pipeline"), degree("tensor"), degree("data"), degree("keyValueRanks"),
                                booleanAt(o, "tiedEnds")};
   return rank_->call(
-      info.Env(), [model = open(info.Env()), degrees] { model->join(degrees); },
+      info.Env(),
+      [model = open(info.Env()), rank = rank_, degrees] {
+        model->join(degrees, [&](auto world) { return rank->connect(std::move(world)); });
+      },
       [](Napi::Env env) { return env.Undefined(); });
 }
 

@@ -1,5 +1,6 @@
 #include "binding/rank.h"
 
+#include "comm/nccl/nccl.h"
 #include "core/error.h"
 #include "core/work_clock.h"
 #include "cuda/backend.h"
@@ -64,6 +65,11 @@ Rank::Rank(Napi::Env env, const RankOptions& options)
 Rank::~Rank() {
   if (hooked_) napi_remove_env_cleanup_hook(env_, &Rank::atExit, this);
   close();
+}
+
+std::shared_ptr<comm::Communicator> Rank::connect(std::shared_ptr<comm::Communicator> group) {
+  if (gpu() < 0 || group == nullptr) return group;
+  return comm::overNccl(std::move(group), gpu(), [this] { queue_->synchronize(); });
 }
 
 void Rank::atExit(void* rank) {

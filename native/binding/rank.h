@@ -71,6 +71,9 @@ class Rank : public std::enable_shared_from_this<Rank> {
   MemorySpace& host() { return host_; }
   const std::atomic<bool>& cancelled() const { return thread_.cancelled(); }
   bool poison() const { return poison_; }
+  // The communicator for what lies on the rank's device, over one of the process: of a GPU NCCL, for which all ranks of
+  // the group call this together, on their threads.
+  std::shared_ptr<comm::Communicator> connect(std::shared_ptr<comm::Communicator>);
   // The GPU that it computes on; negative: on the CPU.
   int gpu() const { return options_.implementation == "cuda" ? options_.gpu : -1; }
 

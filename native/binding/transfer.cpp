@@ -146,6 +146,7 @@ std::shared_ptr<transfer::Transfer> TransferWrap::open(Napi::Env env) const {
 Napi::Value TransferWrap::run(const Napi::CallbackInfo& info) {
   auto result = std::make_shared<transfer::TransferResult>();
   auto work = [rank = rank_, transfer = open(info.Env()), check = info[0].As<Napi::Boolean>().Value(), result] {
+    transfer->connect([&](auto group) { return rank->connect(std::move(group)); });
     *result = transfer->run(rank->queue(), check);
   };
   return rank_->call(info.Env(), work, [result](Napi::Env env) {

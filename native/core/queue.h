@@ -5,6 +5,8 @@
 
 #include <atomic>
 #include <cstddef>
+#include <functional>
+#include <string>
 
 #include "core/thread_pool.h"
 
@@ -30,6 +32,10 @@ class Queue {
   // What comes to the host is there on return; what leaves it may change.
   virtual void toHost(void* to, const void* from, size_t bytes);
   virtual void fromHost(void* to, const void* from, size_t bytes);
+  // Runs `work`, whose operations depend on `key`, on arrays of the host and on the contents of memory only, until
+  // forget(). A GPU makes the later runs with one launch.
+  virtual void repeat(const std::string&, const std::function<void()>& work) { work(); }
+  virtual void forget() {}
   // Returns when everything before has been done. Throws its errors.
   virtual void synchronize() {}
 

@@ -25,7 +25,11 @@ std::string problemOf(cudaError_t error, const Status& s) {
   if (error == cudaErrorInsufficientDriver || s.driver < s.runtime)
     return "the NVIDIA driver is for CUDA " + versionText(s.driver) + ", and this addon needs " +
            versionText(s.runtime) + "; install a driver of branch 580 or newer";
-  if (error != cudaSuccess) return std::string(cudaGetErrorString(error)) + "; look at what nvidia-smi says";
+  if (error != cudaSuccess) {
+    std::string text = cudaGetErrorString(error);
+    text += "; look at what nvidia-smi says";
+    return text;
+  }
   return s.gpus.empty() ? "the driver shows no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES" : "";
 }
 

@@ -1,11 +1,8 @@
 // The addon without CUDA.
 #include "core/error.h"
 #include "cuda/backend.h"
-#include "kernels/kernels.h"
 
-namespace lockstep {
-
-namespace cuda {
+namespace lockstep::cuda {
 
 namespace {
 
@@ -33,15 +30,4 @@ std::unique_ptr<Queue> makeQueue(int gpu, int, size_t) {
   return nullptr;
 }
 
-}  // namespace cuda
-
-namespace kernels {
-
-const Kernels& cudaKernels() {
-  cuda::requireGpu(0);
-  return referenceKernels();
-}
-
-}  // namespace kernels
-
-}  // namespace lockstep
+}  // namespace lockstep::cuda

@@ -11,6 +11,9 @@ namespace {
 
 constexpr size_t kAlignment = 256, kFirstStaging = size_t{4} << 20, kMostStaged = 64;
 
+// A work that cannot be recorded, or not be repeated.
+struct CannotRepeat {};
+
 size_t aligned(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
@@ -40,6 +43,7 @@ void Queue::close() {
     cudaSetDevice(gpu_);
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
+    forget();
     for (Region& region : regions_) release(region);
     cudaFree(scratch_);
   }
@@ -55,6 +59,7 @@ cudaStream_t Queue::stream() const {
 
 void Queue::copyRows(void* to, size_t toStride, const void* from, size_t fromStride, size_t bytes, int64_t rows) {
   if (bytes == 0 || rows == 0) return;
+  if (!admit({nullptr, {bytes, static_cast<uint64_t>(rows), toStride}, fromStride, 0})) return;
   cudaStream_t const stream = this->stream();
   const auto count = static_cast<size_t>(rows);
   check(count == 1 ? cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream)
@@ -64,11 +69,13 @@ void Queue::copyRows(void* to, size_t toStride, const void* from, size_t fromStr
 }
 
 void Queue::toHost(void* to, const void* from, size_t bytes) {
+  refuseWaiting();
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream()), "copying to the host");
   synchronize();
 }
 
 void Queue::fromHost(void* to, const void* from, size_t bytes) {
+  refuseWaiting();
   cudaStream_t const stream = this->stream();
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream), "copying from the host");
   check(cudaStreamSynchronize(stream), "copying from the host");
@@ -76,10 +83,12 @@ void Queue::fromHost(void* to, const void* from, size_t bytes) {
 
 void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t rows) {
   if (bytes == 0 || rows == 0) return;
+  if (!admit({nullptr, {bytes, static_cast<uint64_t>(rows), stride}, static_cast<uint64_t>(byte), 1})) return;
   check(cudaMemset2DAsync(at, stride, byte, bytes, static_cast<size_t>(rows), stream()), "filling memory");
 }
 
 void Queue::synchronize() {
+  refuseWaiting();
   check(cudaStreamSynchronize(stream()), "working");
 }
 
@@ -105,6 +114,7 @@ void Queue::nextRegion(size_t bytes) {
 }
 
 const void* Queue::stageBytes(const void* host, size_t bytes) {
+  if (repeating_ != nullptr) return stageRepeated(host, bytes);
   for (size_t i = staged_.size(); i-- > 0;) {
     const Staged& s = staged_[i];
     const Region& region = regions_[s.region];
@@ -123,9 +133,105 @@ const void* Queue::stageBytes(const void* host, size_t bytes) {
   return region.device + offset;
 }
 
+// Each array has a place of its own, in the order in which they are staged.
+const void* Queue::stageRepeated(const void* host, size_t bytes) {
+  Region& arrays = repeating_->arrays;
+  const size_t offset = arrays.end;
+  if (offset + bytes > arrays.bytes) throw CannotRepeat{};
+  arrays.end += aligned(bytes);
+  std::memcpy(arrays.pinned + offset, host, bytes);
+  if (admit({nullptr, {offset, bytes, 0}, 0, 2})) {
+    check(cudaMemcpyAsync(arrays.device + offset, arrays.pinned + offset, bytes, cudaMemcpyHostToDevice, stream()),
+          "sending index arrays");
+  }
+  return arrays.device + offset;
+}
+
+void Queue::refuseWaiting() const {
+  if (repeating_ != nullptr) throw CannotRepeat{};
+}
+
+void Queue::repeat(const std::string& key, const std::function<void()>& work) {
+  const auto [at, isNew] = repeated_.try_emplace(key);
+  Repeated& r = at->second;
+  if (r.state == Repeated::State::kRecorded && replay(r, work)) return;
+  if (r.state == Repeated::State::kSeen && !isNew) return record(r, work);
+  work();
+}
+
+void Queue::record(Repeated& r, const std::function<void()>& work) {
+  constexpr size_t kArrays = size_t{1} << 20;
+  check(cudaHostAlloc(reinterpret_cast<void**>(&r.arrays.pinned), kArrays, cudaHostAllocPortable),
+        "pinned memory for index arrays");
+  check(cudaMalloc(reinterpret_cast<void**>(&r.arrays.device), kArrays), "memory for index arrays");
+  r.arrays.bytes = kArrays;
+  cudaGraph_t graph = nullptr;
+  bool whole = true;
+  check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "recording a graph");
+  repeating_ = &r;
+  recording = &r.recording;
+  try {
+    work();
+  } catch (const CannotRepeat&) {
+    whole = false;
+  } catch (...) {
+    repeating_ = nullptr;
+    recording = nullptr;
+    cudaStreamEndCapture(stream_, &graph);
+    r.state = Repeated::State::kRefused;
+    throw;
+  }
+  repeating_ = nullptr;
+  recording = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
+  if (whole) check(ended, "recording a graph");
+  if (whole) check(cudaGraphInstantiate(&r.graph, graph, 0), "making a graph");
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  r.state = whole ? Repeated::State::kRecorded : Repeated::State::kRefused;
+  if (!whole) return work();
+  check(cudaGraphLaunch(r.graph, stream_), "launching a graph");
+}
+
+// False: the run takes other steps, and nothing was done.
+bool Queue::replay(Repeated& r, const std::function<void()>& work) {
+  check(cudaStreamSynchronize(stream()), "working");  // the last run has read its arrays
+  r.arrays.end = 0;
+  r.recording.comparing = true;
+  r.recording.at = 0;
+  repeating_ = &r;
+  recording = &r.recording;
+  bool same = true;
+  try {
+    work();
+  } catch (const CannotRepeat&) {
+    same = false;
+  } catch (...) {
+    repeating_ = nullptr;
+    recording = nullptr;
+    throw;
+  }
+  repeating_ = nullptr;
+  recording = nullptr;
+  if (!same || r.recording.differs || r.recording.at != r.recording.steps.size()) {
+    r.state = Repeated::State::kRefused;
+    return false;
+  }
+  check(cudaGraphLaunch(r.graph, stream_), "launching a graph");
+  return true;
+}
+
+void Queue::forget() {
+  for (auto& [key, r] : repeated_) {
+    if (r.graph != nullptr) cudaGraphExecDestroy(r.graph);
+    release(r.arrays);
+  }
+  repeated_.clear();
+}
+
 void* Queue::scratch(size_t bytes) {
   if (bytes <= scratchSize_) return scratch_;
   synchronize();
+  forget();  // graphs have its address
   cudaFree(scratch_);
   scratch_ = nullptr;
   scratchSize_ = 0;

@@ -4,9 +4,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "core/queue.h"
+#include "cuda/recording.h"
 
 namespace lockstep::cuda {
 
@@ -26,6 +29,11 @@ class Queue final : public lockstep::Queue {
   void toHost(void* to, const void* from, size_t bytes) override;
   void fromHost(void* to, const void* from, size_t bytes) override;
   void synchronize() override;
+  // The first run is made as it comes, the second is recorded into a CUDA graph, of later ones only the arrays that they
+  // stage are renewed. A run that takes other steps than the one recorded, or that waits for the device, is made as it
+  // comes.
+  void repeat(const std::string& key, const std::function<void()>& work) override;
+  void forget() override;
 
   int gpu() const { return gpu_; }
   // The stream of the calling thread's operations; makes the GPU the thread's current one.
@@ -58,12 +66,23 @@ class Queue final : public lockstep::Queue {
     char *pinned = nullptr, *device = nullptr;
     size_t bytes = 0, end = 0;
   };
+  struct Repeated {
+    enum class State : uint8_t { kSeen, kRecorded, kRefused } state = State::kSeen;
+    Recording recording;
+    Region arrays;
+    cudaGraphExec_t graph = nullptr;
+  };
   struct Staged {
     const void* host;
     int region;
     size_t offset, bytes;
   };
   const void* stageBytes(const void* host, size_t bytes);
+  const void* stageRepeated(const void* host, size_t bytes);
+  void record(Repeated&, const std::function<void()>& work);
+  bool replay(Repeated&, const std::function<void()>& work);
+  // Throws where the device cannot be waited for.
+  void refuseWaiting() const;
   void nextRegion(size_t bytes);
   void release(Region&);
 
@@ -72,6 +91,8 @@ class Queue final : public lockstep::Queue {
   Region regions_[2];  // filled in turn, so that what an operation has staged outlives its next stage()
   int region_ = 0;
   std::vector<Staged> staged_;
+  std::unordered_map<std::string, Repeated> repeated_;
+  Repeated* repeating_ = nullptr;  // that is recorded or compared
   void* scratch_ = nullptr;
   size_t scratchSize_ = 0;
 };

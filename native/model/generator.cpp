@@ -53,6 +53,7 @@ Generator::Generator(const Spec& spec, const Parallel& parallel, Transformer& tr
 std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& requests, GenerateControl& control,
                                       const Progress& progress) {
   std::vector<Generated> results(requests.size());
+  queue_.forget();
   enqueue(requests, results);
   std::vector<int32_t> freshRequests, freshTokens;
   auto last = std::chrono::steady_clock::now();
@@ -63,7 +64,12 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
     admit();
     if (running_.empty()) continue;
     Pass pass{.workspace = workspace_, .batch = plan(), .pageCount = pool_.total()};
-    transformer_.forward({&pass, 1}, Keep::kCache);
+    const auto forward = [&] { transformer_.forward({&pass, 1}, Keep::kCache); };
+    if (parallel_.replica == nullptr && pass.rows() == pass.batch.count()) {  // a token each: the step of all steps
+      queue_.repeat("decode " + std::to_string(pass.rows()) + " " + std::to_string(pass.batch.pageStride), forward);
+    } else {
+      forward();
+    }
     statistics_.steps += 1;
     statistics_.rows += pass.rows();
     sample(pass.hidden);

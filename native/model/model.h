@@ -76,8 +76,12 @@ class Model {
   Model(Spec spec, Device device, Parallel parallel = {}, std::shared_ptr<Arena> weights = nullptr);
   ~Model();
 
-  // Forms the groups of ranks; all of the world at the same time.
-  void join(const Degrees& degrees) { parallel_.join(degrees); }
+  // Forms the groups of ranks over connect(world), for what lies on the device; all of the world at the same time.
+  template <class Connect>
+  void join(const Degrees& degrees, const Connect& connect) {
+    parallel_.world = connect(std::move(parallel_.world));
+    parallel_.join(degrees);
+  }
   // Runs `work` to its end on the device; if it fails, the other ranks are told, so that their calls fail as well and
   // none waits for this one.
   template <class Work>

@@ -44,6 +44,14 @@ class Transfer {
   Transfer(std::shared_ptr<comm::Communicator>, std::shared_ptr<Arena> source, std::shared_ptr<Arena> destination,
            std::vector<Slice> slices, std::vector<int> ranks);
 
+  // Before the first run, all ranks together: the group becomes connect(group), for what lies on the device.
+  template <class Connect>
+  void connect(const Connect& connect) {
+    if (connected_) return;
+    communicator_ = connect(std::move(communicator_));
+    connected_ = true;
+  }
+
   // All ranks together. Throws Error("WEIGHTS_DIFFER") where what arrived is not what was sent. An error of one rank
   // ends the group's communicator, so that the calls of all end.
   TransferResult run(Queue&, bool check);
@@ -79,7 +87,7 @@ class Transfer {
   std::vector<Slice> slices_;
   std::vector<int> ranks_;
   int rank_ = 0, size_ = 1;
-  bool gathers_ = false;
+  bool gathers_ = false, connected_ = false;
   size_t mostSent_ = 0;
   int64_t sourceEnd_ = 0, destinationEnd_ = 0, gatheredEnd_ = 0;
   std::vector<size_t> sent_;

@@ -28,7 +28,7 @@ export const layoutName = ({ pipeline = 1, tensor = 1, data = 1, zero = 0, ...re
   `p${pipeline} t${tensor} d${data} zero${zero} ${JSON.stringify(rest)}`;
 
 export async function withDevices<T>(count: number, run: (devices: Device[]) => Promise<T>): Promise<T> {
-  const devices = Array.from({ length: count }, () => createDevice({ threads: 1 }));
+  const devices = Array.from({ length: count }, (_, gpu) => createDevice({ threads: 1, gpu }));
   try {
     return await run(devices);
   } finally {

@@ -168,8 +168,9 @@ describe('imports', () => {
 /** A layer of native/ may include itself and these folders or files. */
 const layers: Readonly<Record<string, readonly string[]>> = {
   core: [],
-  kernels: ['core/'],
-  comm: ['core/'],
+  cuda: ['core/', 'comm/nccl/nccl_api.h'],
+  kernels: ['core/', 'cuda/'],
+  comm: ['core/', 'cuda/'],
   transfer: ['comm/communicator.h', 'core/'],
   model: ['kernels/', 'comm/background.h', 'comm/communicator.h', 'core/'],
   binding: ['model/', 'kernels/', 'transfer/', 'comm/', 'core/'],

@@ -38,6 +38,7 @@ describe('the package', () => {
     }
     expect(files).toContain('native/CMakeLists.txt');
     expect(files).toContain('scripts/build-native.mjs');
+    expect(files).toContain('scripts/cuda.mjs');
     expect(files.filter((path) => /^(test|bench|build|examples|runs|src)\//.test(path))).toEqual([]);
     expect(files.filter((path) => /fixture|\.safetensors$|\.jsonl$|\.test\./.test(path))).toEqual([]);
   });

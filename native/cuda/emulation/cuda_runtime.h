@@ -9,7 +9,10 @@
 //   LOCKSTEP_EMULATION_TIMING    eager | lazy
 #pragma once
 
+#include <sched.h>
+
 #include <cstdio>
+#include <map>
 #include <string_view>
 
 #include "cuda/emulation/machine.h"
@@ -20,6 +23,7 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNotReady = 600,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaMemcpyKind {
@@ -28,6 +32,7 @@ enum cudaMemcpyKind {
   cudaMemcpyDeviceToDevice,
   cudaMemcpyDefault
 };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocPortable = 1;
 constexpr unsigned cudaHostRegisterPortable = 1;
 
@@ -35,6 +40,9 @@ struct cudaDeviceProp {
   char name[256];
   int major, minor, multiProcessorCount;
   std::size_t totalGlobalMem;
+};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
 };
 
 namespace emulated {
@@ -49,8 +57,9 @@ inline bool fault(std::string_view name) {
 
 enum class Timing { eager, lazy };
 struct Stream {
-  std::deque<std::function<void()>> queue;
+  std::deque<std::function<bool()>> queue;  // false: not yet, ask again (what other ranks have to join, say)
   std::uint64_t queued = 0, done = 0;
+  std::vector<std::function<void()>>* capturing = nullptr;  // a graph in the making
 };
 struct Event {  // the stream's first `at` operations
   Stream* stream;
@@ -62,27 +71,43 @@ inline std::string failure;    // sticks, as it does on a GPU
 inline Stream default_stream;  // a stream like any other
 inline std::vector<Stream*> streams{&default_stream};
 inline thread_local int device = 0;
+inline std::map<const char*, std::size_t> device_memory;  // what there is of it, by its first byte
 
+// As far as it goes: cudaErrorNotReady when an operation can not run yet. At most what is queued now.
 inline cudaError_t run_until(Stream& stream, std::uint64_t at) {
   std::lock_guard lock(machine.mutex);
+  at = std::min(at, stream.queued);
   if (failure.empty() && fault("lost")) failure = "the GPU has fallen off the bus (injected)";
   while (stream.done < at) {
-    const auto operation = std::move(stream.queue.front());
-    stream.queue.pop_front();
     try {
-      if (failure.empty()) operation();
+      if (failure.empty() && !stream.queue.front()()) return cudaErrorNotReady;
     } catch (const std::exception& error) {
       failure = error.what();
     }
-    stream.done++;
+    stream.queue.pop_front(), stream.done++;
   }
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
-inline cudaError_t enqueue(Stream* stream, std::function<void()> operation) {
+// The same, and waits for what is not ready; the caller must not hold machine.mutex.
+inline cudaError_t finish(Stream& stream, std::uint64_t at) {
+  {
+    std::lock_guard lock(machine.mutex);
+    at = std::min(at, stream.queued);
+  }
+  cudaError_t error;
+  while ((error = run_until(stream, at)) == cudaErrorNotReady) sched_yield();
+  return error;
+}
+inline cudaError_t enqueue_until(Stream* stream, std::function<bool()> operation) {
   std::lock_guard lock(machine.mutex);
   if (!stream) stream = &default_stream;
+  if (stream->capturing) return stream->capturing->push_back(std::move(operation)), cudaSuccess;
   stream->queue.push_back(std::move(operation)), stream->queued++;
-  return run_until(*stream, timing == Timing::eager ? stream->queued : 0);
+  const cudaError_t error = run_until(*stream, timing == Timing::eager ? stream->queued : 0);
+  return error == cudaErrorNotReady ? cudaSuccess : error;
+}
+inline cudaError_t enqueue(Stream* stream, std::function<void()> operation) {
+  return enqueue_until(stream, [operation = std::move(operation)] { return operation(), true; });
 }
 
 inline void copy_rows(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width,
@@ -96,6 +121,30 @@ inline void copy_rows(void* to, std::size_t to_pitch, const void* from, std::siz
 
 using cudaStream_t = emulated::Stream*;
 using cudaEvent_t = emulated::Event*;
+using cudaGraph_t = std::vector<std::function<void()>>*;
+using cudaGraphExec_t = std::vector<std::function<void()>>*;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  return stream->capturing = new std::vector<std::function<void()>>, cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  return *graph = std::exchange(stream->capturing, nullptr), cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  return *exec = new std::vector<std::function<void()>>(*graph), cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  return delete graph, cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  return delete exec, cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  return emulated::enqueue(stream, [operations = *exec] {
+    for (const auto& operation : operations) operation();
+  });
+}
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
   if (emulated::fault("no-driver")) return cudaErrorInsufficientDriver;  // leaves the count alone, as the real one does
@@ -149,16 +198,23 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (!stream) stream = &emulated::default_stream;
-  return emulated::run_until(*stream, stream->queued);
+  return emulated::finish(stream ? *stream : emulated::default_stream, ~0ull);
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return cudaStreamSynchronize(stream);
+  return emulated::run_until(stream ? *stream : emulated::default_stream, ~0ull);
 }
+// Of all devices, and all that does not wait for other ranks.
 inline cudaError_t cudaDeviceSynchronize() {
   std::lock_guard lock(emulated::machine.mutex);
-  for (auto* stream : emulated::streams) cudaStreamSynchronize(stream);
+  for (auto* stream : emulated::streams) emulated::run_until(*stream, ~0ull);
   return cudaGetLastError();
+}
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
+  std::lock_guard lock(emulated::machine.mutex);
+  const char* const at = static_cast<const char*>(data);
+  auto after = emulated::device_memory.upper_bound(at);
+  const bool inside = after != emulated::device_memory.begin() && (--after, at < after->first + after->second);
+  return attributes->type = inside ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, cudaSuccess;
 }
 
 // Whole pages, so that they can be protected; under a sanitizer exact blocks, so that overruns are seen.
@@ -175,11 +231,16 @@ inline cudaError_t cudaMalloc(void** data, std::size_t bytes) {
   std::memset(*data, emulated::kPoison, bytes);
   emulated::DeviceAccess::protect(*data, pages);
 #endif
-  return cudaSuccess;
+  std::lock_guard lock(emulated::machine.mutex);
+  return emulated::device_memory[static_cast<char*>(*data)] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaFree(void* data) {
   if (data == nullptr) return cudaSuccess;
   cudaDeviceSynchronize();
+  {
+    std::lock_guard lock(emulated::machine.mutex);
+    emulated::device_memory.erase(static_cast<char*>(data));
+  }
 #ifdef __SANITIZE_ADDRESS__
   std::free(data);
 #else
@@ -224,7 +285,7 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   std::lock_guard lock(emulated::machine.mutex);
-  return cudaStreamSynchronize(stream), std::erase(emulated::streams, stream), delete stream, cudaSuccess;
+  return emulated::run_until(*stream, ~0ull), std::erase(emulated::streams, stream), delete stream, cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return *event = new emulated::Event{&emulated::default_stream, 0}, cudaSuccess;
@@ -234,10 +295,11 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return *event = {stream, stream->queued}, cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
-  return emulated::enqueue(stream, [event = *event] { emulated::run_until(*event.stream, event.at); });
+  return emulated::enqueue_until(
+      stream, [event = *event] { return emulated::run_until(*event.stream, event.at) != cudaErrorNotReady; });
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return emulated::run_until(*event->stream, event->at);
+  return emulated::finish(*event->stream, event->at);
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return delete event, cudaSuccess;

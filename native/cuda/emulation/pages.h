@@ -17,13 +17,18 @@ inline cudaError_t map(int, char* at, size_t bytes) {
   if (bytes > emulatedMemory()) return cudaErrorMemoryAllocation;
   if (mprotect(at, bytes, PROT_READ | PROT_WRITE) != 0) return cudaErrorMemoryAllocation;
   emulated::DeviceAccess::protect(at, bytes);
-  return cudaSuccess;
+  std::lock_guard lock(emulated::machine.mutex);
+  return emulated::device_memory[at] = bytes, cudaSuccess;
 }
 inline cudaError_t clear(char*, size_t) {
   return cudaSuccess;  // new pages are
 }
 inline cudaError_t unmap(char* at, size_t bytes) {
   cudaDeviceSynchronize();
+  {
+    std::lock_guard lock(emulated::machine.mutex);
+    emulated::device_memory.erase(at);
+  }
   madvise(at, bytes, MADV_DONTNEED);
   return mprotect(at, bytes, PROT_NONE), cudaSuccess;
 }

@@ -76,9 +76,11 @@ void checkBackward(Trial& t) {
     if (row >= batch.rowBegin[b] && row < batch.rowBegin[b] + batch.length[b]) continue;
     std::memset(expected.view().row(row), 0, sizeof(float) * expected.cols);
   }
-  const Matrix alone = dqkv.clone();
-  x.backward(t.implementation(), t.referenceQueue(), one, alone);
-  t.compare("dqkv of one sequence", expected, alone);
+  t.eachQueue([&](Queue& queue) {
+    const Matrix alone = dqkv.clone();
+    x.backward(t.implementation(), queue, one, alone);
+    t.compare("dqkv of one sequence", expected, alone);
+  });
 }
 
 // The formula in float64 for one (sequence, head): out, dq and this head's contribution to dk and dv, all [length, K].
@@ -131,9 +133,10 @@ void checkAgainstFloat64(Trial& t) {
   const kernels::AttentionShape& shape = x.p.shape();
   const int64_t width = shape.headWidth, group = shape.heads / shape.keyValueHeads;
   const Matrix out = x.out.clone(), dqkv = t.matrix(DType::kFloat32, x.p.rows, x.p.layout.columns());
-  t.implementation().attention(t.referenceQueue(), shape, x.q.operand(), x.p.kv, x.p.batch.sequences(), out.operand(),
-                               {});
-  x.backward(t.implementation(), t.referenceQueue(), x.p.batch.sequences(), dqkv);
+  t.eachQueue([&](Queue& queue) {
+    t.implementation().attention(queue, shape, x.q.operand(), x.p.kv, x.p.batch.sequences(), out.operand(), {});
+    x.backward(t.implementation(), queue, x.p.batch.sequences(), dqkv);
+  });
   // Values are of order 1; dk and dv sum up to 300 queries of several heads.
   const double bound = x.p.dtype == DType::kFloat32 ? 2e-5 : 0.05;
   const auto check = [&](const char* what, int64_t row, int64_t k, double exact, float actual) {

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "comm/local/local.h"
+#include "communicator_on_gpus.h"
 #include "core/error.h"
 #include "core/thread_pool.h"
 #include "core/wait.h"
@@ -25,12 +26,16 @@ int64_t threadsOfProcess() {
   return std::distance(begin(tasks), end(tasks));
 }
 
+// Makes a rank's communicator of the local one.
+using Make = std::function<std::unique_ptr<comm::Communicator>(std::unique_ptr<comm::Communicator>)>;
+
 // What a rank does with its body: errors abort the world, and the handles end with the rank.
-Outcome runRank(std::unique_ptr<comm::Communicator> world, const Body& body) {
+Outcome runRank(std::unique_ptr<comm::Communicator> local, const Make& make, const Body& body) {
   flushDenormals();
   Outcome outcome;
-  Rank rank{std::move(world)};
+  Rank rank;
   try {
+    rank.world = make(std::move(local));
     body(rank);
   } catch (const Failure& failure) {
     outcome.code = "FAILURE";
@@ -48,7 +53,7 @@ Outcome runRank(std::unique_ptr<comm::Communicator> world, const Body& body) {
   return outcome;
 }
 
-std::vector<Outcome> runLocal(int ranks, double timeoutSeconds, const Body& body) {
+std::vector<Outcome> runThreads(int ranks, double timeoutSeconds, const Make& make, const Body& body) {
   // A sanitizer starts a thread of its own beside the first; an ended thread stays in the list for a moment.
   static const int64_t threadsBefore = [] {
     std::thread([] {}).join();
@@ -60,7 +65,7 @@ std::vector<Outcome> runLocal(int ranks, double timeoutSeconds, const Body& body
   std::vector<Outcome> outcomes(static_cast<size_t>(ranks));
   std::vector<std::thread> threads;
   for (size_t i = 0; i < handles.size(); ++i) {
-    threads.emplace_back([&, i] { outcomes[i] = runRank(std::move(handles[i]), body); });
+    threads.emplace_back([&, i] { outcomes[i] = runRank(std::move(handles[i]), make, body); });
   }
   for (std::thread& thread : threads) thread.join();
   for (int i = 0; i < 1000 && threadsOfProcess() > threadsBefore; ++i) {
@@ -68,6 +73,15 @@ std::vector<Outcome> runLocal(int ranks, double timeoutSeconds, const Body& body
   }
   if (threadsOfProcess() > threadsBefore) throw Failure{"a world left threads behind"};
   return outcomes;
+}
+
+std::vector<Outcome> runLocal(int ranks, double timeoutSeconds, const Body& body) {
+  return runThreads(
+      ranks, timeoutSeconds, [](auto local) { return local; }, body);
+}
+
+std::vector<Outcome> runNccl(int ranks, double timeoutSeconds, const Body& body) {
+  return runThreads(ranks, timeoutSeconds, onGpus, body);
 }
 
 bool runCase(const CommunicatorCase& contract, const CommunicatorImplementation& implementation, uint64_t seed,
@@ -91,7 +105,7 @@ bool runCase(const CommunicatorCase& contract, const CommunicatorImplementation&
 }  // namespace
 
 std::vector<CommunicatorImplementation>& communicatorImplementations() {
-  static std::vector<CommunicatorImplementation> all{{"local", runLocal}};
+  static std::vector<CommunicatorImplementation> all{{"local", runLocal}, {"nccl", runNccl}};
   return all;
 }
 

@@ -51,6 +51,9 @@ class CommunicatorTrial {
     return implementation_.run(ranks, timeoutSeconds, body);
   }
 
+  // Of the implementation.
+  const std::string& name() const { return implementation_.name; }
+
   int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_); }
   uint64_t seed() { return random_(); }
 

@@ -77,6 +77,9 @@ class Trial {
   const kernels::Kernels& reference() const { return kernels::referenceKernels(); }
   const kernels::Kernels& implementation() const { return implementation_; }
   Queue& referenceQueue();
+  // One of those of eachQueue().
+  Queue& implementationQueue();
+  bool onGpu() const { return implementation_.name == std::string("cuda"); }
   // body(queue) with 1, 2 and 3 threads; on a GPU with each order of threads and copies.
   void eachQueue(const std::function<void(Queue&)>& body);
 

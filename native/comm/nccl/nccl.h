@@ -1,0 +1,35 @@
+// A communicator for ranks that compute on GPUs: threads of one process, a GPU each. What lies on the host goes through
+// another communicator, the control, and so does the agreement on every call; what lies on a GPU goes through NCCL.
+// Three makers: nccl.cpp with nvcc's headers or with those of the emulation, and none.cpp without CUDA.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "comm/communicator.h"
+
+namespace lockstep::comm {
+
+struct NcclStatus {
+  std::string path;     // of the library; empty when there is none
+  std::string version;  // "2.27.3"
+  std::string problem;  // why it can not be used, and what to do; empty when it can
+};
+
+// What there is; never throws.
+NcclStatus ncclStatus();
+
+// Collective over the group of `control`, which must be of this process. `settle` returns when the rank's computation,
+// as far as it was given to its GPU, is done (Queue::synchronize): it is called on the thread that communicates, before
+// buffers on the GPU are touched, and must work as long as this communicator and all that is split from it. A group of
+// one needs no NCCL.
+//
+// Beyond the contract (comm/communicator.h): buffers of one collective lie all on the host or all on the ranks' GPUs,
+// else COLLECTIVE_ARGUMENT; so do both ends of a message. Messages on GPUs of one exchange() end together.
+//
+// Throws Error: NCCL_UNAVAILABLE, NCCL_VERSION, NCCL_FAILED; CUDA_GPUS_DIFFER for ranks on different kinds of GPU,
+// CUDA_DEVICE for two ranks on one; what Queue (cuda/queue.h) throws.
+std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, std::function<void()> settle);
+
+}  // namespace lockstep::comm

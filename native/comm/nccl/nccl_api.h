@@ -1,0 +1,60 @@
+// NCCL as a table of functions found at run time, so that the addon builds and loads without it. Names, types and
+// numbers are its stable binary interface. Two makers of tables: the loader (nccl_api.cpp), and ranks of one process
+// with emulated GPUs (cuda/emulation/fake_nccl.h).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <string>
+
+#include "comm/nccl/nccl.h"
+
+namespace lockstep::comm::nccl {
+
+struct UniqueId {
+  char bytes[128];
+};
+using Comm = struct ncclComm*;
+using Result = int;
+constexpr Result kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7;
+using Type = int;
+constexpr Type kBytes = 1;  // ncclUint8: everything is moved, nothing is summed
+
+struct Api {
+  Result (*getVersion)(int*) = nullptr;
+  Result (*getUniqueId)(UniqueId*) = nullptr;
+  Result (*commInitRank)(Comm*, int ranks, UniqueId, int rank) = nullptr;
+  Result (*commDestroy)(Comm) = nullptr;
+  Result (*commAbort)(Comm) = nullptr;
+  Result (*commGetAsyncError)(Comm, Result*) = nullptr;
+  const char* (*getErrorString)(Result) = nullptr;
+  Result (*allGather)(const void* send, void* receive, size_t sendCount, Type, Comm, cudaStream_t) = nullptr;
+  Result (*broadcast)(const void* send, void* receive, size_t count, Type, int root, Comm, cudaStream_t) = nullptr;
+  Result (*send)(const void*, size_t count, Type, int to, Comm, cudaStream_t) = nullptr;
+  Result (*receive)(void*, size_t count, Type, int from, Comm, cudaStream_t) = nullptr;
+  Result (*groupStart)() = nullptr;
+  Result (*groupEnd)() = nullptr;
+};
+
+struct Library {
+  Api api;
+  NcclStatus status;
+  std::string code;  // of the error that status.problem is: NCCL_UNAVAILABLE or NCCL_VERSION
+};
+
+// Looks for libnccl.so.2: LOCKSTEP_NCCL_PATH and nothing else where that is set; what the process has loaded already;
+// the dynamic linker's places; wheels of the Python environment that is active; the CUDA toolkit. The first that is
+// there counts.
+Library load();
+
+// What this build uses, found once.
+const Library& library();
+
+// Throws library().code when there is no NCCL.
+const Api& api();
+
+// Throws Error("NCCL_FAILED").
+void check(Result, const char* what);
+
+}  // namespace lockstep::comm::nccl

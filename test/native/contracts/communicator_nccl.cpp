@@ -1,0 +1,211 @@
+// What the communicator over NCCL adds to the contract: buffers on GPUs, and ranks that do not fit together.
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "comm/nccl/nccl.h"
+#include "communicator_harness.h"
+#include "core/error.h"
+#include "cuda/backend.h"
+
+namespace lockstep::contracts {
+namespace {
+
+using comm::Communicator;
+using comm::Element;
+
+constexpr int64_t kFloats = 1000;
+
+// A rank on a GPU.
+struct GpuRank {
+  Communicator& group;
+  Queue& queue;
+  float *host, *gpu;  // kFloats each
+};
+
+// Zeros on a GPU.
+class GpuFloats {
+ public:
+  GpuFloats(int gpu, int64_t count) : memory_(cuda::memoryOf(gpu)) {
+    const size_t grain = memory_.grain();
+    bytes_ = (static_cast<size_t>(count) * sizeof(float) + grain - 1) / grain * grain;
+    at_ = memory_.map(bytes_);
+    require(at_ != nullptr, "the GPU has no room");
+  }
+  ~GpuFloats() { memory_.unmap(at_, bytes_); }
+  GpuFloats(const GpuFloats&) = delete;
+  GpuFloats& operator=(const GpuFloats&) = delete;
+
+  float* at() const { return reinterpret_cast<float*>(at_); }
+
+ private:
+  Memory& memory_;
+  size_t bytes_ = 0;
+  char* at_ = nullptr;
+};
+
+// Runs on ranks of a new local world that NCCL is laid over; not for other implementations.
+void runOnGpus(CommunicatorTrial& t, int ranks, const std::function<int(int)>& gpuOf,
+               const std::function<void(GpuRank&, Rank&)>& body,
+               const std::function<void(const std::vector<Outcome>&)>& judge) {
+  if (t.name() != "nccl") return;
+  const auto& local = communicatorImplementations().front();
+  judge(local.run(ranks, 60, [&](Rank& rank) {
+    const int gpu = gpuOf(rank.world->rank());
+    const auto queue = cuda::makeQueue(gpu, 1, 0);
+    std::vector<float> host(kFloats);
+    const GpuFloats memory(gpu, kFloats);
+    rank.world = comm::overNccl(std::move(rank.world), gpu, [&] { queue->synchronize(); });
+    GpuRank mine{*rank.world, *queue, host.data(), memory.at()};
+    try {
+      body(mine, rank);
+    } catch (const std::exception& error) {
+      rank.world->abort(error.what());
+      rank.world = nullptr;
+      throw;
+    }
+    rank.world = nullptr;
+  }));
+}
+
+int ownGpu(int rank) {
+  return rank;
+}
+
+// One rank's buffers on the host, the other's on its GPU; or one of each on a rank.
+const CommunicatorRegistration kPlaces("nccl.places", 12, [](CommunicatorTrial& t) {
+  const int64_t kind = t.integer(0, 3);
+  runOnGpus(
+      t, 2, ownGpu,
+      [&](GpuRank& mine, Rank&) {
+        Communicator& c = mine.group;
+        float* const buffer = c.rank() == 0 ? mine.host : mine.gpu;
+        if (kind == 0) c.allReduce(buffer, buffer, 10, "sum");
+        if (kind == 1) c.allReduce(mine.host, mine.gpu, 10, "sum");
+        if (kind == 2)
+          c.rank() == 0 ? c.send(buffer, 3, Element::kFloat32, 1, "m")
+                        : c.receive(buffer, 3, Element::kFloat32, 0, "m");
+        if (kind == 3)
+          c.rank() == 1 ? c.send(buffer, 3, Element::kFloat32, 0, "m")
+                        : c.receive(buffer, 3, Element::kFloat32, 1, "m");
+      },
+      [&](const std::vector<Outcome>& outcomes) {
+        t.expectAll(outcomes, "COLLECTIVE_ARGUMENT", {"host", "GPU", kind < 2 ? "at 'sum'" : "at 'm'"});
+      });
+});
+
+// A rank with no piece of its own, and shares that are nobody's, still take part.
+const CommunicatorRegistration kNothing("nccl.nothing", 2, [](CommunicatorTrial& t) {
+  runOnGpus(
+      t, 3, ownGpu,
+      [&](GpuRank& mine, Rank&) {
+        Communicator& c = mine.group;
+        c.allReduce(nullptr, nullptr, 0, "empty");
+        c.allGather(nullptr, nullptr, 0, Element::kByte, "empty");
+        c.reduceScatterPieces(mine.gpu, kFloats, {}, "no shares");
+        mine.queue.fill(mine.gpu, c.rank() + 1, kFloats * 4);
+        const comm::Piece piece{mine.gpu, 0, 400};
+        c.allGatherPieces(c.rank() == 1 ? std::span(&piece, 1) : std::span<const comm::Piece>(), mine.gpu, 4000, "one");
+        mine.queue.toHost(mine.host, mine.gpu, kFloats * 4);
+        const char* const bytes = reinterpret_cast<const char*>(mine.host);
+        for (int i = 0; i < 4000; ++i) require(bytes[i] == (i < 400 ? 2 : c.rank() + 1), "a byte is wrong");
+      },
+      [&](const std::vector<Outcome>& outcomes) { t.expectAllFine(outcomes); });
+});
+
+// Sums of many chunks, and of many small shares.
+const CommunicatorRegistration kChunks("nccl.chunks", 1, [](CommunicatorTrial& t) {
+  constexpr int64_t kMany = (int64_t{3} << 20) + 5000;
+  runOnGpus(
+      t, 3, ownGpu,
+      [&](GpuRank& mine, Rank&) {
+        Communicator& c = mine.group;
+        std::vector<float> host(kMany), back(kMany);
+        for (int64_t i = 0; i < kMany; ++i) host[static_cast<size_t>(i)] = static_cast<float>(i % 1000 + c.rank());
+        const GpuFloats memory(c.rank(), kMany);
+        float* const gpu = memory.at();
+        const auto expect = [&](const std::string& what, int64_t from, int64_t to) {
+          mine.queue.toHost(back.data(), gpu, kMany * 4);
+          for (int64_t i = from; i < to; ++i)
+            require(back[static_cast<size_t>(i)] == static_cast<float>(3 * (i % 1000) + 3), what + ": a sum is wrong");
+        };
+        mine.queue.fromHost(gpu, host.data(), kMany * 4);
+        c.allReduce(gpu, gpu, kMany, "sum");
+        expect("all-reduce", 0, kMany);
+        mine.queue.fromHost(gpu, host.data(), kMany * 4);
+        std::vector<comm::Share> shares{{0, kMany - 6000, 1}};
+        for (int i = 0; i < 600; ++i) shares.push_back({kMany - 6000 + 10 * i, 10, i % 3});
+        c.reduceScatterPieces(gpu, kMany, shares, "shares");
+        if (c.rank() == 1) expect("shares", 0, kMany - 6000);
+        std::vector<comm::Piece> pieces;
+        for (const comm::Share& share : shares) {
+          if (share.owner == c.rank()) pieces.push_back({gpu + share.offset, share.offset * 4, share.count * 4});
+        }
+        c.allGatherPieces(pieces, gpu, kMany * 4, "pieces");
+        expect("pieces", 0, kMany);
+      },
+      [&](const std::vector<Outcome>& outcomes) { t.expectAllFine(outcomes); });
+});
+
+// Rank 0 has met rank 1 and waits in NCCL for it, which waits for rank 2.
+const CommunicatorRegistration kWaiting("nccl.abortInNccl", 3, [](CommunicatorTrial& t) {
+  runOnGpus(
+      t, 3, ownGpu,
+      [&](GpuRank& mine, Rank& rank) {
+        Communicator& c = mine.group;
+        if (c.rank() == 0) c.send(mine.gpu, kFloats, Element::kFloat32, 1, "first");
+        if (c.rank() == 1) {
+          const comm::Incoming both[] = {{0, mine.gpu, kFloats, Element::kFloat32},
+                                         {2, mine.host, 1, Element::kFloat32}};
+          c.exchange({}, both, "both");
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(200));
+        rank.mark();
+        throw std::runtime_error("planted");
+      },
+      [&](const std::vector<Outcome>& outcomes) {
+        t.expectOne(outcomes, 2, "EXCEPTION", {"planted"});
+        for (int r = 0; r < 2; ++r) {
+          t.expectOne(outcomes, r, "RANK_ABORTED", {"aborted by rank 2", "planted"});
+          if (outcomes[static_cast<size_t>(r)].endedSeconds - outcomes[2].markedSeconds > 1)
+            t.fail("a rank ended late");
+        }
+      });
+});
+
+// What the rank's own computation throws ends the world.
+const CommunicatorRegistration kSettle("nccl.settle", 1, [](CommunicatorTrial& t) {
+  if (t.name() != "nccl") return;
+  const auto outcomes = communicatorImplementations().front().run(2, 60, [](Rank& rank) {
+    const int r = rank.world->rank();
+    rank.world = comm::overNccl(std::move(rank.world), r, [r] {
+      if (r == 1) throw Error("CUDA_FAILED", "planted");
+    });
+    const GpuFloats memory(r, 1);
+    rank.world->allReduce(memory.at(), memory.at(), 1, "sum");
+  });
+  t.expectOne(outcomes, 0, "RANK_ABORTED", {"aborted by rank 1", "planted"});
+  t.expectOne(outcomes, 1, "CUDA_FAILED", {"planted"});
+});
+
+const CommunicatorRegistration kDiffer("nccl.gpusDiffer", 1, [](CommunicatorTrial& t) {
+  if (t.name() != "nccl") return;
+  setenv("LOCKSTEP_EMULATION_FAULT", "mixed", 1);
+  std::vector<Outcome> differ;
+  runOnGpus(
+      t, 2, ownGpu, [](GpuRank&, Rank&) {}, [&](const auto& outcomes) { differ = outcomes; });
+  unsetenv("LOCKSTEP_EMULATION_FAULT");
+  t.expectAll(differ, "CUDA_GPUS_DIFFER", {"rank 0 is on GPU 0 (emulated sm_80", "rank 1 is on GPU 1 (emulated sm_90"});
+  runOnGpus(
+      t, 2, [](int) { return 3; }, [](GpuRank&, Rank&) {},
+      [&](const auto& outcomes) {
+        t.expectAll(outcomes, "CUDA_DEVICE", {"rank 0 is on GPU 3", "rank 1"});
+      });
+});
+
+}  // namespace
+}  // namespace lockstep::contracts
