@@ -16,6 +16,7 @@ const root = dirname(dirname(fileURLToPath(import.meta.url)));
 /** The kernels that multiply matrices of bfloat16, by source file. Each instance must use tensor cores. */
 const onTensorCores = {
   'attention.cu': ['tileKernel'],
+  'attention_few.cu': ['scoreKernel', 'chainKernel'],
   'attention_backward.cu': ['queryGradientKernel', 'keyValueGradientKernel'],
   'linear.cu': ['productKernel'],
   'linear_backward.cu': ['inputKernel', 'weightKernel'],

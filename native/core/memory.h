@@ -1,4 +1,5 @@
-// Where arenas lie: in the host's memory or in a GPU's. Addresses of device memory mean nothing to host code: it copies.
+// Where arenas lie: in the host's memory or in a GPU's. Addresses of device memory mean nothing to host code: it
+// copies.
 #pragma once
 
 #include <cstddef>

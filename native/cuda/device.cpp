@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <sstream>
 
 #include "core/error.h"
 #include "cuda/backend.h"
@@ -20,17 +21,18 @@ std::string versionText(int version) {
 }
 
 std::string problemOf(cudaError_t error, const Status& s) {
-  if (s.driver == 0)
-    return "there is no NVIDIA driver here; install one of branch 580 or newer, or compute on the CPU (device: cpu)";
-  if (error == cudaErrorInsufficientDriver || s.driver < s.runtime)
-    return "the NVIDIA driver is for CUDA " + versionText(s.driver) + ", and this addon needs " +
-           versionText(s.runtime) + "; install a driver of branch 580 or newer";
-  if (error != cudaSuccess) {
-    std::string text = cudaGetErrorString(error);
-    text += "; look at what nvidia-smi says";
-    return text;
+  std::ostringstream text;
+  if (s.driver == 0) {
+    text << "there is no NVIDIA driver here; install one of branch 580 or newer, or compute on the CPU (device: cpu)";
+  } else if (error == cudaErrorInsufficientDriver || s.driver < s.runtime) {
+    text << "the NVIDIA driver is for CUDA " << versionText(s.driver) << ", and this addon needs "
+         << versionText(s.runtime) << "; install a driver of branch 580 or newer";
+  } else if (error != cudaSuccess) {
+    text << cudaGetErrorString(error) << "; look at what nvidia-smi says";
+  } else if (s.gpus.empty()) {
+    text << "the driver shows no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES";
   }
-  return s.gpus.empty() ? "the driver shows no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES" : "";
+  return text.str();
 }
 
 // Pages of a GPU; a set bit is a grain that has memory.
@@ -192,8 +194,7 @@ void requireGpu(int gpu) {
   if (!s.problem.empty()) throw Error("CUDA_UNAVAILABLE", s.problem);
   if (gpu < 0 || gpu >= static_cast<int>(s.gpus.size())) {
     throw Error("CUDA_DEVICE", "GPU " + std::to_string(gpu) + " is needed, and this machine shows " +
-                                   std::to_string(s.gpus.size()) +
-                                   " (0.." + std::to_string(s.gpus.size() - 1) +
+                                   std::to_string(s.gpus.size()) + " (0.." + std::to_string(s.gpus.size() - 1) +
                                    "); use fewer ranks (parallel), or look at CUDA_VISIBLE_DEVICES");
   }
   const Gpu& g = s.gpus[static_cast<size_t>(gpu)];

@@ -25,8 +25,9 @@ void check(cudaError_t error, const char* what) {
   const std::string text = std::string(what) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorMemoryAllocation)
     throw Error("CUDA_OUT_OF_MEMORY", text + "; lower memory.device, or end what else uses this GPU (nvidia-smi)");
-  throw Error("CUDA_FAILED", text + "; the GPU can not be used by this process any more: run again, with --resume to go "
-                                    "on from the last checkpoint, and look at the kernel log if it comes back");
+  throw Error("CUDA_FAILED", text +
+                                 "; the GPU can not be used by this process any more: run again, with --resume to go "
+                                 "on from the last checkpoint, and look at the kernel log if it comes back");
 }
 
 Queue::Queue(int gpu, int threads, size_t hostScratchBytes) : lockstep::Queue(threads, hostScratchBytes), gpu_(gpu) {
@@ -63,8 +64,7 @@ void Queue::copyRows(void* to, size_t toStride, const void* from, size_t fromStr
   cudaStream_t const stream = this->stream();
   const auto count = static_cast<size_t>(rows);
   check(count == 1 ? cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream)
-                   : cudaMemcpy2DAsync(to, toStride, from, fromStride, bytes, count, cudaMemcpyDeviceToDevice,
-                                     stream),
+                   : cudaMemcpy2DAsync(to, toStride, from, fromStride, bytes, count, cudaMemcpyDeviceToDevice, stream),
         "copying");
 }
 

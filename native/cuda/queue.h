@@ -29,9 +29,9 @@ class Queue final : public lockstep::Queue {
   void toHost(void* to, const void* from, size_t bytes) override;
   void fromHost(void* to, const void* from, size_t bytes) override;
   void synchronize() override;
-  // The first run is made as it comes, the second is recorded into a CUDA graph, of later ones only the arrays that they
-  // stage are renewed. A run that takes other steps than the one recorded, or that waits for the device, is made as it
-  // comes.
+  // The first run is made as it comes, the second is recorded into a CUDA graph, of later ones only the arrays that
+  // they stage are renewed. A run that takes other steps than the one recorded, or that waits for the device, is made
+  // as it comes.
   void repeat(const std::string& key, const std::function<void()>& work) override;
   void forget() override;
 

@@ -15,7 +15,8 @@
 //                    ((l, l+8), (l, l+4), (l, l+2), (l, l+1)).
 //   tree over parts  balanced binary tree in float32: neighbours (0,1), (2,3), ..., then their sums, ...
 //   operand          a matrix in the compute dtype, rounded once, where it is produced (core/view.h).
-//   where it lies    Tensors (views, operands, weights, gradients, vectors, tables, pages, staging) are in the memory of
+//   where it lies    Tensors (views, operands, weights, gradients, vectors, tables, pages, staging) are in the memory
+//   of
 //                    the device. What counts or answers per row is in the host's: tokens, positions, targets, the
 //                    arrays of Sequences, LogSoftmax, SoftmaxStatistics, dLogprobs, dEntropies, Sampling and what is
 //                    sampled. On a CPU both are one.
@@ -47,8 +48,8 @@ enum class Activation : uint8_t { kSwiGlu, kGeluTanh };
 
 // Packed sequences of one call. Rows of sequence b are rowBegin[b] .. rowBegin[b] + length[b] - 1 and stand at absolute
 // positions offset[b] .. offset[b] + length[b] - 1; sequences ascend by row. In training every sequence starts at an
-// multiple of Kernels::rowGrain and offset is 0; the padding rows between sequences belong to none and are zero in every operand (operations
-// that are given the sequences write those zeros).
+// multiple of Kernels::rowGrain and offset is 0; the padding rows between sequences belong to none and are zero in
+// every operand (operations that are given the sequences write those zeros).
 struct Sequences {
   int64_t count = 0;
   const int32_t* rowBegin = nullptr;  // [B]
@@ -97,7 +98,9 @@ struct QkvLayout {
   constexpr int64_t keyValueHeadsOf(int64_t p) const {
     return attention.keyValueHeads >= attention.parts ? attention.keyValueHeads / attention.parts : owns(p) ? 1 : 0;
   }
-  constexpr int64_t partColumns(int64_t p) const { return (headsPerPart() + 2 * keyValueHeadsOf(p)) * attention.headWidth; }
+  constexpr int64_t partColumns(int64_t p) const {
+    return (headsPerPart() + 2 * keyValueHeadsOf(p)) * attention.headWidth;
+  }
   constexpr int64_t partBegin(int64_t p) const {
     int64_t begin = 0;
     for (int64_t i = 0; i < p; ++i) begin += partColumns(i);

@@ -37,7 +37,9 @@ struct Part {
     return left >= kPanel ? kPanel : roundUp(left, kPanelGrain);
   }
   constexpr int64_t panelOffset(int64_t panel) const { return offset + panel * kPanel * inPadded(); }
-  constexpr int64_t elements() const { return out == 0 ? 0 : ((panels() - 1) * kPanel + panelWidth(panels() - 1)) * inPadded(); }
+  constexpr int64_t elements() const {
+    return out == 0 ? 0 : ((panels() - 1) * kPanel + panelWidth(panels() - 1)) * inPadded();
+  }
 };
 
 struct WeightLayout {

@@ -121,7 +121,7 @@ void GradientBuckets::reduce(size_t lowest) {
     tickets_[bucket] = background.submit([=](auto& group) { group.allReduce(base, base, count, site); });
   } else {
     tickets_[bucket] = background.submit([=, shares = std::move(shares), keeping = std::move(keeping),
-                                           &memory = parameters_.gradients().memory()](auto& group) {
+                                          &memory = parameters_.gradients().memory()](auto& group) {
       group.reduceScatterPieces(base, count, shares, site);
       for (const Keeping& piece : keeping) memory.copy(piece.to, piece.from, piece.bytes);
     });

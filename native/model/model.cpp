@@ -111,9 +111,8 @@ void Model::runForward(const ForwardCall& call) {
   enter(call.workspaceBytes, !call.keep || call.keep->first);
   std::vector<Pass> passes;
   for (const ForwardPass& pass : call.passes) {
-    Batch batch =
-        Batch::whole(pass.tokens.data(), pass.lengths.data(), static_cast<int64_t>(pass.lengths.size()),
-                     device_.kernels.rowGrain);
+    Batch batch = Batch::whole(pass.tokens.data(), pass.lengths.data(), static_cast<int64_t>(pass.lengths.size()),
+                               device_.kernels.rowGrain);
     const int64_t pages = batch.pageCount;
     passes.push_back({.workspace = Workspace(device_.workspace, pass.plan),
                       .batch = std::move(batch),

@@ -45,9 +45,9 @@ struct StepOptions {
 
 class Parameters {
  public:
-  // Keeps references; the arenas lie in `memory` and count in `space`. `weights`: the arena in which the compute weights lie, shared with
-  // whoever else uses it; null: one of its own. Throws Error("MEMORY_PLAN") when a tensor does not fit where the plan
-  // puts it.
+  // Keeps references; the arenas lie in `memory` and count in `space`. `weights`: the arena in which the compute
+  // weights lie, shared with whoever else uses it; null: one of its own. Throws Error("MEMORY_PLAN") when a tensor does
+  // not fit where the plan puts it.
   Parameters(const Spec& spec, const Parallel& parallel, const kernels::Kernels& kernels, Queue& queue, Memory& memory,
              MemorySpace& space, std::shared_ptr<Arena> weights = nullptr);
 

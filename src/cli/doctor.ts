@@ -108,7 +108,8 @@ const version = (cuda: number): string => `${Math.floor(cuda / 1000)}.${Math.flo
 
 function describeGpu(gpu: CudaStatus | null): string[] {
   if (gpu === null) return ['gpu           unknown: the addon is not loaded'];
-  const cuda = gpu.build === 'none' ? 'not built' : `${version(gpu.runtime)}${gpu.build === 'emulated' ? ', emulated' : ''}`;
+  const cuda =
+    gpu.build === 'none' ? 'not built' : `${version(gpu.runtime)}${gpu.build === 'emulated' ? ', emulated' : ''}`;
   return [
     `cuda          ${cuda}${gpu.driver > 0 ? `; the driver is for ${version(gpu.driver)}` : ''}`,
     ...gpu.gpus.map(
@@ -119,7 +120,17 @@ function describeGpu(gpu: CudaStatus | null): string[] {
   ];
 }
 
-function describe({ version, node, platform, cpu, memory, native, instructionSet, gpu, problems }: Diagnosis): string[] {
+function describe({
+  version,
+  node,
+  platform,
+  cpu,
+  memory,
+  native,
+  instructionSet,
+  gpu,
+  problems,
+}: Diagnosis): string[] {
   const usable = Object.entries(instructionSet.usable).map(([name, state]) => `  ${name.padEnd(12)} ${state}`);
   const request = instructionSet.requested ? ` (LOCKSTEP_ISA=${instructionSet.requested})` : '';
   return [

@@ -34,8 +34,8 @@ describe('generate', () => {
     ['a lost GPU', { LOCKSTEP_EMULATION_FAULT: 'lost' }, [], /fallen off the bus.*--resume/s],
     ['no memory', { LOCKSTEP_EMULATION_MEMORY: '1000' }, [], /refused .* bytes.*memory\.device/],
     ['more ranks than GPUs', { LOCKSTEP_EMULATION_DEVICES: '1' }, ['--tensor', '2'], /GPU 1 is needed.*shows 1/],
-    ['no NCCL', { LOCKSTEP_EMULATION_FAULT: 'no-nccl' }, ['--tensor', '2'], /NCCL/],
-    ['different GPUs', { LOCKSTEP_EMULATION_FAULT: 'mixed' }, ['--tensor', '2'], /GPU 0.*GPU 1/s],
+    ['no NCCL', { LOCKSTEP_EMULATION_FAULT: 'no-nccl' }, ['--pipeline', '2'], /NCCL/],
+    ['different GPUs', { LOCKSTEP_EMULATION_FAULT: 'mixed' }, ['--pipeline', '2'], /GPU 0.*GPU 1/s],
   ] as const)('with %s says so and what to do', async (_, environment, flags, message) => {
     const { code, stderr } = await lockstep(generate(...flags), environment);
     expect(stderr).toMatch(message);

@@ -6,8 +6,8 @@ import './device.js';
 import { describe, expect, test } from 'vitest';
 import { packBatch } from '../../src/data/batch.js';
 import type { Dtype } from '../../src/engine/engine.js';
-import type { NativeEngine } from '../../src/engine/native-engine.js';
 import type { Processor } from '../../src/engine/native.js';
+import type { NativeEngine } from '../../src/engine/native-engine.js';
 import { slow } from '../conditions.js';
 import {
   dtypes,

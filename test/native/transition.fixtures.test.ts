@@ -118,7 +118,11 @@ describe('the general plan, by the same executor', () => {
       const arena = filledArena(source[rank]!);
       const memory = new Memory({ name: 'source', bytes: arena.length, device: devices[rank]!.native });
       memory.write(0, arena);
-      const target = new Memory({ name: 'destination', bytes: destination[rank]!.arenaBytes, device: devices[rank]!.native });
+      const target = new Memory({
+        name: 'destination',
+        bytes: destination[rank]!.arenaBytes,
+        device: devices[rank]!.native,
+      });
       const options = { ...nativeSlices(plan, ranks), source: memory, destination: target, group: { world, rank } };
       transfers.push(new Transfer(devicesFor(4)[rank]!.native, options));
       return target;

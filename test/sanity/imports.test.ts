@@ -173,7 +173,7 @@ const layers: Readonly<Record<string, readonly string[]>> = {
   comm: ['core/', 'cuda/'],
   transfer: ['comm/communicator.h', 'core/'],
   model: ['kernels/', 'comm/background.h', 'comm/communicator.h', 'core/'],
-  binding: ['model/', 'kernels/', 'transfer/', 'comm/', 'core/'],
+  binding: ['model/', 'kernels/', 'transfer/', 'comm/', 'cuda/backend.h', 'core/'],
 };
 
 const native = join(root, 'native');

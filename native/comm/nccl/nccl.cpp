@@ -169,7 +169,7 @@ class NcclCommunicator final : public Communicator {
     Place mine = Place::kNone;
     for (const Piece& piece : pieces) {
       const Place at = placeOf(call, piece.bytes, {piece.data});
-      if (at != Place::kNone && mine != Place::kNone && at != mine) refuseMixed(call);
+      if (at != Place::kNone && mine != Place::kNone && at != mine) refuse(call, kMixed);
       mine = std::max(mine, at);
     }
     const auto [place, records] = meet(call, mine, pieces.size());
@@ -280,8 +280,7 @@ class NcclCommunicator final : public Communicator {
     return std::make_unique<NcclCommunicator>(std::move(part), gpu_, settle_);
   }
 
-  // The control takes every message from one rank to the other, those on GPUs without their bytes: once it has, all of
-  // them have both their ends in a call.
+  // The control takes every message from one rank to the other, those on GPUs without their bytes.
   void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
                    std::string_view site) override {
     const Call call{.operation = outgoing.empty() ? Operation::kReceive : Operation::kSend, .site = site};
@@ -309,10 +308,18 @@ class NcclCommunicator final : public Communicator {
     };
     for (Outgoing& m : sent) part(m, sentGpu, rank(), m.to, sent_[static_cast<size_t>(m.to)]);
     for (Incoming& m : received) part(m, receivedGpu, m.from, rank(), received_[static_cast<size_t>(m.from)]);
-    onHost([&] {
-      control(&Inside::runExchange, std::span<const Outgoing>(sent), std::span<const Incoming>(received), site);
+    const auto agree = [&] {
+      onHost([&] {
+        control(&Inside::runExchange, std::span<const Outgoing>(sent), std::span<const Incoming>(received), site);
+      });
+    };
+    if (!anyOnGpu) return agree();
+    // The bytes are on their way before the control has all messages: those of one exchange do not wait for each other,
+    // as when a stage sends its last activations and waits for the first gradients.
+    onGpu(call, [&] {
+      moveMessages(sentGpu, receivedGpu);
+      agree();
     });
-    if (anyOnGpu) onGpu(call, [&] { moveMessages(sentGpu, receivedGpu); });
   }
 
  private:
@@ -383,10 +390,6 @@ class NcclCommunicator final : public Communicator {
     }
   }
 
-  [[noreturn]] void refuseMixed(const Call& call) {
-    refuse(call, "its buffers lie in part on the host, in part on the GPU");
-  }
-
   Place placeOf(const Call& call, int64_t count, std::initializer_list<const void*> buffers) {
     if (count == 0) return Place::kNone;
     Place place = Place::kNone;
@@ -396,11 +399,13 @@ class NcclCommunicator final : public Communicator {
       if (!known) cudaGetLastError();
       const bool onGpu = known && (attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged);
       const Place at = onGpu ? Place::kGpu : Place::kHost;
-      if (place != Place::kNone && at != place) refuseMixed(call);
+      if (place != Place::kNone && at != place) refuse(call, kMixed);
       place = at;
     }
     return place;
   }
+
+  static constexpr const char* kMixed = "its buffers lie in part on the host, in part on the GPU";
 
   void settle() {
     control_->progress();

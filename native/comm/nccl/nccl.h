@@ -26,7 +26,7 @@ NcclStatus ncclStatus();
 // one needs no NCCL.
 //
 // Beyond the contract (comm/communicator.h): buffers of one collective lie all on the host or all on the ranks' GPUs,
-// else COLLECTIVE_ARGUMENT; so do both ends of a message. Messages on GPUs of one exchange() end together.
+// else COLLECTIVE_ARGUMENT; so do both ends of a message.
 //
 // Throws Error: NCCL_UNAVAILABLE, NCCL_VERSION, NCCL_FAILED; CUDA_GPUS_DIFFER for ranks on different kinds of GPU,
 // CUDA_DEVICE for two ranks on one; what Queue (cuda/queue.h) throws.

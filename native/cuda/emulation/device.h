@@ -88,11 +88,12 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsig
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Throws Error("CUDA_FAILED").
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... arguments) {
-  if (!lockstep::cuda::admit({reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z},
-                              uint64_t{block.x} * block.y * block.z, shared_bytes}))
+  if (!lockstep::cuda::admit({reinterpret_cast<const void*>(kernel),
+                              {grid.x, grid.y, grid.z},
+                              uint64_t{block.x} * block.y * block.z,
+                              shared_bytes}))
     return;
-  const cudaError_t error = emulated::enqueue(stream, [=] {
-    emulated::run_grid(grid, block, shared_bytes, [=] { kernel(static_cast<P>(arguments)...); });
-  });
+  const cudaError_t error = emulated::enqueue(
+      stream, [=] { emulated::run_grid(grid, block, shared_bytes, [=] { kernel(static_cast<P>(arguments)...); }); });
   if (error != cudaSuccess) throw lockstep::Error("CUDA_FAILED", cudaGetErrorString(error));
 }

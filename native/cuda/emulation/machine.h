@@ -350,7 +350,8 @@ inline int __any_sync(unsigned mask, int predicate, CALL_SITE) {
   return __ballot_sync(mask, predicate, where) != 0;
 }
 inline void __syncwarp(unsigned mask = ~0u, CALL_SITE) {
-  emulated::meet(mask, mask, [](auto&) {}, "__syncwarp", where);
+  emulated::meet(
+      mask, mask, [](auto&) {}, "__syncwarp", where);
 }
 inline void __syncthreads(CALL_SITE) {
   using namespace emulated;
@@ -366,8 +367,7 @@ inline void __syncthreads(CALL_SITE) {
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const std::uint64_t both = std::uint64_t{y} << 32 | x;
   unsigned result = 0;
-  for (int i = 0; i < 4; i++)
-    result |= static_cast<unsigned>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  for (int i = 0; i < 4; i++) result |= static_cast<unsigned>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
 inline int __popc(unsigned x) {

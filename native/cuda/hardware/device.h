@@ -42,8 +42,10 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned 
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... arguments) {
-  if (!lockstep::cuda::admit({reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z},
-                              uint64_t{block.x} * block.y * block.z, shared_bytes}))
+  if (!lockstep::cuda::admit({reinterpret_cast<const void*>(kernel),
+                              {grid.x, grid.y, grid.z},
+                              uint64_t{block.x} * block.y * block.z,
+                              shared_bytes}))
     return;
   if (shared_bytes > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

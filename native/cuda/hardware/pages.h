@@ -50,9 +50,9 @@ inline CUmemAllocationProp onDevice(int device) {
   return properties;
 }
 inline cudaError_t result(CUresult error) {
-  return error == CUDA_SUCCESS                ? cudaSuccess
+  return error == CUDA_SUCCESS               ? cudaSuccess
          : error == CUDA_ERROR_OUT_OF_MEMORY ? cudaErrorMemoryAllocation
-                                              : cudaErrorUnknown;
+                                             : cudaErrorUnknown;
 }
 
 inline cudaError_t grain(int device, size_t* bytes) {

@@ -13,74 +13,16 @@
 // a product takes the even columns of 16, the next the odd ones, and both cost one load of two words.
 //
 // float32, and heads wider than 128, take plain kernels that give a thread whole chains: they are for tests.
+#include "kernels/cuda/attention_backward.h"
+
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cuda/cuda.h"
-
 namespace lockstep::kernels::cuda {
 
+using namespace attending_backward;
+
 namespace {
-
-constexpr int kThreads = 128, kTile = kPagePositions;
-constexpr int kWarpRows = 16, kStageRows = 32;  // of a tile; queries that the key pass holds at once
-constexpr int kWidest = 128;
-constexpr int kPlainRows = 16;
-constexpr int kNoWindow = 1 << 30;
-
-struct Tile {
-  int32_t rowBegin, length;  // of the sequence
-  int32_t begin;             // first position of the tile
-  int32_t pages;             // where the sequence's pages begin in the table
-};
-
-struct Call {
-  AttentionShape shape;
-  int window;  // kNoWindow: none
-  Operand q, out, dOut;
-  KvPages kv;
-  View<const float> logSumExp;
-  View<float> dqkv;
-  const int32_t *pages, *columns;  // of dqkv: where its H query, G key and G value heads begin
-  float* delta;                    // [H, T]
-  // [sharers, T, 2, G, K]: dk and dv of each part that shares a key/value head; null when no two parts do.
-  float* partial;
-
-  __device__ int width() const { return static_cast<int>(shape.headWidth); }
-  __device__ int heads() const { return static_cast<int>(shape.heads); }
-  __device__ int keyValueHeads() const { return static_cast<int>(shape.keyValueHeads); }
-  __device__ int sharers() const { return partial == nullptr ? 1 : static_cast<int>(shape.parts) / keyValueHeads(); }
-  __device__ int keyValueHeadOf(int h) const { return h / (heads() / keyValueHeads()); }
-  // First key that the query at position i sees; may be negative.
-  __device__ int firstKey(int i) const { return i - window + 1; }
-  __device__ int queryColumn(int h) const { return columns[h]; }
-  __device__ int keyValueColumn(int g, bool isValue) const {
-    return columns[heads() + (isValue ? keyValueHeads() : 0) + g];
-  }
-  // How many queries, from the one at its own position on, see key j.
-  __device__ int queriesOf(int j, int length) const {
-    const int left = length > j ? length - j : 0;
-    return window < left ? window : left;
-  }
-  // Where dk, or dv, of key/value head g and one sharer is written: data + row * stride.
-  __device__ View<float> keyValueGradient(int g, int sharer, bool isValue) const {
-    const int64_t columns = 2 * shape.keyValueHeads * shape.headWidth;
-    if (partial == nullptr) {
-      return {dqkv.data + keyValueColumn(g, isValue), dqkv.rows, width(), dqkv.stride};
-    }
-    const int64_t column = ((isValue ? keyValueHeads() : 0) + g) * shape.headWidth;
-    return {partial + sharer * dqkv.rows * columns + column, dqkv.rows, width(), columns};
-  }
-};
-
-// p and dS of one pair, given its score q k and dP.
-struct Gradient {
-  float p, dS;
-};
-__device__ inline Gradient gradientOf(float scale, float score, float logSumExp, float dP, float delta, bool visible) {
-  const float p = exp(scale * score - logSumExp), dS = p * (dP - delta) * scale;
-  return {visible ? p : 0.0f, visible ? dS : 0.0f};
-}
 
 // --- around both passes ----------------------------------------------------------------------------------------------
 
@@ -209,7 +151,8 @@ __device__ inline void storeQuad(float* row, int i, int width, float a, float b,
 // dq of a tile of queries and one head. kAligned: rows of q, dOut and dqkv, and their heads, begin at multiples of 16
 // bytes.
 template <int kWidth, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocks<kWidth>) queryGradientKernel(Call call, const Tile* tiles) {
+__global__ void __launch_bounds__(kThreads, kAligned ? kBlocks<kWidth> : 2)
+    queryGradientKernel(Call call, const Tile* tiles) {
   constexpr int kSteps = kWidth / 16, kHalf = kTile / 2;  // keys are taken 32 at a time
   using Page = PageTile<kWidth>;
   unsigned* const memory = shared_memory<unsigned>();  // two pages
@@ -663,8 +606,8 @@ template <bool kAligned>
 void launchOnTensorCores(cudaStream_t stream, const Call& call, const Blocks& blocks) {
   const int64_t width = call.shape.headWidth;
   const auto launchWidth = width <= 64   ? launchOnTensorCores<64, kAligned>
-                           : width <= 96 ? launchOnTensorCores<96, kAligned>
-                                         : launchOnTensorCores<kWidest, kAligned>;
+                           : width <= 96 ? launchOnTensorCores<kWidestUnaligned, kAligned>
+                                         : launchOnTensorCores<kWidest, true>;
   launchWidth(stream, call, blocks);
 }
 
@@ -711,10 +654,13 @@ void attentionBackward(Queue& queue, const QkvLayout& layout, Operand q, const K
   const Blocks blocks{staged, staged + count, blocksFor(count * shape.heads, 1),
                       blocksFor(count * shape.keyValueHeads * sharers, 1)};
   launch(deltaKernel, blocksFor(rows * shape.heads, kThreads / 16), kThreads, 0, stream, call);
-  if (q.dtype == DType::kFloat32 || shape.headWidth > kWidest) {
+  const bool aligned = isAligned(q.data, q.stride, shape.headWidth, 2) &&
+                       isAligned(dOut.data, dOut.stride, shape.headWidth, 2) &&
+                       isAligned(dqkv.data, dqkv.stride, shape.headWidth, 4);
+  // Wide heads leave no registers for what unaligned rows take.
+  if (q.dtype == DType::kFloat32 || shape.headWidth > (aligned ? kWidest : kWidestUnaligned)) {
     launchPlain(stream, call, blocks);
-  } else if (isAligned(q.data, q.stride, shape.headWidth, 2) && isAligned(dOut.data, dOut.stride, shape.headWidth, 2) &&
-             isAligned(dqkv.data, dqkv.stride, shape.headWidth, 4)) {
+  } else if (aligned) {
     launchOnTensorCores<true>(stream, call, blocks);
   } else {
     launchOnTensorCores<false>(stream, call, blocks);

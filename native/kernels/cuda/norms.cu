@@ -1,6 +1,6 @@
-// RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016), forward and backward. A block takes a row: all its
-// threads bring it to shared memory, 16 of them sum it in the order of the lanes sum. Gains' gradients are one chain per
-// column, a thread each.
+// RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016), forward and backward. A block takes a row: all
+// its threads bring it to shared memory, 16 of them sum it in the order of the lanes sum. Gains' gradients are one
+// chain per column, a thread each.
 #include "kernels/cuda/cuda.h"
 
 namespace lockstep::kernels::cuda {
@@ -85,8 +85,8 @@ __global__ void layerNormBackwardKernel(View<const float> x, const float* gain, 
   const float mu = mean[t], r = inverseStd[t];
   const auto scaled = [&](int64_t i) { return dOut[i] * gain[i]; };
   const float sum = sumOfRow(row, total, width, scaled, [](float acc, float g, int64_t) { return acc + g; });
-  const float dot = sumOfRow(row, total, width, scaled,
-                             [&](float acc, float g, int64_t i) { return fma(g, (in[i] - mu) * r, acc); });
+  const float dot =
+      sumOfRow(row, total, width, scaled, [&](float acc, float g, int64_t i) { return fma(g, (in[i] - mu) * r, acc); });
   const float a = sum / static_cast<float>(width), b = dot / static_cast<float>(width);
   for (int64_t i = threadIdx.x; i < width; i += kThreads) {
     const float normed = (in[i] - mu) * r;
@@ -136,8 +136,8 @@ void layerNorm(Queue& queue, View<const float> x, const float* gain, const float
          y, mean, inverseStd);
 }
 
-void layerNormBackward(Queue& queue, View<const float> x, const float* gain, const float* mean,
-                       const float* inverseStd, View<const float> dy, View<float> dx, float* dGain, float* dBias) {
+void layerNormBackward(Queue& queue, View<const float> x, const float* gain, const float* mean, const float* inverseStd,
+                       View<const float> dy, View<float> dx, float* dGain, float* dBias) {
   if (x.rows == 0) return;
   cudaStream_t const stream = onGpu(queue).stream();
   launch(layerNormBackwardKernel, blocksFor(x.rows, 1), kThreads, rowBytes(x.cols), stream, x, gain, mean, inverseStd,

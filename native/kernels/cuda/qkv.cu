@@ -16,8 +16,7 @@ namespace {
 
 constexpr int kThreads = 128, kLanes = 16, kRowsAtOnce = kThreads / kLanes, kTileRows = 16;
 
-// --- a head of a row
-// ---------------------------------------------------------------------------------------------------
+// --- a head of a row ------------------------------------------------------------------------------------------------
 
 // Cosines and sines of one position, [K / 2] each; null: no rotation.
 struct Angles {
@@ -61,8 +60,7 @@ __device__ unsigned pairOf(float even, float odd) {
   return toBFloat16(even).bits | static_cast<unsigned>(toBFloat16(odd).bits) << 16;
 }
 
-// --- forward
-// -----------------------------------------------------------------------------------------------------------
+// --- forward --------------------------------------------------------------------------------------------------------
 
 // `count` rows from `row` on: of one sequence, from `position` on, in one block of 16 positions of `page`; or, with
 // page < 0, of no sequence.
@@ -201,8 +199,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- backward
-// ----------------------------------------------------------------------------------------------------------
+// --- backward -------------------------------------------------------------------------------------------------------
 
 // dqkvOut; and, where there is a norm, 1 / RMS of every head to inverseRms [T, H + G]. blockIdx.y as above.
 template <class Element>
@@ -267,13 +264,16 @@ __global__ void __launch_bounds__(kGainThreads)
   const int64_t steps = dqkv.rows * heads;
 
   float dy[kGainEach], xr[kGainEach];
-  bool step[kGainEach];
+  unsigned isRow = 0;  // a bit for each
   const auto prepare = [&](int64_t begin) {
+    isRow = 0;
+#pragma unroll
     for (int n = 0; n < kGainEach; ++n) {
       const int64_t index = begin + n * kGainRows + group;
       const int64_t t = index / heads;
-      step[n] = index < steps && positions[t] >= 0;
-      if (!step[n] || i >= width) continue;
+      const bool counts = index < steps && positions[t] >= 0;
+      if (counts) isRow |= 1u << n;
+      if (!counts || i >= width) continue;
       const int head = static_cast<int>(index - t * heads);
       const float* in = dqkv.row(t) + (isQuery ? layout.queryColumn(head) : layout.keyColumn(head));
       dy[n] = rotated<true>(Angles::at(rope, positions[t], width), i, [&](int k) { return in[k]; });
@@ -285,16 +285,18 @@ __global__ void __launch_bounds__(kGainThreads)
   float sum = threadIdx.x < kGainColumns && i < width ? dGain[i] : 0.0f;
   int buffer = 0;
   for (int64_t begin = 0; begin < steps; begin += kGainSteps, buffer ^= 1) {
+#pragma unroll
     for (int n = 0; n < kGainEach; ++n) {
       const int s = n * kGainRows + group;
       dys[buffer][s][lane] = dy[n];
       xrs[buffer][s][lane] = xr[n];
-      if (lane == 0) present[buffer][s] = step[n];
+      if (lane == 0) present[buffer][s] = (isRow >> n & 1) != 0;
     }
     // One barrier per tile is enough: the buffer written next was read before it.
     __syncthreads();
     prepare(begin + kGainSteps);
     if (threadIdx.x < kGainColumns) {
+#pragma unroll 16
       for (int s = 0; s < kGainSteps; ++s) {
         const float next = fma(dys[buffer][s][lane], xrs[buffer][s][lane], sum);
         sum = present[buffer][s] ? next : sum;

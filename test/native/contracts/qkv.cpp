@@ -111,7 +111,8 @@ void checkPrepareBackward(Trial& t) {
 double objective(Trial& t, QkvProblem& x, const Matrix& weights) {
   const Matrix q = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns()),
                saved = t.matrix(x.p.dtype, x.p.rows, x.savedColumns());
-  x.prepare(t.implementation(), t.referenceQueue(), x.qkv, x.p.batch.sequences(), q, saved);
+  x.prepare(t.implementation(), t.implementationQueue(), x.qkv, x.p.batch.sequences(), q, saved);
+  t.implementationQueue().synchronize();
   const kernels::QkvLayout& layout = x.p.layout;
   const int64_t width = x.p.shape().headWidth;
   double sum = 0;
@@ -143,8 +144,10 @@ void checkDerivative(Trial& t) {
   const GainGradients gains{t.floats(width, 0), t.floats(width, 0)}, step{t.floats(width), t.floats(width)};
   std::memset(gains.query.as<char>(), 0, gains.query.bytes());
   std::memset(gains.key.as<char>(), 0, gains.key.bytes());
-  x.prepare(t.implementation(), t.referenceQueue(), x.qkv, x.p.batch.sequences(), q, saved);
-  backward(t.implementation(), t.referenceQueue(), x, weights, saved, x.positions(t), gradient, gains);
+  x.prepare(t.implementation(), t.implementationQueue(), x.qkv, x.p.batch.sequences(), q, saved);
+  t.implementationQueue().synchronize();
+  backward(t.implementation(), t.implementationQueue(), x, weights, saved, x.positions(t), gradient, gains);
+  t.implementationQueue().synchronize();
 
   double expected = 0, size = 0;
   const auto add = [&](float d, float g) {

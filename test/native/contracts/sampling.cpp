@@ -126,7 +126,8 @@ const Registration kDistribution("sample.distribution", DType::kFloat32, 8, [](T
   std::vector<int32_t> tokens(draws);
   Buffer logprobs(draws * 4);
   const View<const float> repeated{logits.as<float>(), draws, vocabulary, 0};
-  t.implementation().sample(t.implementationQueue(), repeated, layout, settings.data(), tokens.data(), logprobs.as<float>());
+  t.implementation().sample(t.implementationQueue(), repeated, layout, settings.data(), tokens.data(),
+                            logprobs.as<float>());
   const std::vector<double> p = wanted(logits.as<float>(), vocabulary, s);
   std::vector<double> seen(vocabulary, 0);
   for (const int32_t token : tokens) ++seen[token];
