@@ -314,8 +314,8 @@ class NcclCommunicator final : public Communicator {
       });
     };
     if (!anyOnGpu) return agree();
-    // The bytes are on their way before the control has all messages: those of one exchange do not wait for each other,
-    // as when a stage sends its last activations and waits for the first gradients.
+    // First the bytes: messages of one exchange must not wait for each other, as a stage's last activations and the
+    // gradients that it waits for.
     onGpu(call, [&] {
       moveMessages(sentGpu, receivedGpu);
       agree();
@@ -496,9 +496,9 @@ class NcclCommunicator final : public Communicator {
         check(error, describe(call).c_str());
         if (now - began > kPatienceNanoseconds) {
           throw Error("NCCL_FAILED", "group '" + name() + "': " + describe(call) +
-                                         ": all ranks have called, and NCCL " + "has not moved their bytes for " +
-                                         std::to_string(kPatienceNanoseconds / kSecond) + " s; run again with " +
-                                         "NCCL_DEBUG=INFO in the environment to see more");
+                                         ": NCCL has not moved the bytes for " +
+                                         std::to_string(kPatienceNanoseconds / kSecond) +
+                                         " s; run again with NCCL_DEBUG=INFO in the environment to see more");
         }
       }
       if (now < spinUntil) continue;
