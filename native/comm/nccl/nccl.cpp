@@ -28,12 +28,10 @@ constexpr int64_t kMicrosecond = 1'000, kMillisecond = 1'000 * kMicrosecond, kSe
 constexpr int64_t kSpinNanoseconds = 200 * kMicrosecond;
 // A long wait looks this often whether NCCL and the world are well.
 constexpr int64_t kLookNanoseconds = 2 * kMillisecond;
-// Once all ranks have met, NCCL takes no longer than this.
-constexpr int64_t kPatienceNanoseconds = 1800 * kSecond;
+constexpr int64_t kPatienceNanoseconds = 1800 * kSecond;  // NCCL takes no longer once all ranks have met
 // Floats of each rank that wait to be summed at a time, and what is laid beside each other begins at such multiples.
 constexpr int64_t kChunk = int64_t{1} << 20, kAligned = 64;
-// An all-reduce of so few floats sends all to all: one step where slices take two.
-constexpr int64_t kSmall = 2048;
+constexpr int64_t kSmall = 2048;  // an all-reduce of so few floats sends all to all: one step where slices take two
 // Calls of one NCCL group, and groups on a stream that nobody has waited for.
 constexpr int64_t kGroupCalls = 256, kGroups = 16;
 

@@ -196,7 +196,12 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return emulated::finish(stream ? *stream : emulated::default_stream, ~0ull);
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return emulated::run_until(stream ? *stream : emulated::default_stream, ~0ull);
+  std::lock_guard lock(emulated::machine.mutex);
+  const cudaError_t error = emulated::run_until(stream ? *stream : emulated::default_stream, ~0ull);
+  if (error != cudaErrorNotReady) return error;
+  // Streams of a GPU go on by themselves, whoever asks: what this one waits for may be on another.
+  for (auto* other : emulated::streams) emulated::run_until(*other, ~0ull);
+  return error;
 }
 // Of all devices, and all that does not wait for other ranks.
 inline cudaError_t cudaDeviceSynchronize() {
