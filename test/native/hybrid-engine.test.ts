@@ -41,7 +41,7 @@ const engines: TransitionEngine[] = ['ds-chat', 'hybridflow-v', 'hybridflow'];
 
 const devices: Device[] = [];
 const devicesFor = (count: number): Device[] => {
-  while (devices.length < count) devices.push(createDevice({ threads: 1 }));
+  while (devices.length < count) devices.push(createDevice({ threads: 1, gpu: devices.length }));
   return devices.slice(0, count);
 };
 afterAll(async () => {
@@ -237,7 +237,7 @@ const long = { ...sampling, maxNewTokens: 300 };
 
 async function withQuick(run: (engine: ParallelEngine, one: NativeEngine) => Promise<void>): Promise<void> {
   const one = await quick.open({ device: createDevice({ threads: 1 }), dtype: 'float32', parts: 8 });
-  const used = Array.from({ length: 4 }, () => createDevice({ threads: 1 }));
+  const used = Array.from({ length: 4 }, (_, gpu) => createDevice({ threads: 1, gpu }));
   const engine = await ParallelEngine.create({
     ...{ shape: one.shape, dtype: one.dtype, parts: 8, devices: used, timeoutSeconds: 20 },
     ...{ degrees: { pipeline: 2, tensor: 2 }, generation: { pipeline: 1, tensor: 1 } },
@@ -365,7 +365,7 @@ describe('a parallel engine with a generation layout', () => {
     const { shape } = quick;
     const setup = { shape, dtype: 'float32', parts: 8, degrees: { pipeline: 2, tensor: 2 } } as const;
     const budget = 24 << 20;
-    const used = Array.from({ length: 4 }, () => createDevice({ threads: 1, memoryBytes: budget }));
+    const used = Array.from({ length: 4 }, (_, gpu) => createDevice({ threads: 1, gpu, memoryBytes: budget }));
     const engine = await ParallelEngine.create({ ...setup, devices: used, generation: { pipeline: 1, tensor: 1 } });
     try {
       // The longest batch that still fits beside the training shards.
