@@ -101,7 +101,8 @@ void Queue::release(Region& region) {
 void Queue::nextRegion(size_t bytes) {
   region_ ^= 1;
   synchronize();
-  std::erase_if(staged_, [&](const Staged& s) { return s.region == region_; });
+  staged_
+      .clear();  // an array that is asked for again moves along: the region that it lies in is the next to be renewed
   Region& region = regions_[region_];
   region.end = 0;
   if (bytes <= region.bytes) return;
@@ -117,7 +118,7 @@ const void* Queue::stageBytes(const void* host, size_t bytes) {
   if (repeating_ != nullptr) return stageRepeated(host, bytes);
   for (size_t i = staged_.size(); i-- > 0;) {
     const Staged& s = staged_[i];
-    const Region& region = regions_[s.region];
+    const Region& region = regions_[region_];
     if (s.host == host && s.bytes == bytes && std::memcmp(region.pinned + s.offset, host, bytes) == 0)
       return region.device + s.offset;
   }
@@ -129,7 +130,7 @@ const void* Queue::stageBytes(const void* host, size_t bytes) {
   std::memcpy(region.pinned + offset, host, bytes);
   check(cudaMemcpyAsync(region.device + offset, region.pinned + offset, bytes, cudaMemcpyHostToDevice, stream()),
         "sending index arrays");
-  staged_.push_back({host, region_, offset, bytes});
+  staged_.push_back({host, offset, bytes});
   return region.device + offset;
 }
 

@@ -74,7 +74,6 @@ class Queue final : public lockstep::Queue {
   };
   struct Staged {
     const void* host;
-    int region;
     size_t offset, bytes;
   };
   const void* stageBytes(const void* host, size_t bytes);
@@ -90,7 +89,7 @@ class Queue final : public lockstep::Queue {
   cudaStream_t stream_ = nullptr;
   Region regions_[2];  // filled in turn, so that what an operation has staged outlives its next stage()
   int region_ = 0;
-  std::vector<Staged> staged_;
+  std::vector<Staged> staged_;  // in regions_[region_]
   std::unordered_map<std::string, Repeated> repeated_;
   Repeated* repeating_ = nullptr;  // that is recorded or compared
   void* scratch_ = nullptr;

@@ -27,14 +27,14 @@ class HostBacking final : public Backing {
     host_.give(held_);
   }
 
-  void put(size_t offset, const char* from, size_t bytes, Memory& device) override {
+  void put(size_t offset, const char* from, size_t bytes) override {
     host_.take(bytes, "keeping '" + name_ + "' in host memory");
     held_ += bytes;
-    device.toHost(memory_.data() + offset, from, bytes);
+    device_.toHost(memory_.data() + offset, from, bytes);
   }
 
-  void take(size_t offset, char* to, size_t bytes, Memory& device) override {
-    device.fromHost(to, memory_.data() + offset, bytes);
+  void take(size_t offset, char* to, size_t bytes) override {
+    device_.fromHost(to, memory_.data() + offset, bytes);
     if (device_.isHost()) memory_.discard(offset, bytes);
     host_.give(bytes);
     held_ -= bytes;
@@ -50,7 +50,7 @@ class HostBacking final : public Backing {
 
 class FileBacking final : public Backing {
  public:
-  FileBacking(const std::string& name, size_t bytes, const std::string& folder) {
+  FileBacking(const std::string& name, size_t bytes, const std::string& folder, Memory& device) : device_(device) {
     static std::atomic<int> count{0};
     path_ = folder + "/.offload-" + std::to_string(getpid()) + "-" + std::to_string(count++) + "-" + name;
     file_ = open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -67,22 +67,22 @@ class FileBacking final : public Backing {
   }
   ~FileBacking() override { close(file_); }
 
-  void put(size_t offset, const char* from, size_t bytes, Memory& device) override {
-    if (!device.isHost()) {
+  void put(size_t offset, const char* from, size_t bytes) override {
+    if (!device_.isHost()) {
       passing_.resize(bytes);
-      device.toHost(passing_.data(), from, bytes);
+      device_.toHost(passing_.data(), from, bytes);
       from = passing_.data();
     }
     each(offset, bytes, "cannot be written",
          [&](size_t at, size_t left) { return pwrite(file_, from + (at - offset), left, static_cast<off_t>(at)); });
   }
 
-  void take(size_t offset, char* to, size_t bytes, Memory& device) override {
-    passing_.resize(device.isHost() ? 0 : bytes);
-    char* const into = device.isHost() ? to : passing_.data();
+  void take(size_t offset, char* to, size_t bytes) override {
+    passing_.resize(device_.isHost() ? 0 : bytes);
+    char* const into = device_.isHost() ? to : passing_.data();
     each(offset, bytes, "cannot be read back",
          [&](size_t at, size_t left) { return pread(file_, into + (at - offset), left, static_cast<off_t>(at)); });
-    if (into != to) device.fromHost(to, into, bytes);
+    if (into != to) device_.fromHost(to, into, bytes);
   }
 
  private:
@@ -103,6 +103,7 @@ class FileBacking final : public Backing {
                                     "; free space, or keep state in host memory (memory.offload: host)");
   }
 
+  Memory& device_;
   std::string path_;
   int file_ = -1;
   std::vector<char> passing_;  // on the way between a GPU and the file
@@ -114,8 +115,8 @@ std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, Memo
   return std::make_unique<HostBacking>(name, bytes, host, device);
 }
 
-std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder) {
-  return std::make_unique<FileBacking>(name, bytes, folder);
+std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder, Memory& device) {
+  return std::make_unique<FileBacking>(name, bytes, folder, device);
 }
 
 }  // namespace lockstep::transfer

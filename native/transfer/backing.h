@@ -14,11 +14,10 @@ namespace lockstep::transfer {
 class Backing {
  public:
   virtual ~Backing() = default;
-  // Keeps `bytes` bytes of `from` as those at `offset`. A failure leaves what was kept before. `device`: where `from`
-  // and `to` lie.
-  virtual void put(size_t offset, const char* from, size_t bytes, Memory& device) = 0;
+  // Keeps `bytes` bytes of `from`, on the device, as those at `offset`. A failure leaves what was kept before.
+  virtual void put(size_t offset, const char* from, size_t bytes) = 0;
   // The inverse; the backing need not keep them any longer.
-  virtual void take(size_t offset, char* to, size_t bytes, Memory& device) = 0;
+  virtual void take(size_t offset, char* to, size_t bytes) = 0;
 };
 
 // Host memory for `bytes` bytes, counted in `host` chunk by chunk. put() throws Error("MEMORY_BUDGET"); the
@@ -28,6 +27,6 @@ std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, Memo
 // A file of `bytes` bytes in `folder`. It has no name once it is open, so nothing is left of it however the process
 // ends. Throws Error("OFFLOAD_FILE") with the path and the system's reason; the constructor already when there is no
 // room for all bytes.
-std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder);
+std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder, Memory& device);
 
 }  // namespace lockstep::transfer

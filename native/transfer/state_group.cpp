@@ -55,7 +55,7 @@ void StateGroup::aim(Place to, const std::string& folder) {
                 "them to the host");
   }
   if (to == Place::kHost) backing_ = hostBacking(name_, arena_.planned(), host_, arena_.memory());
-  if (to == Place::kFile) backing_ = fileBacking(name_, arena_.planned(), folder);
+  if (to == Place::kFile) backing_ = fileBacking(name_, arena_.planned(), folder, arena_.memory());
   aim_ = to;
   place_ = to;
 }
@@ -75,12 +75,12 @@ void StateGroup::moveChunk(size_t bytes) {
   const auto start = std::chrono::steady_clock::now();
   const size_t absent = arena_.absent(), moved = nextChunk(bytes);
   if (leaving()) {
-    if (backing_) backing_->put(absent, arena_.data() + absent, moved, arena_.memory());
+    if (backing_) backing_->put(absent, arena_.data() + absent, moved);
     arena_.setAbsent(absent + moved);
   } else {
     arena_.setAbsent(absent - moved);
     try {
-      if (backing_) backing_->take(absent - moved, arena_.data() + absent - moved, moved, arena_.memory());
+      if (backing_) backing_->take(absent - moved, arena_.data() + absent - moved, moved);
     } catch (...) {
       arena_.setAbsent(absent);
       throw;

@@ -5,7 +5,8 @@ import { expect } from 'vitest';
 import { reward as points } from '../../examples/quickstart/check.js';
 import type { Sample } from '../../src/train/events.js';
 import { slow } from '../conditions.js';
-import { digests, lockstep, metricsOf, temporary } from './train-process.js';
+import { digests } from '../digests.js';
+import { lockstep, metricsOf, temporary } from './train-process.js';
 
 const keys = ['before', 'after', 'standardDeviation', 'checkBefore', 'checkAfter', 'checkStandardDeviation'];
 

@@ -4,9 +4,9 @@ import { readdir, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { slow } from '../conditions.js';
+import { digests } from '../digests.js';
 import {
   configFile,
-  digests,
   lockstep,
   metricsOf,
   randomNumbers,

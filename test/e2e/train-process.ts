@@ -1,10 +1,9 @@
 /** Runs the command line as a user does: the built entry in a process of its own. */
 import { spawn } from 'node:child_process';
-import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdtemp, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, relative, resolve } from 'node:path';
+import { join, resolve } from 'node:path';
 
 const entry = resolve('dist/cli/main.js');
 export const fixtures = resolve(process.env.LOCKSTEP_FIXTURES ?? 'test/fixtures');
@@ -62,23 +61,6 @@ export async function configFile(folder: string, config: unknown, name = 'config
 export async function writeRows(path: string, rows: readonly unknown[]): Promise<string> {
   await writeFile(path, rows.map((row) => `${JSON.stringify(row)}\n`).join(''));
   return path;
-}
-
-/** Digest of every file under a directory, by relative path. */
-export async function digests(directory: string, root = directory): Promise<Record<string, string>> {
-  const entries = await readdir(directory, { withFileTypes: true });
-  const parts = await Promise.all(
-    entries.map(async (entry) => {
-      const path = join(directory, entry.name);
-      if (entry.isDirectory()) return digests(path, root);
-      return {
-        [relative(root, path)]: createHash('sha256')
-          .update(await readFile(path))
-          .digest('hex'),
-      };
-    }),
-  );
-  return Object.assign({}, ...parts);
 }
 
 /** Numbers in [0, 1) that are the same every time. */

@@ -2,16 +2,8 @@
 import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import {
-  configFile,
-  digests,
-  lockstep,
-  metricsOf,
-  smallModel,
-  temporary,
-  tokenRows,
-  writeRows,
-} from './train-process.js';
+import { digests } from '../digests.js';
+import { configFile, lockstep, metricsOf, smallModel, temporary, tokenRows, writeRows } from './train-process.js';
 
 let folder: string;
 

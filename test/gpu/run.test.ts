@@ -1,13 +1,13 @@
 /** Whole runs on a GPU write the checkpoint bytes of the CPU: PPO, offloaded too, and resumed. */
 import './device.js';
-import { createHash } from 'node:crypto';
-import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, relative } from 'node:path';
+import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { withHead } from '../../src/layout/config.js';
 import { train } from '../../src/train/train.js';
 import { slow } from '../conditions.js';
+import { digests } from '../digests.js';
 import { randomModel, sequencesOf, tinyShape, writeCheckpoint } from '../native/support.js';
 import { sameAsCpu } from './device.js';
 
@@ -39,18 +39,6 @@ const ppo = (dtype: string) => ({
   checkpoint: { every: 1 },
 });
 
-async function digests(directory: string): Promise<Record<string, string>> {
-  const entries = await readdir(directory, { withFileTypes: true, recursive: true });
-  const files = entries.filter((entry) => entry.isFile()).map((entry) => join(entry.parentPath, entry.name));
-  const hash = async (file: string) =>
-    createHash('sha256')
-      .update(await readFile(file))
-      .digest('hex');
-  return Object.fromEntries(
-    await Promise.all(files.map(async (file) => [relative(directory, file), await hash(file)])),
-  );
-}
-
 let runs = 0;
 async function run(config: object) {
   const output = join(folder, `run-${runs++}`);
@@ -74,3 +62,9 @@ for (const [i, dtype] of (['bfloat16', 'float32'] as const).entries()) {
     expect(await run(offloaded)).toEqual(gpu);
   });
 }
+
+test("PPO over two GPUs that generate one by one (3D-HybridEngine) writes one CPU's checkpoints", async () => {
+  const config = { ...ppo('float32'), numerics: { parts: 2 } };
+  const layouts = { parallel: { tensor: 2 }, generation: { tensor: 1, transition: 'hybridflow' } };
+  expect(await run({ ...config, ...layouts, device: 'cuda' })).toEqual(await run({ ...config, device: 'cpu' }));
+});

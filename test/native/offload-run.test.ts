@@ -2,10 +2,9 @@
  * Runs whose models take turns on the device: the checkpoints of the run that has room for all, in the memory of the largest
  * call; a byte less is refused before anything starts.
  */
-import { createHash } from 'node:crypto';
-import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, readdir, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, relative } from 'node:path';
+import { join } from 'node:path';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { createDevice, createEngine } from '../../src/checkpoints/load-model.js';
 import type { Device } from '../../src/engine/device.js';
@@ -18,6 +17,7 @@ import { preflight } from '../../src/train/preflight.js';
 import { rolesOf } from '../../src/train/roles.js';
 import { train } from '../../src/train/train.js';
 import { slow } from '../conditions.js';
+import { digests } from '../digests.js';
 import { randomModel, sequencesOf, smallShape, writeCheckpoint } from './support.js';
 
 const shape = { ...smallShape, maxPositions: 256 };
@@ -63,18 +63,6 @@ function watched(offloadFolder?: string): { backend: Backend; devices: Device[] 
     },
   };
   return { backend, devices };
-}
-
-async function digests(directory: string): Promise<Record<string, string>> {
-  const entries = await readdir(directory, { withFileTypes: true, recursive: true });
-  const files = entries.filter((entry) => entry.isFile()).map((entry) => join(entry.parentPath, entry.name));
-  const hash = async (file: string) =>
-    createHash('sha256')
-      .update(await readFile(file))
-      .digest('hex');
-  return Object.fromEntries(
-    await Promise.all(files.map(async (file) => [relative(directory, file), await hash(file)])),
-  );
 }
 
 let runs = 0;

@@ -1,13 +1,13 @@
 /** PPO on one pool, two and four, with real models over ranks: the same bytes; apart, models compute at the same time. */
-import { createHash } from 'node:crypto';
-import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdtemp, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, relative } from 'node:path';
+import { join } from 'node:path';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { Device } from '../../src/engine/device.js';
 import { withHead } from '../../src/layout/config.js';
 import { worldSize } from '../../src/layout/parallel.js';
 import { train } from '../../src/train/train.js';
+import { digests } from '../digests.js';
 import { randomModel, sequencesOf, smallShape, writeCheckpoint } from './support.js';
 
 const shape = { ...smallShape, maxPositions: 128 };
@@ -56,18 +56,6 @@ async function run(changes: object): Promise<{ checkpoints: Record<string, strin
   }
   const trace = JSON.parse(await readFile(join(output, 'trace.json'), 'utf8')) as Span[];
   return { checkpoints: await digests(join(output, 'checkpoints')), trace };
-}
-
-async function digests(directory: string): Promise<Record<string, string>> {
-  const entries = await readdir(directory, { withFileTypes: true, recursive: true });
-  const files = entries.filter((entry) => entry.isFile()).map((entry) => join(entry.parentPath, entry.name));
-  const hash = async (file: string) =>
-    createHash('sha256')
-      .update(await readFile(file))
-      .digest('hex');
-  return Object.fromEntries(
-    await Promise.all(files.map(async (file) => [relative(directory, file), await hash(file)])),
-  );
 }
 
 const placements = { colocated: 1, split: 2, standalone: 4 };

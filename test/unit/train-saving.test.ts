@@ -11,7 +11,7 @@ import type { ConfigInput } from '../../src/train/config.js';
 import type { TrainEvent } from '../../src/train/events.js';
 import { layoutWarning, sameBits } from '../../src/train/resumed-layout.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
-import { digests } from '../e2e/train-process.js';
+import { digests } from '../digests.js';
 import { tableBackend, writeTableModel } from './train-fake-engine.js';
 
 let model: string;

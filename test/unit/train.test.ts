@@ -1,7 +1,6 @@
-import { createHash } from 'node:crypto';
 import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, relative } from 'node:path';
+import { join } from 'node:path';
 import { afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { defineAlgorithm } from '../../src/algorithms/algorithm.js';
 import { sftBatch } from '../../src/algorithms/sft.js';
@@ -10,6 +9,7 @@ import { valueLoss } from '../../src/losses/value.js';
 import type { Config, ConfigInput } from '../../src/train/config.js';
 import type { MetricsRow, TrainEvent } from '../../src/train/events.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
+import { digests } from '../digests.js';
 import { TableEngine, tableBackend, writeTableModel } from './train-fake-engine.js';
 
 let model: string;
@@ -100,23 +100,6 @@ async function metrics(config: ConfigInput): Promise<MetricsRow[]> {
     .trimEnd()
     .split('\n')
     .map((line) => JSON.parse(line) as MetricsRow);
-}
-
-/** Digest of every file under a directory, by relative path. */
-async function digests(directory: string, root = directory): Promise<Record<string, string>> {
-  const entries = await readdir(directory, { withFileTypes: true });
-  const parts = await Promise.all(
-    entries.map(async (entry) => {
-      const path = join(directory, entry.name);
-      if (entry.isDirectory()) return digests(path, root);
-      return {
-        [relative(root, path)]: createHash('sha256')
-          .update(await readFile(path))
-          .digest('hex'),
-      };
-    }),
-  );
-  return Object.assign({}, ...parts);
 }
 
 const checkpoints = (config: ConfigInput) => digests(join(config.output!, 'checkpoints'));

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "comm/inside.h"
 #include "comm/nccl/nccl_api.h"
 #include "comm/nccl/tree_sum.h"
 #include "core/error.h"
@@ -44,20 +45,6 @@ const char* nameOf(Place place) {
 constexpr int64_t alignedUp(int64_t count) {
   return (count + kAligned - 1) / kAligned * kAligned;
 }
-
-// What another communicator does once the arguments of a call were checked.
-struct Inside : Communicator {
-  using Communicator::refuse;
-  using Communicator::runAllGather;
-  using Communicator::runAllGatherPieces;
-  using Communicator::runAllReduce;
-  using Communicator::runBarrier;
-  using Communicator::runBroadcast;
-  using Communicator::runExchange;
-  using Communicator::runReduceScatter;
-  using Communicator::runReduceScatterPieces;
-  using Communicator::runSplit;
-};
 
 // Where the ends of messages lie, of all groups of the process: the control moves bytes between ends on the host, and
 // must not be given one end there and one on a GPU.

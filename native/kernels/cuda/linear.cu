@@ -16,7 +16,6 @@ namespace lockstep::kernels::cuda {
 
 namespace {
 
-constexpr unsigned kMultiprocessors = 132;   // of an H100; of an A100 108
 constexpr int64_t kManyRows = 1024;          // of x: always in tiles of 128
 constexpr int64_t kScratchBytes = 64 << 20;  // about so much for the sums of parts or for pre-activations
 constexpr unsigned kTileGroup = 16;          // so many tiles along tokens share a tile of W before the next one
@@ -38,20 +37,6 @@ struct Finish {
   Operand activated{}, saved{};  // kSwiGlu, kGeluTanh; saved may be empty
   View<float> parts{};           // kPart: the sums of part p from row p T on
 };
-
-__device__ inline void put(const Output& y, int64_t t, int64_t n, float value) {
-  switch (y.kind) {
-    case Output::Kind::kStore:
-      y.f32.row(t)[n] = value;
-      break;
-    case Output::Kind::kRound:
-      store(y.operand, t, n, value);
-      break;
-    case Output::Kind::kAdd:
-      y.f32.row(t)[n] = y.residual.row(t)[n] + value;
-      break;
-  }
-}
 
 __device__ inline float biased(const float* bias, int64_t n, float value) {
   return bias == nullptr ? value : value + bias[n];

@@ -24,8 +24,7 @@ namespace lockstep::kernels::cuda {
 
 namespace {
 
-constexpr int64_t kMultiprocessors = 132;  // about; of an A100 108
-constexpr unsigned kTileGroup = 16;        // rows of tiles that neighbouring blocks share a column of tiles in
+constexpr unsigned kTileGroup = 16;  // rows of tiles that neighbouring blocks share a column of tiles in
 constexpr int kSide = 128, kDepth = 32, kStages = 4, kThreads = 128;  // of bfloat16 tiles
 constexpr int kWarpSide = 64, kWarpsAlong = kSide / kWarpSide;
 constexpr int kFloatSide = 64, kFloatDepth = 32, kFloatThreads = 256, kFloatGrid = 16;  // of float32 tiles
@@ -128,20 +127,6 @@ __device__ inline InputTile inputTile(const InputProduct& product, unsigned tile
     column -= tiles;
   }
   return {token, static_cast<int64_t>(column) * kTileSide, part, part + 1};
-}
-
-__device__ inline void put(const Output& y, int64_t t, int64_t n, float value) {
-  switch (y.kind) {
-    case Output::Kind::kStore:
-      y.f32.row(t)[n] = value;
-      break;
-    case Output::Kind::kRound:
-      store(y.operand, t, n, value);
-      break;
-    case Output::Kind::kAdd:
-      y.f32.row(t)[n] = y.residual.row(t)[n] + value;
-      break;
-  }
 }
 
 // Steps of dx's operands in shared memory, in words: [pair of columns][row of W], then [token][pair of rows of W]. With

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "comm/inside.h"
 #include "comm/nccl/nccl.h"
 #include "cuda/queue.h"
 
@@ -17,25 +18,12 @@ using comm::bytesOf;
 using comm::Call;
 using comm::Communicator;
 using comm::Incoming;
+using comm::Inside;
 using comm::Outgoing;
 using comm::Piece;
 using comm::Share;
 
 constexpr int64_t kMostBytes = int64_t{1} << 30;  // of a buffer on a GPU; a larger one is sparse
-
-// What another communicator does once the arguments of a call were checked.
-struct Inside : Communicator {
-  using Communicator::refuse;
-  using Communicator::runAllGather;
-  using Communicator::runAllGatherPieces;
-  using Communicator::runAllReduce;
-  using Communicator::runBarrier;
-  using Communicator::runBroadcast;
-  using Communicator::runExchange;
-  using Communicator::runReduceScatter;
-  using Communicator::runReduceScatterPieces;
-  using Communicator::runSplit;
-};
 
 // Device memory that stands for a buffer of the host, as well aligned. Copies in are not waited for: the communicator
 // has to.

@@ -1,0 +1,46 @@
+// Index arrays of the host as a GPU sees them (cuda/queue.h).
+#include "cuda/queue.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "harness.h"
+
+namespace lockstep::contracts {
+namespace {
+
+using Array = std::vector<int32_t>;
+
+Array numbers(int64_t count, int32_t first) {
+  Array array(static_cast<size_t>(count));
+  std::iota(array.begin(), array.end(), first);
+  return array;
+}
+
+// Sizes are drawn around that of a region, so that arrays of one operation lie in two.
+const Registration kStaged("gpuQueue.staged", DType::kFloat32, 20, [](Trial& t) {
+  if (!t.onGpu()) return;
+  auto& queue = static_cast<cuda::Queue&>(t.implementationQueue());
+  const auto sees = [&](const Array& array, const int32_t* device, const char* what) {
+    Array back(array.size());
+    queue.toHost(back.data(), device, back.size() * sizeof(int32_t));
+    if (back != array) t.fail(std::string(what) + " is not what was staged");
+  };
+  const int64_t region = (int64_t{4} << 20) / static_cast<int64_t>(sizeof(int32_t));
+  std::vector<Array> arrays;
+  for (int64_t i = 0; i < 6; ++i) arrays.push_back(numbers(t.integer(1, region * 3 / 4), static_cast<int32_t>(i)));
+  for (int round = 0; round < 8; ++round) {
+    // An operation stages two arrays: both are there when it is launched.
+    Array& a = arrays[static_cast<size_t>(t.integer(0, 5))];
+    Array& b = arrays[static_cast<size_t>(t.integer(0, 5))];
+    if (t.chance(0.3)) a[0] += 1000;
+    const int32_t* const first = queue.stage(a.data(), static_cast<int64_t>(a.size()));
+    const int32_t* const second = queue.stage(b.data(), static_cast<int64_t>(b.size()));
+    sees(a, first, "the first array");
+    sees(b, second, "the second array");
+    if (queue.stage(b.data(), static_cast<int64_t>(b.size())) != second) t.fail("an unchanged array was sent again");
+  }
+});
+
+}  // namespace
+}  // namespace lockstep::contracts
