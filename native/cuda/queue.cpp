@@ -101,8 +101,8 @@ void Queue::release(Region& region) {
 void Queue::nextRegion(size_t bytes) {
   region_ ^= 1;
   synchronize();
-  staged_
-      .clear();  // an array that is asked for again moves along: the region that it lies in is the next to be renewed
+  // An array that is asked for again moves along: the region that it lies in is the next to be renewed.
+  staged_.clear();
   Region& region = regions_[region_];
   region.end = 0;
   if (bytes <= region.bytes) return;

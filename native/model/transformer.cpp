@@ -7,20 +7,6 @@
 
 namespace lockstep::model {
 
-namespace {
-
-// Rows between sequences are read by products over tokens and must be finite: attention writes none of them.
-void zeroPaddingRows(Queue& queue, const Batch& batch, Operand x) {
-  for (int64_t b = 0; b < batch.count(); ++b) {
-    const int64_t end = batch.rowBegin[static_cast<size_t>(b)] + batch.length[static_cast<size_t>(b)];
-    const int64_t next = b + 1 < batch.count() ? batch.rowBegin[static_cast<size_t>(b) + 1] : batch.rows();
-    queue.fillRows(x.rowBytes(end), static_cast<size_t>(x.stride) * bytesOf(x.dtype), 0,
-                   static_cast<size_t>(x.cols) * bytesOf(x.dtype), next - end);
-  }
-}
-
-}  // namespace
-
 Transformer::Transformer(const Spec& spec, const Parallel& parallel, const Parameters& parameters,
                          GatheredWeights& weights, GradientBuckets& gradients, const kernels::Kernels& kernels,
                          Queue& queue, Memory& memory, const std::atomic<bool>& cancelled)
@@ -117,7 +103,6 @@ void Transformer::blockForward(const Pass& pass, int64_t l, const LayerBuffers& 
   k_.linear(queue_, b.normed1, weight("qkv"), vector("qkvBias"), kernels::Output::store(wide));
   k_.qkvPrepare(queue_, qkv, wide, batch.sequences(), headNorm, rope, b.q, b.pages, b.savedQk);
   k_.attention(queue_, qkv.attention, b.q, b.pages, batch.sequences(), b.attended, b.logSumExp);
-  zeroPaddingRows(queue_, batch, b.attended);
   rowProduct(w, b.attended, named(l, "attentionOut"), b.in, b.middle);
 
   norm(named(l, "norm2"), b.middle, b.normed2, b.stat2);
