@@ -1,8 +1,8 @@
-/** Matrix products of llama-25m and llama-125m as a share of the multiply-add peak, and with cold weights of memory bandwidth. */
+/** Matrix products of a Llama's layers as a share of the multiply-add peak, and with cold weights of memory bandwidth. */
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import type { NativeBench } from '../src/engine/native.js';
 import { defaultParts } from '../src/layout/parts.js';
-import { createDevice, shapeOf, shareOfCeiling } from './support.js';
+import { createDevice, shapeOf, shareOfCeiling, subject } from './support.js';
 
 type Gemm = Extract<NativeBench, { what: 'gemm' }>;
 
@@ -21,17 +21,17 @@ function weightsOf(model: string): { name: string; out: number; in: number; spli
 
 export async function* measure({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
   await using device = createDevice({ threads });
-  for (const model of ['llama-25m', 'llama-125m']) {
+  const { products, rows, dtypes } = subject();
+  const many = rows.at(-1)!;
+  const cases: Pick<Gemm, 'product' | 'rows' | 'cold'>[] = [
+    { product: 'forward', rows: 1, cold: true },
+    ...rows.map((count) => ({ product: 'forward' as const, rows: count, cold: false })),
+    { product: 'input', rows: many, cold: false },
+    { product: 'weight', rows: many, cold: false },
+  ];
+  for (const model of products) {
     for (const { name, ...weight } of weightsOf(model)) {
-      for (const dtype of ['float32', 'bfloat16'] as const) {
-        const cases: Pick<Gemm, 'product' | 'rows' | 'cold'>[] = [
-          { product: 'forward', rows: 1, cold: true },
-          { product: 'forward', rows: 32, cold: false },
-          { product: 'forward', rows: 512, cold: false },
-          { product: 'forward', rows: 2048, cold: false },
-          { product: 'input', rows: 2048, cold: false },
-          { product: 'weight', rows: 2048, cold: false },
-        ];
+      for (const dtype of dtypes) {
         for (const each of cases) {
           signal.throwIfAborted();
           const label = `${model} ${name} ${dtype} ${each.product} M=${each.rows}${each.cold ? ' cold' : ''}`;

@@ -1,4 +1,4 @@
-/** A GRPO iteration over two llama-25m models in bfloat16: 8 prompts, 4 answers each, of 64 + 128 tokens, one mini-batch. */
+/** A GRPO iteration over two models in bfloat16, 4 answers to each prompt, one mini-batch: its seconds, and those of each phase. */
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import { timedIterations } from './iterations.js';
 

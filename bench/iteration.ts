@@ -1,4 +1,4 @@
-/** A PPO iteration over four llama-25m models in bfloat16: 32 sequences of 64 + 128 tokens, one mini-batch. */
+/** A PPO iteration over four models in bfloat16, one mini-batch: its seconds, and those of each phase. */
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import { timedIterations } from './iterations.js';
 

@@ -1,15 +1,12 @@
-/** Iterations of reinforcement learning over llama-25m in bfloat16, 32 sequences of 64 + 128 tokens: what several benches time. */
+/** Iterations of reinforcement learning in bfloat16, over a model of bench/support.ts: what several benches time. */
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
+import { resolveProcessor } from '../src/engine/native.js';
 import { parseConfig } from '../src/train/config.js';
 import { train } from '../src/train/train.js';
-import { randomTokens, round, spread, writeModel } from './support.js';
-
-export const sequences = 32;
-const promptLength = 64;
-export const newTokens = 128;
+import { createDevice, randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
 
 export interface Timing {
   seconds: number;
@@ -17,6 +14,8 @@ export interface Timing {
   outside: number;
   /** Share of it in which no rank computes or transfers. */
   controller: number;
+  /** Seconds of each phase. */
+  phases: Record<string, number>;
 }
 
 /** `runs` iterations after one that is not counted; each is checked: mismatch 0 and responses of full length. */
@@ -25,13 +24,16 @@ export async function iterations(
   settings: Record<string, unknown>,
   { samples = 1 }: { samples?: number } = {},
 ): Promise<Timing[]> {
+  const { model } = subject();
+  const { sequences, promptTokens, newTokens, microTokens } = subject().rollout;
   const folder = await mkdtemp(join(tmpdir(), 'lockstep-bench-'));
   try {
-    await writeModel('llama-25m', join(folder, 'policy'), 'language', 1);
-    await writeModel('llama-25m', join(folder, 'reward'), 'score', 2);
+    note('writing models');
+    await writeModel(model, join(folder, 'policy'), 'language', 1);
+    await writeModel(model, join(folder, 'reward'), 'score', 2);
     const prompts = (sequences / samples) * (runs + 1);
     const rows = Array.from({ length: prompts }, (_, i) =>
-      JSON.stringify({ tokens: [...randomTokens(promptLength, 4096, i + 1)] }),
+      JSON.stringify({ tokens: [...randomTokens(promptTokens, Math.min(4096, shapeOf(model).vocabulary), i + 1)] }),
     );
     await writeFile(join(folder, 'prompts.jsonl'), rows.join('\n'));
     await writeFile(join(folder, 'reward.mjs'), rewardSource);
@@ -39,7 +41,8 @@ export async function iterations(
       model: join(folder, 'policy'),
       reward: samples > 1 ? { function: join(folder, 'reward.mjs') } : { model: join(folder, 'reward') },
       data: { train: join(folder, 'prompts.jsonl') },
-      batch: { sequences, microTokens: 2048 },
+      batch: { sequences, microTokens },
+      ...(resolveProcessor() === 'cuda' ? { memory: { device: await memoryOfDevice(threads) } } : {}),
       rollout: { maxNewTokens: newTokens, samples },
       steps: runs + 1,
       threads,
@@ -47,7 +50,7 @@ export async function iterations(
       output: join(folder, 'run'),
       ...settings,
     });
-    const rowsOfSteps: { seconds: number; outside: number }[] = [];
+    const rowsOfSteps: Omit<Timing, 'controller'>[] = [];
     for await (const event of train(config, { signal })) {
       if (event.type !== 'step') continue;
       const { metrics } = event;
@@ -56,7 +59,12 @@ export async function iterations(
       }
       const seconds = metrics['seconds.step']!;
       note(`${config.algorithm} iteration ${event.step}: ${seconds.toFixed(2)} s`);
-      if (event.step > 1) rowsOfSteps.push({ seconds, outside: 1 - metrics['seconds.native']! / seconds });
+      if (event.step === 1) continue;
+      const phases = Object.entries(metrics).filter(([name]) => name.startsWith('seconds.') && name !== 'seconds.step');
+      rowsOfSteps.push({
+        ...{ seconds, outside: 1 - metrics['seconds.native']! / seconds },
+        phases: Object.fromEntries(phases.map(([name, value]) => [name.slice('seconds.'.length), value])),
+      });
     }
     const shares = idleShares(JSON.parse(await readFile(join(folder, 'run', 'trace.json'), 'utf8')) as Span[]);
     return rowsOfSteps.map((row, i) => ({ ...row, controller: shares[i + 1]! }));
@@ -78,11 +86,23 @@ export async function* timedIterations(
     ...{ name: `${name} iteration`, value: round(seconds.median), unit: 's' },
     ...{ min: round(seconds.min), max: round(seconds.max) },
   };
+  for (const phase of Object.keys(timings[0]?.phases ?? {})) {
+    const inPhase = spread(timings.map(({ phases }) => phases[phase] ?? 0));
+    yield {
+      ...{ name: `${name} iteration: ${phase}`, value: round(inPhase.median), unit: 's' },
+      ...{ min: round(inPhase.min), max: round(inPhase.max) },
+    };
+  }
   const share = spread(timings.map(({ outside }) => outside));
   yield {
     ...{ name: `${name}: outside native calls`, value: round(share.median), unit: 'share of an iteration' },
     ...{ min: round(share.min), max: round(share.max) },
   };
+}
+
+async function memoryOfDevice(threads: number): Promise<number> {
+  await using device = createDevice({ threads });
+  return device.memoryBytes;
 }
 
 /** A number that costs nothing to compute and differs among the answers to a prompt. */

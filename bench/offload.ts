@@ -1,6 +1,6 @@
 /**
- * PPO with llama-25m as actor and critic in the memory of one: the time that moving takes, beside a run with room for all models.
- * bfloat16, 32 sequences of 64 + 128 tokens; both runs go step by step in turn and must report the same numbers.
+ * PPO with actor and critic in the memory of one: the time that moving takes, beside a run with room for all models.
+ * bfloat16; both runs go step by step in turn and must report the same numbers.
  */
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -14,11 +14,7 @@ import type { MetricsRow, TrainEvent } from '../src/train/events.js';
 import { preflight } from '../src/train/preflight.js';
 import { rolesOf } from '../src/train/roles.js';
 import { train } from '../src/train/train.js';
-import { createDevice, randomTokens, round, spread, writeModel } from './support.js';
-
-const sequences = 32;
-const promptLength = 64;
-const newTokens = 128;
+import { createDevice, randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
 
 /** One rank whose device can be asked what it held. */
 function watched(): { backend: Backend; devices: Device[] } {
@@ -66,13 +62,23 @@ async function* pairs(
   }
 }
 
+/** GB/s of copies between pinned memory and the device, there and back. */
+async function pinnedRate(bytes: number): Promise<number> {
+  await using device = createDevice();
+  const { value } = await device.native.bench({ what: 'moves', runs: 3, bytes });
+  return value.work / spread(value.seconds).median / 1e9;
+}
+
 export async function* measure({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
+  const { small: model, rollout, ceilingBytes } = subject();
+  const { sequences, promptTokens, newTokens, microTokens } = rollout;
   const folder = await mkdtemp(join(tmpdir(), 'lockstep-bench-'));
   try {
+    const pinned = await pinnedRate(ceilingBytes / 2);
     note('writing a policy');
-    await writeModel('llama-25m', join(folder, 'policy'), 'language', 1);
+    await writeModel(model, join(folder, 'policy'), 'language', 1);
     const rows = Array.from({ length: sequences * (runs + 1) }, (_, i) =>
-      JSON.stringify({ tokens: [...randomTokens(promptLength, 4096, i + 1)] }),
+      JSON.stringify({ tokens: [...randomTokens(promptTokens, Math.min(4096, shapeOf(model).vocabulary), i + 1)] }),
     );
     await writeFile(join(folder, 'prompts.jsonl'), rows.join('\n'));
     await writeFile(
@@ -84,7 +90,7 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
       model: join(folder, 'policy'),
       reward: { function: join(folder, 'reward.mjs') },
       data: { train: join(folder, 'prompts.jsonl') },
-      batch: { sequences, microTokens: 2048 },
+      batch: { sequences, microTokens },
       rollout: { maxNewTokens: newTokens },
       ppo: { miniBatches: 1 },
       steps: runs + 1,
@@ -120,6 +126,12 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
     });
     yield line('against room for all models', slower, 'share of an iteration');
     yield line('transfer thread, both directions', rate, 'GB/s');
+    yield line(
+      'transfer thread, both directions',
+      rate.map((of) => of / pinned),
+      'share of pinned copies',
+      { ceiling: round(pinned) },
+    );
     const peak = round(device.highWater / plan);
     yield {
       name: 'peak of the device',

@@ -1,12 +1,11 @@
-/** What the benches share: medians with spread, devices, and random models of the shapes in test/fixtures/configs. */
-import { readFileSync } from 'node:fs';
+/** What the benches share: medians with spread, devices, and random models of the shapes in bench/shapes and test/fixtures/configs. */
+import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { saveModel } from '../src/checkpoints/hugging-face.js';
-import { createDevice } from '../src/checkpoints/load-model.js';
 import type { Measurement } from '../src/cli/bench.js';
-import type { Device } from '../src/engine/device.js';
+import { Device, type DeviceOptions } from '../src/engine/device.js';
 import type { Engine } from '../src/engine/engine.js';
-import type { NativeBench } from '../src/engine/native.js';
+import { loadNative, type NativeBench, resolveProcessor } from '../src/engine/native.js';
 import { NativeEngine } from '../src/engine/native-engine.js';
 import { parseModelConfig, withHead } from '../src/layout/config.js';
 import type { Head, ModelShape } from '../src/layout/model-shape.js';
@@ -38,31 +37,131 @@ export async function secondsOf(runs: number, run: () => Promise<unknown>): Prom
   return seconds;
 }
 
+/** What is measured, on the processor that LOCKSTEP_DEVICE or the machine chooses. */
+export interface Subject {
+  /** A shape, and one that several models of fit beside each other. */
+  model: string;
+  small: string;
+  /** Shapes whose products are measured, with so many rows. */
+  products: readonly string[];
+  rows: readonly number[];
+  dtypes: readonly ('float32' | 'bfloat16')[];
+  /** Sequences of a training step. */
+  sequences: number;
+  length: number;
+  /** Sequences that are decoded together, from a prompt on. */
+  batches: readonly number[];
+  promptTokens: number;
+  newTokens: number;
+  /** Of an iteration of reinforcement learning. */
+  rollout: { sequences: number; promptTokens: number; newTokens: number; microTokens: number };
+  /** Memory that no cache holds. */
+  ceilingBytes: number;
+  /** What the vendor states of dense bfloat16 products summed in float32, and of memory; absent where it is not known. */
+  stated?: { flops: number; bytes: number };
+}
+
+const onCpu: Subject = {
+  ...{ model: 'llama-25m', small: 'llama-25m', products: ['llama-25m', 'llama-125m'], rows: [32, 512, 2048] },
+  ...{ dtypes: ['bfloat16', 'float32'], sequences: 8, length: 256 },
+  ...{ batches: [1, 32], promptTokens: 128, newTokens: 128 },
+  rollout: { sequences: 32, promptTokens: 64, newTokens: 128, microTokens: 2048 },
+  ceilingBytes: 256 << 20,
+};
+
+const onGpu: Subject = {
+  ...{ model: 'llama-1b', small: 'llama-125m', products: ['llama-1b'], rows: [8, 64, 512, 8192] },
+  ...{ dtypes: ['bfloat16'], sequences: 4, length: 2048 },
+  ...{ batches: [1, 8, 64], promptTokens: 128, newTokens: 128 },
+  rollout: { sequences: 64, promptTokens: 128, newTokens: 256, microTokens: 8192 },
+  ceilingBytes: 2 ** 31,
+};
+
+/** Shows that the benches run; its times say nothing. */
+const onEmulation: Subject = {
+  ...{ model: 'tiny', small: 'tiny', products: ['tiny'], rows: [8] },
+  ...{ dtypes: ['bfloat16', 'float32'], sequences: 2, length: 32 },
+  ...{ batches: [1, 2], promptTokens: 8, newTokens: 4 },
+  rollout: { sequences: 4, promptTokens: 8, newTokens: 4, microTokens: 64 },
+  ceilingBytes: 1 << 18,
+};
+
+/** By a part of the name that the driver gives: TFLOP/s and GB/s of the vendor's data sheets. */
+const statedOf: readonly [name: string, flops: number, bytes: number][] = [
+  ['H200', 989, 4800],
+  ['H100 PCIe', 756, 2039],
+  ['H100', 989, 3350],
+  ['A100-SXM4-40GB', 312, 1555],
+  ['A100-PCIE-40GB', 312, 1555],
+  ['A100', 312, 2039],
+  ['L40S', 362, 864],
+  ['RTX 4090', 165, 1008],
+  ['RTX 3090', 71, 936],
+];
+
+export function subject(): Subject {
+  if (resolveProcessor('auto') === 'cpu') return onCpu;
+  const { build, gpus } = loadNative().cuda();
+  if (build === 'emulated') return onEmulation;
+  const stated = statedOf.find(([name]) => gpus[0]!.name.includes(name));
+  return stated ? { ...onGpu, stated: { flops: stated[1] * 1e12, bytes: stated[2] * 1e9 } } : onGpu;
+}
+
+/** With the memory of the GPU that it is on, less a tenth. */
+export function createDevice(options: DeviceOptions = {}): Device {
+  if (resolveProcessor(options.processor) === 'cpu') return new Device(options);
+  const memory = loadNative().cuda().gpus[options.gpu ?? 0]?.memoryBytes ?? 0;
+  return new Device({ memoryBytes: Math.floor(memory * 0.9), ...options });
+}
+
 /** One operation as a share of its ceiling, run by run in turn. */
 export async function shareOfCeiling(device: Device, name: string, call: NativeBench): Promise<Measurement> {
-  const { value: result } = await device.native.bench(call);
+  const { ceilingBytes, stated } = subject();
+  const { value: result } = await device.native.bench({ ceilingBytes, ...call });
   if (!result.verified) throw new Error(`${name}: the result differs from the reference; nothing was measured`);
   const share = spread(
     result.seconds.map(
       (seconds, i) => result.work / seconds / (result.ceilingWork / (result.ceilingSeconds[i] ?? Number.NaN)),
     ),
   );
+  const rate = result.work / spread(result.seconds).median;
+  const inProducts = (call.what === 'gemm' && !call.cold) || call.what === 'attention';
+  const peak = inProducts ? stated && stated.flops / 2 : stated?.bytes;
+  const isOfPeak = peak !== undefined && !(inProducts && call.dtype === 'float32');
   return {
     name,
     value: round(share.median),
     unit: 'share of ceiling',
     min: round(share.min),
     max: round(share.max),
-    rate: round(result.work / spread(result.seconds).median),
+    rate: round(rate),
     ceiling: round(result.ceilingWork / spread(result.ceilingSeconds).median),
+    ...(isOfPeak ? { ofStated: round(rate / peak) } : {}),
   };
 }
 
-const configs = join(import.meta.dirname, '..', 'test', 'fixtures', 'configs');
+/** A ceiling of the device, in multiply-adds or bytes read, per second. */
+export async function ceilingOf(
+  device: Device,
+  of: 'products' | 'memory',
+  dtype: 'float32' | 'bfloat16',
+): Promise<number> {
+  const { value } = await device.native.bench({
+    ...{ what: 'ceilings', runs: 3, dtype },
+    ceilingBytes: subject().ceilingBytes,
+  });
+  return of === 'products'
+    ? value.ceilingWork / spread(value.ceilingSeconds).median
+    : value.work / spread(value.seconds).median;
+}
+
+const folders = [join(import.meta.dirname, 'shapes'), join(import.meta.dirname, '..', 'test', 'fixtures', 'configs')];
 
 /** config.json of a shape. */
 export function configOf(name: string): Record<string, unknown> {
-  return JSON.parse(readFileSync(join(configs, name, 'config.json'), 'utf8')) as Record<string, unknown>;
+  const path = folders.map((folder) => join(folder, name, 'config.json')).find((each) => existsSync(each));
+  if (path === undefined) throw new Error(`there is no shape ${name} in ${folders.join(' or ')}`);
+  return JSON.parse(readFileSync(path, 'utf8')) as Record<string, unknown>;
 }
 
 export function shapeOf(name: string, head: Head = 'language'): ModelShape {
@@ -102,8 +201,13 @@ export async function fillEngine(engine: Engine, table: readonly TensorSpec[], s
   const random = uniform(seed);
   const sources = new Map(table.flatMap((tensor) => tensor.sources).map((source) => [source.name, source]));
   for (const { name, shape } of sources.values()) {
-    const data = new Float32Array(shape.reduce((a, b) => a * b, 1));
-    for (let i = 0; i < data.length; i++) data[i] = shape.length > 1 ? (random() - 0.5) * 0.07 : 1;
+    const data = new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(1);
+    if (shape.length > 1) {
+      // What is larger repeats: drawing each of a billion numbers takes longer than what is measured.
+      const drawn = Math.min(data.length, 16_000_057);
+      for (let i = 0; i < drawn; i++) data[i] = (random() - 0.5) * 0.07;
+      for (let i = drawn; i < data.length; i += drawn) data.copyWithin(i, 0, Math.min(drawn, data.length - i));
+    }
     await engine.writeTensor(name, data);
   }
   await engine.publish();
@@ -111,7 +215,7 @@ export async function fillEngine(engine: Engine, table: readonly TensorSpec[], s
 
 /** A random model as a checkpoint that never ends a text by itself: every response has its full length. */
 export async function writeModel(name: string, directory: string, head: Head, seed: number): Promise<void> {
-  await using device = createDevice({ threads: 1 });
+  await using device = createDevice({ threads: 1, processor: 'cpu' });
   await using engine = await randomEngine({ shape: shapeOf(name, head), device, dtype: 'float32', seed });
   await saveModel(engine, directory, { configJson: { ...configOf(name), eos_token_id: null } });
 }
@@ -120,5 +224,3 @@ export function randomTokens(count: number, vocabulary: number, seed = 2): Int32
   const random = uniform(seed);
   return Int32Array.from({ length: count }, () => 3 + Math.floor(random() * (vocabulary - 3)));
 }
-
-export { createDevice };

@@ -1,14 +1,22 @@
-/** One training step on 8 x 256 tokens: forward, backward, clip, AdamW. */
+/** One training step on packed sequences of one length: forward, backward, clip, AdamW. */
 import type { NativeEngine } from '../src/engine/native-engine.js';
-import { randomTokens } from './support.js';
+import { randomTokens, subject } from './support.js';
 
-const sequences = 8;
-const length = 256;
-export const stepTokens = sequences * length;
+export const stepTokens = (): number => subject().sequences * subject().length;
+
+/** Multiply-adds of a step, with those of recomputation left out: three times those of forward. */
+export function stepMultiplyAdds({ shape, table }: NativeEngine): number {
+  const { sequences, length } = subject();
+  const matrices = table.reduce((sum, { kind, elements }) => sum + (kind === 'matrix' ? elements : 0), 0);
+  const lookedUp = shape.tied ? 0 : shape.vocabulary * shape.width;
+  const attention = shape.layers * shape.heads * shape.headWidth * length * (length + 1);
+  return 3 * sequences * (length * (matrices - lookedUp) + attention);
+}
 
 /** Seconds of update `step`. */
 export async function trainingStep(engine: NativeEngine, step: number): Promise<number> {
-  const tokens = randomTokens(stepTokens, engine.shape.vocabulary);
+  const { sequences, length } = subject();
+  const tokens = randomTokens(sequences * length, engine.shape.vocabulary);
   const lengths = new Int32Array(sequences).fill(length);
   const start = performance.now();
   const { logprobs } = await engine.forward({ tokens, lengths }, { outputs: ['logprobs'], keep: true });

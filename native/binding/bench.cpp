@@ -1,13 +1,11 @@
-// Measurements of single operations for bench/: the result is verified against the reference, then timed on the rank's
-// own threads. Each call times a ceiling next to the operation, in turn with it, so that a ratio holds on a noisy
-// machine.
+// Measurements of single operations for bench/: the result is verified against the reference, then timed where the rank
+// computes. Each call times a ceiling next to the operation, in turn with it, so that a ratio holds on a noisy machine.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 
 #include "binding/bench.h"
 #include "binding/convert.h"
@@ -29,74 +27,121 @@ double secondsOf(const std::function<void()>& run) {
 }
 
 // A run long enough to be timed: repeats until 20 ms.
-double timed(const std::function<void()>& run) {
+double timed(const std::function<void()>& run, const std::function<void()>& finish) {
   constexpr int kMost = 1'000'000;  // of something that takes no time
   int count = 1;
   for (;;) {
     const double seconds = secondsOf([&] {
       for (int i = 0; i < count; ++i) run();
+      finish();
     });
     if (seconds > 0.02 || count >= kMost) return seconds / count;
     count = static_cast<int>(std::min<double>(kMost, std::max(count * 2.0, count * 0.03 / std::max(seconds, 1e-7))));
   }
 }
 
+// Random numbers in (-scale / 2, scale / 2), as the host and a device see them.
+class Values {
+ public:
+  Values(int64_t count, DType dtype, uint32_t seed, float scale)
+      : dtype_(dtype), bytes_(static_cast<size_t>(count) * bytesOf(dtype)) {
+    uint32_t state = seed * 2654435761u + 1;
+    for (int64_t i = 0; i < count; ++i) {
+      state = state * 1664525u + 1013904223u;
+      const float x = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * scale;
+      if (dtype == DType::kFloat32)
+        reinterpret_cast<float*>(bytes_.data())[i] = x;
+      else
+        reinterpret_cast<BFloat16*>(bytes_.data())[i] = toBFloat16(x);
+    }
+  }
+  template <class T = void>
+  T* host() {
+    return reinterpret_cast<T*>(bytes_.data());
+  }
+  size_t bytes() const { return bytes_.size(); }
+  DType dtype() const { return dtype_; }
+
+ private:
+  DType dtype_;
+  std::vector<char> bytes_;
+};
+
 class Bench {
  public:
-  Bench(Rank& rank, int runs)
-      : rank_(rank), queue_(rank.queue()), k_(rank.kernels()), ceiling_(kernels::ceilingOf(k_)), runs_(runs) {}
+  Bench(Rank& rank, int runs, int64_t ceilingBytes)
+      : queue_(rank.queue()),
+        k_(rank.kernels()),
+        ceiling_(kernels::ceilingOf(k_)),
+        memory_(rank.workspace().memory()),
+        host_(1, size_t{64} << 20),
+        runs_(runs),
+        ceilingBytes_(ceilingBytes) {}
+  ~Bench() { host_.close(); }
 
   BenchResult gemm(const std::string& product, int64_t rows, int64_t out, int64_t in, const std::string& split,
                    int64_t parts, DType dtype, bool cold);
+  BenchResult attention(const kernels::AttentionShape&, int64_t count, int64_t length, bool backward, DType dtype);
   BenchResult adamw(int64_t count);
   BenchResult dispatch();
   BenchResult ceilings(DType dtype);
+  BenchResult moves(int64_t bytes);
 
  private:
+  class Packed;
+
   void measure(BenchResult& result, const std::function<void()>& run, const std::function<void()>& ceiling) {
-    measureInTurn(result, runs_, run, ceiling);
+    measureInTurn(result, runs_, run, ceiling, [this] { queue_.synchronize(); });
   }
   std::function<void()> multiplyAdds(DType dtype, double* work) {
-    constexpr int64_t kRounds = 20000;
-    const bool pairs = dtype == DType::kBFloat16;
-    *work = static_cast<double>(ceiling_.multiplyAddsOf(kRounds, pairs)) * queue_.threads();
-    return [this, pairs] { queue_.pool().each([&](int) { sink_ = ceiling_.multiplyAdds(kRounds, pairs); }); };
+    return [=, this] { *work = ceiling_.multiplyAdds(queue_, dtype); };
   }
-  // Reads 256 MiB that no cache holds.
+  // Memory that no cache holds.
   std::function<void()> reading(double* work) {
     if (large_ == nullptr) {
-      large_ = std::make_unique<Arena>("bench", kLarge);
-      std::memset(large_->at(0, kLarge, "bench"), 1, kLarge);
+      large_ = room(static_cast<size_t>(ceilingBytes_));
+      queue_.fill(large_->data(), 1, static_cast<size_t>(ceilingBytes_));
     }
-    *work = static_cast<double>(kLarge);
-    return [this] {
-      const auto* data = static_cast<const float*>(large_->at(0, kLarge, "bench"));
-      const int64_t each = static_cast<int64_t>(kLarge / 4) / queue_.threads() / 128 * 128;
-      queue_.pool().each([&](int thread) { sink_ = ceiling_.readAll(data + thread * each, each); });
-    };
+    *work = static_cast<double>(ceilingBytes_);
+    return [this] { ceiling_.readAll(queue_, reinterpret_cast<const float*>(large_->data()), ceilingBytes_ / 4); };
   }
 
-  static constexpr size_t kLarge = size_t{256} << 20;
-  Rank& rank_;
+  // Of the device, zeroed.
+  std::unique_ptr<Arena> room(size_t bytes) { return std::make_unique<Arena>("bench", bytes, nullptr, memory_); }
+  std::unique_ptr<Arena> room(Values& values) {
+    auto arena = room(values.bytes());
+    queue_.fromHost(arena->data(), values.host(), values.bytes());
+    return arena;
+  }
+  // What the device has computed is what the reference has: to the last bit, but for products of bfloat16 on tensor
+  // cores.
+  bool equal(const void* expected, const void* onDevice, int64_t count, DType of, DType products) {
+    std::vector<char> got(static_cast<size_t>(count) * bytesOf(of));
+    queue_.toHost(got.data(), onDevice, got.size());
+    if (std::memcmp(got.data(), expected, got.size()) == 0) return true;
+    if (memory_.isHost() || products == DType::kFloat32) return false;
+    const auto at = [&](const void* data, int64_t i) {
+      return of == DType::kFloat32 ? static_cast<const float*>(data)[i]
+                                   : toFloat(static_cast<const BFloat16*>(data)[i]);
+    };
+    float largest = 0, furthest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float far = std::fabs(at(got.data(), i) - at(expected, i));
+      largest = std::max(largest, std::fabs(at(expected, i)));
+      furthest = std::isnan(far) ? INFINITY : std::max(furthest, far);
+    }
+    return furthest <= largest * 0x1p-6f;
+  }
+
   Queue& queue_;
   const kernels::Kernels& k_;
   const kernels::Ceiling& ceiling_;
+  Memory& memory_;
+  Queue host_;  // of the reference
   int runs_;
+  int64_t ceilingBytes_;
   std::unique_ptr<Arena> large_;
-  volatile float sink_ = 0;
 };
-
-void fill(void* data, int64_t count, DType dtype, uint32_t seed, float scale) {
-  uint32_t state = seed * 2654435761u + 1;
-  for (int64_t i = 0; i < count; ++i) {
-    state = state * 1664525u + 1013904223u;
-    const float x = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * scale;
-    if (dtype == DType::kFloat32)
-      static_cast<float*>(data)[i] = x;
-    else
-      static_cast<BFloat16*>(data)[i] = toBFloat16(x);
-  }
-}
 
 WeightLayout layoutOf(int64_t out, int64_t in, const std::string& split, int64_t parts) {
   if (split == "none") return WeightLayout::make(out, in, Split::kNone, {out});
@@ -108,119 +153,211 @@ WeightLayout layoutOf(int64_t out, int64_t in, const std::string& split, int64_t
 BenchResult Bench::gemm(const std::string& product, int64_t rows, int64_t out, int64_t in, const std::string& split,
                         int64_t parts, DType dtype, bool cold) {
   const WeightLayout layout = layoutOf(out, in, split, parts);
-  const auto e = static_cast<int64_t>(bytesOf(dtype));
-  const int64_t weightBytes = kernels::roundUp(layout.elements * e, 64);
+  const int64_t weightBytes = kernels::roundUp(layout.elements * static_cast<int64_t>(bytesOf(dtype)), 256);
   // Cold weights: enough copies that none is in a cache when its turn comes.
-  const int64_t copies = cold ? std::max<int64_t>(2, (int64_t{512} << 20) / weightBytes) : 1;
-  Arena weights("bench weights", static_cast<size_t>(weightBytes * copies));
-  Arena memory("bench",
-               static_cast<size_t>(kernels::roundUp(rows * in * 4, 64) * 2 + kernels::roundUp(rows * out * 4, 64) * 2 +
-                                   kernels::roundUp(layout.elements * 4, 64) * 2 + 4096));
-  size_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    void* at = memory.at(used, static_cast<size_t>(bytes), "bench");
-    used += static_cast<size_t>(kernels::roundUp(bytes, 64));
-    return at;
-  };
-  for (int64_t c = 0; c < copies; ++c)
-    fill(weights.at(static_cast<size_t>(c * weightBytes), static_cast<size_t>(layout.elements * e), "w"),
-         layout.elements, dtype, 7, 0.2f);
-  const Operand x = denseOperand(take(rows * in * 4), dtype, rows, in),
-                dy = denseOperand(take(rows * out * 4), dtype, rows, out);
-  fill(x.data, rows * in, dtype, 1, 2.0f);
-  fill(dy.data, rows * out, dtype, 2, 2.0f);
-  const View<float> y = dense(static_cast<float*>(take(rows * out * 4)), rows, out),
-                    dx = dense(static_cast<float*>(take(rows * in * 4)), rows, in);
-  const kernels::WeightGradient dW{&layout, static_cast<float*>(take(layout.elements * 4))};
-  int64_t turn = 0;
-  const auto weight = [&] {
-    const int64_t c = turn++ % copies;
-    return kernels::Weight{
-        &layout, weights.at(static_cast<size_t>(c * weightBytes), static_cast<size_t>(layout.elements * e), "w"),
-        dtype};
-  };
-  const auto run = [&](const kernels::Kernels& k, int64_t count) {
+  const int64_t copies = cold ? std::max<int64_t>(2, 2 * ceilingBytes_ / weightBytes) : 1;
+  Values w(layout.elements, dtype, 7, 0.2f), x(rows * in, dtype, 1, 2.0f), dy(rows * out, dtype, 2, 2.0f);
+  const auto weights = room(static_cast<size_t>(weightBytes * copies));
+  for (int64_t c = 0; c < copies; ++c) queue_.fromHost(weights->data() + c * weightBytes, w.host(), w.bytes());
+  const auto xRoom = room(x), dyRoom = room(dy), y = room(static_cast<size_t>(rows * out * 4)),
+             dx = room(static_cast<size_t>(rows * in * 4)), dW = room(static_cast<size_t>(layout.elements * 4));
+  const auto run = [&](const kernels::Kernels& k, Queue& queue, int64_t count, void* xAt, void* dyAt, void* wAt,
+                       void* to) {
+    const Operand xRows = denseOperand(xAt, dtype, count, in), dyRows = denseOperand(dyAt, dtype, count, out);
+    auto* const result = static_cast<float*>(to);
+    const kernels::Weight weight{&layout, wAt, dtype};
     if (product == "forward")
-      k.linear(queue_, x.slice(0, count), weight(), nullptr, kernels::Output::store(y.slice(0, count)));
+      k.linear(queue, xRows, weight, nullptr, kernels::Output::store(dense(result, count, out)));
     else if (product == "input")
-      k.linearBackwardInput(queue_, dy.slice(0, count), weight(), kernels::Output::store(dx.slice(0, count)));
+      k.linearBackwardInput(queue, dyRows, weight, kernels::Output::store(dense(result, count, in)));
     else
-      k.linearBackwardWeight(queue_, dy.slice(0, count), x.slice(0, count), dW, nullptr);
+      k.linearBackwardWeight(queue, dyRows, xRows, {&layout, result}, nullptr);
+  };
+  char* const to = (product == "forward" ? y : product == "input" ? dx : dW)->data();
+  int64_t turn = 0;
+  const auto all = [&](int64_t count) {
+    run(k_, queue_, count, xRoom->data(), dyRoom->data(), weights->data() + turn++ % copies * weightBytes, to);
   };
   BenchResult result;
   // Verified on the first rows: they do not depend on the others.
   const int64_t some = std::min<int64_t>(rows, 2);
-  const View<float> checked = product == "forward" ? y.slice(0, some) : dx.slice(0, some);
-  if (product == "weight") {
-    std::vector<float> expected(static_cast<size_t>(layout.elements));
-    run(kernels::referenceKernels(), some);
-    std::copy_n(dW.data, layout.elements, expected.data());
-    std::fill_n(dW.data, layout.elements, 0.0f);
-    run(k_, some);
-    result.verified = std::memcmp(expected.data(), dW.data, expected.size() * 4) == 0;
-  } else {
-    run(kernels::referenceKernels(), some);
-    const std::vector<float> expected(checked.data, checked.data + some * checked.cols);
-    run(k_, rows);
-    result.verified = std::memcmp(expected.data(), checked.data, expected.size() * 4) == 0;
-  }
+  const int64_t columns = product == "forward" ? out : in;
+  std::vector<float> expected(static_cast<size_t>(product == "weight" ? layout.elements : some * columns));
+  run(kernels::referenceKernels(), host_, some, x.host(), dy.host(), w.host(), expected.data());
+  all(product == "weight" ? some : rows);
+  result.verified = equal(expected.data(), to, static_cast<int64_t>(expected.size()), DType::kFloat32, dtype);
   if (cold) {
-    result.work = static_cast<double>(layout.elements * e);
+    result.work = static_cast<double>(w.bytes());
     measure(
-        result, [&] { run(k_, rows); }, reading(&result.ceilingWork));
+        result, [&] { all(rows); }, reading(&result.ceilingWork));
   } else {
     result.work = static_cast<double>(rows) * static_cast<double>(out) * static_cast<double>(in);
     measure(
-        result, [&] { run(k_, rows); }, multiplyAdds(dtype, &result.ceilingWork));
+        result, [&] { all(rows); }, multiplyAdds(dtype, &result.ceilingWork));
   }
+  return result;
+}
+
+// Sequences of one length, packed; keys and values are what the pages hold.
+class Bench::Packed {
+ public:
+  Packed(const kernels::AttentionShape& shape, int64_t count, int64_t length, DType dtype)
+      : count(count), length(length), layout_{shape}, dtype_(dtype) {
+    const auto stride = static_cast<int32_t>((length + kernels::kPagePositions - 1) / kernels::kPagePositions);
+    for (int32_t b = 0; b < count; ++b) {
+      begin_.push_back(b * static_cast<int32_t>(length));
+      length_.push_back(static_cast<int32_t>(length));
+      offset_.push_back(0);
+      for (int32_t i = 0; i < stride; ++i) pages_.push_back(b * stride + i);
+    }
+    stride_ = stride;
+  }
+
+  int64_t rows() const { return count * length; }
+  int64_t queryColumns() const { return layout_.attention.heads * layout_.attention.headWidth; }
+  int64_t columns() const { return layout_.columns(); }
+  int64_t pageElements() const { return static_cast<int64_t>(pages_.size()) * pagesAt(nullptr).pageElements(); }
+  kernels::KvPages pagesAt(void* data) const {
+    return {data, dtype_, layout_.attention.keyValueHeads, layout_.attention.headWidth};
+  }
+  Operand operand(void* data) const { return denseOperand(data, dtype_, rows(), queryColumns()); }
+
+  void forward(const kernels::Kernels& k, Queue& queue, void* q, void* pages, void* out, float* logSumExp) const {
+    k.attention(queue, layout_.attention, operand(q), pagesAt(pages), sequences(), operand(out),
+                dense(logSumExp, layout_.attention.heads, rows()));
+  }
+  void backward(const kernels::Kernels& k, Queue& queue, void* q, void* pages, void* out, const float* logSumExp,
+                void* dOut, float* dqkv) const {
+    k.attentionBackward(queue, layout_, operand(q), pagesAt(pages), sequences(), operand(out),
+                        dense(logSumExp, layout_.attention.heads, rows()), operand(dOut),
+                        dense(dqkv, rows(), columns()));
+  }
+
+  const int64_t count, length;
+
+ private:
+  kernels::Sequences sequences() const {
+    return {count, begin_.data(), length_.data(), offset_.data(), pages_.data(), stride_};
+  }
+
+  kernels::QkvLayout layout_;
+  DType dtype_;
+  std::vector<int32_t> begin_, length_, offset_, pages_;
+  int64_t stride_;
+};
+
+BenchResult Bench::attention(const kernels::AttentionShape& shape, int64_t count, int64_t length, bool backward,
+                             DType dtype) {
+  const Packed all(shape, count, length, dtype), few(shape, 1, std::min<int64_t>(length, 128), dtype);
+  const int64_t queries = all.rows() * all.queryColumns();
+  Values q(queries, dtype, 1, 2.0f), pages(all.pageElements(), dtype, 2, 2.0f), dOut(queries, dtype, 3, 2.0f);
+  const auto qRoom = room(q), pagesRoom = room(pages), dOutRoom = room(dOut),
+             out = room(static_cast<size_t>(queries) * bytesOf(dtype)),
+             logSumExp = room(static_cast<size_t>(shape.heads * all.rows() * 4)),
+             dqkv = room(static_cast<size_t>(all.rows() * all.columns() * 4));
+  const auto floats = [](const std::unique_ptr<Arena>& arena) { return reinterpret_cast<float*>(arena->data()); };
+  const auto run = [&](const Packed& of, bool back) {
+    if (back)
+      of.backward(k_, queue_, qRoom->data(), pagesRoom->data(), out->data(), floats(logSumExp), dOutRoom->data(),
+                  floats(dqkv));
+    else
+      of.forward(k_, queue_, qRoom->data(), pagesRoom->data(), out->data(), floats(logSumExp));
+  };
+  BenchResult result;
+  const int64_t fewQueries = few.rows() * few.queryColumns();
+  Values expected(fewQueries, dtype, 0, 0.0f);
+  std::vector<float> logs(static_cast<size_t>(shape.heads * few.rows())),
+      gradients(static_cast<size_t>(few.rows() * few.columns()));
+  few.forward(kernels::referenceKernels(), host_, q.host(), pages.host(), expected.host(), logs.data());
+  run(few, false);
+  result.verified = equal(expected.host(), out->data(), fewQueries, dtype, dtype);
+  if (backward) {
+    few.backward(kernels::referenceKernels(), host_, q.host(), pages.host(), expected.host(), logs.data(), dOut.host(),
+                 gradients.data());
+    run(few, true);
+    result.verified = result.verified && equal(gradients.data(), dqkv->data(), static_cast<int64_t>(gradients.size()),
+                                               DType::kFloat32, dtype);
+  }
+  // Two products of causal attention, in backward five.
+  result.work = (backward ? 5.0 : 2.0) * static_cast<double>(count * shape.heads * shape.headWidth) *
+                (static_cast<double>(length) * static_cast<double>(length + 1) / 2);
+  run(all, false);
+  measure(
+      result, [&] { run(all, backward); }, multiplyAdds(dtype, &result.ceilingWork));
   return result;
 }
 
 BenchResult Bench::adamw(int64_t count) {
   const WeightLayout layout = WeightLayout::make(count / 512, 512, Split::kNone, {count / 512});
-  const auto elements = static_cast<size_t>(layout.elements);
-  Arena memory("bench", elements * 18 + 4096);
-  float* p[4];
-  for (size_t i = 0; i < 4; ++i) {
-    p[i] = static_cast<float*>(memory.at(i * elements * 4, elements * 4, "bench"));
-    fill(p[i], layout.elements, DType::kFloat32, static_cast<uint32_t>(i), 0.1f);
+  const WeightLayout small = WeightLayout::make(64, 512, Split::kNone, {64});  // verified on the first panel
+  std::unique_ptr<Arena> rooms[4];
+  std::vector<float> expected[4];
+  for (uint32_t i = 0; i < 4; ++i) {
+    Values values(layout.elements, DType::kFloat32, i, 0.1f);
+    auto* const data = values.host<float>();
+    if (i == 2) std::for_each(data, data + layout.elements, [](float& v) { v = std::fabs(v); });
+    expected[i].assign(data, data + small.elements);
+    rooms[i] = room(values);
   }
-  for (size_t i = 0; i < elements; ++i) p[2][i] = std::fabs(p[2][i]);
-  void* weights = memory.at(4 * elements * 4, elements * 2, "bench");
+  const auto at = [&](size_t i) { return reinterpret_cast<float*>(rooms[i]->data()); };
+  const auto weights = room(static_cast<size_t>(layout.elements) * 2);
   const kernels::AdamW settings{1e-4, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05, 0.5};
-  // Verified on the first panel.
-  const WeightLayout small = WeightLayout::make(64, 512, Split::kNone, {64});
-  const auto few = static_cast<size_t>(small.elements);
-  std::vector<float> e[4];
-  std::vector<BFloat16> ew(few);
-  for (int i = 0; i < 4; ++i) e[i].assign(p[i], p[i] + few);
-  kernels::referenceKernels().adamw(queue_, settings, small.elements, e[0].data(), e[1].data(), e[2].data(),
-                                    e[3].data(), &small, ew.data());
+  std::vector<BFloat16> published(static_cast<size_t>(small.elements));
+  kernels::referenceKernels().adamw(host_, settings, small.elements, expected[0].data(), expected[1].data(),
+                                    expected[2].data(), expected[3].data(), &small, published.data());
   const auto update = [&] {
-    sink_ = static_cast<float>(k_.sumOfSquares(queue_, p[3], layout.elements));
-    k_.adamw(queue_, settings, layout.elements, p[0], p[1], p[2], p[3], &layout, weights);
+    k_.sumOfSquares(queue_, at(3), layout.elements);
+    k_.adamw(queue_, settings, layout.elements, at(0), at(1), at(2), at(3), &layout, weights->data());
   };
   update();
   BenchResult result;
-  result.verified = std::memcmp(e[0].data(), p[0], few * 4) == 0 && std::memcmp(ew.data(), weights, few * 2) == 0;
+  result.verified = equal(expected[0].data(), at(0), small.elements, DType::kFloat32, DType::kFloat32) &&
+                    equal(published.data(), weights->data(), small.elements, DType::kBFloat16, DType::kFloat32);
   // Read p, m, v, g and g once more for the norm; write p, m, v, g and the bfloat16 weights.
-  result.work = static_cast<double>(elements) * (5 * 4 + 4 * 4 + 2);
+  result.work = static_cast<double>(layout.elements) * (5 * 4 + 4 * 4 + 2);
   measure(result, update, reading(&result.ceilingWork));
   return result;
 }
 
+// The least that an operation costs: on a GPU, a fill that is waited for.
 BenchResult Bench::dispatch() {
   BenchResult result;
   result.work = 1;
   result.ceilingWork = 1;
+  const auto little = room(256);
   measure(
-      result, [&] { queue_.pool().each([](int) {}); }, [] {});
+      result,
+      [&] {
+        if (memory_.isHost()) return queue_.pool().each([](int) {});
+        queue_.fill(little->data(), 0, 256);
+        queue_.synchronize();
+      },
+      [] {});
   return result;
 }
 
 BenchResult Bench::ceilings(DType dtype) {
   BenchResult result;
   measure(result, reading(&result.work), multiplyAdds(dtype, &result.ceilingWork));
+  return result;
+}
+
+// Pinned host memory to the device and back, one after the other: what offload is a share of. On a CPU a copy.
+BenchResult Bench::moves(int64_t bytes) {
+  Arena host("bench", static_cast<size_t>(bytes));
+  std::memset(host.data(), 1, static_cast<size_t>(bytes));
+  const auto device = room(static_cast<size_t>(bytes));
+  memory_.pin(host.data(), static_cast<size_t>(bytes));
+  BenchResult result;
+  result.work = 2.0 * static_cast<double>(bytes);
+  measureInTurn(
+      result, runs_,
+      [&] {
+        memory_.fromHost(device->data(), host.data(), static_cast<size_t>(bytes));
+        memory_.toHost(host.data(), device->data(), static_cast<size_t>(bytes));
+      },
+      [] {});
+  memory_.unpin(host.data());
   return result;
 }
 
@@ -234,42 +371,63 @@ comm::Operation operationOf(Napi::Env env, const std::string& name) {
 }  // namespace
 
 void measureInTurn(BenchResult& result, int runs, const std::function<void()>& run,
-                   const std::function<void()>& ceiling) {
+                   const std::function<void()>& ceiling, const std::function<void()>& finish) {
   run();
   ceiling();
+  finish();
   for (int i = 0; i < runs; ++i) {
-    result.ceilingSeconds.push_back(timed(ceiling));
-    result.seconds.push_back(timed(run));
+    result.ceilingSeconds.push_back(timed(ceiling, finish));
+    result.seconds.push_back(timed(run, finish));
   }
 }
 
-// bench({what: gemm|adamw|dispatch|ceilings|collective, runs, ...}): {seconds, ceilingSeconds, work, ceilingWork,
-// verified}
+// bench({what: gemm|attention|adamw|dispatch|ceilings|moves|collective, runs, ...}): {seconds, ceilingSeconds, work,
+// ceilingWork, verified}
 Napi::Value DeviceWrap::bench(const Napi::CallbackInfo& info) {
   const auto o = info[0].As<Napi::Object>();
   const std::string what = stringAt(o, "what");
   const int runs = static_cast<int>(integerAt(o, "runs"));
   const DType dtype = has(o, "dtype") && stringAt(o, "dtype") == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  const int64_t ceilingBytes = has(o, "ceilingBytes") ? integerAt(o, "ceilingBytes") : int64_t{256} << 20;
   auto result = std::make_shared<BenchResult>();
-  std::function<void()> work;
+  std::function<void(Bench&)> measure;
   if (what == "gemm") {
-    work = [rank = rank_, runs, dtype, result, product = stringAt(o, "product"), rows = integerAt(o, "rows"),
-            out = integerAt(o, "out"), in = integerAt(o, "in"), split = stringAt(o, "split"),
-            parts = integerAt(o, "parts"), cold = booleanAt(o, "cold")] {
-      *result = Bench(*rank, runs).gemm(product, rows, out, in, split, parts, dtype, cold);
+    measure = [dtype, result, product = stringAt(o, "product"), rows = integerAt(o, "rows"), out = integerAt(o, "out"),
+               in = integerAt(o, "in"), split = stringAt(o, "split"), parts = integerAt(o, "parts"),
+               cold = booleanAt(o, "cold")](Bench& bench) {
+      *result = bench.gemm(product, rows, out, in, split, parts, dtype, cold);
+    };
+  } else if (what == "attention") {
+    const auto width = integerAt(o, "headWidth");
+    const kernels::AttentionShape shape{integerAt(o, "heads"),
+                                        integerAt(o, "keyValueHeads"),
+                                        width,
+                                        0,
+                                        integerAt(o, "parts"),
+                                        1.0f / std::sqrt(static_cast<float>(width))};
+    measure = [dtype, result, shape, count = integerAt(o, "sequences"), length = integerAt(o, "length"),
+               backward = booleanAt(o, "backward")](Bench& bench) {
+      *result = bench.attention(shape, count, length, backward, dtype);
     };
   } else if (what == "adamw") {
-    work = [rank = rank_, runs, result, count = integerAt(o, "count")] { *result = Bench(*rank, runs).adamw(count); };
+    measure = [result, count = integerAt(o, "count")](Bench& bench) { *result = bench.adamw(count); };
   } else if (what == "dispatch") {
-    work = [rank = rank_, runs, result] { *result = Bench(*rank, runs).dispatch(); };
+    measure = [result](Bench& bench) { *result = bench.dispatch(); };
   } else if (what == "ceilings") {
-    work = [rank = rank_, runs, result, dtype] { *result = Bench(*rank, runs).ceilings(dtype); };
-  } else if (what == "collective") {
+    measure = [result, dtype](Bench& bench) { *result = bench.ceilings(dtype); };
+  } else if (what == "moves") {
+    measure = [result, bytes = integerAt(o, "bytes")](Bench& bench) { *result = bench.moves(bytes); };
+  } else if (what != "collective") {
+    invalid(info.Env(), "what", "gemm, attention, adamw, dispatch, ceilings, moves or collective");
+  }
+  std::function<void()> work = [rank = rank_, runs, ceilingBytes, measure] {
+    Bench bench(*rank, runs, ceilingBytes);
+    measure(bench);
+  };
+  if (what == "collective") {
     work = [runs, result, operation = operationOf(info.Env(), stringAt(o, "operation")),
             ranks = static_cast<int>(integerAt(o, "ranks")),
             bytes = integerAt(o, "bytes")] { *result = benchCollective(operation, ranks, bytes, runs); };
-  } else {
-    invalid(info.Env(), "what", "gemm, adamw, dispatch, ceilings or collective");
   }
   return rank_->call(info.Env(), work, [result](Napi::Env env) {
     auto out = Napi::Object::New(env);

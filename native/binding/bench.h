@@ -15,8 +15,11 @@ struct BenchResult {
   bool verified = true;
 };
 
-// Times both in turn, `runs` times, after one run of each that is not counted. What is short is repeated until 20 ms.
-void measureInTurn(BenchResult&, int runs, const std::function<void()>& run, const std::function<void()>& ceiling);
+// Times both in turn, `runs` times, after one run of each that is not counted. What is short is repeated until 20 ms;
+// `finish` waits for what the repetitions have started.
+void measureInTurn(
+    BenchResult&, int runs, const std::function<void()>& run, const std::function<void()>& ceiling,
+    const std::function<void()>& finish = [] {});
 
 // A collective in place among ranks of this process, a thread each, on `bytes` of every rank (of its receive buffer
 // where it gathers, of its send buffer where it scatters). Work is what nccl-tests calls bus bandwidth times seconds:

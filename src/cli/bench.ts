@@ -33,7 +33,10 @@ export const benchCommand: Command = {
     threads: { value: 'N', help: 'Threads that compute (default 2)' },
     runs: { value: 'N', help: 'Repetitions of each measurement (default 3)' },
   },
-  notes: ['Each measurement verifies its result, then prints one JSON line. Run it on an otherwise idle machine.'],
+  notes: [
+    'Each measurement verifies its result, then prints one JSON line. Run it on an otherwise idle machine.',
+    'Computes on a GPU where there is one; LOCKSTEP_DEVICE=cpu keeps to the CPU.',
+  ],
   examples: ['lockstep bench', 'lockstep bench gemm', 'lockstep bench all > measurements.jsonl'],
   run,
 };
@@ -84,7 +87,7 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
   const { number } = await import('./values.js');
   const threads = number(input, 'threads', { minimum: 1, maximum: 256, whole: true }) ?? 2;
   const runs = number(input, 'runs', { minimum: 1, whole: true }) ?? 3;
-  const context = { machine: cpus()[0]?.model.trim() ?? 'unknown', commit: commit(), threads };
+  const context = { machine: await machine(), commit: commit(), threads };
   return interrupts.during('stopping', async (signal) => {
     const note = (line: string) => terminal.note(line);
     for (const each of name === 'all' ? known.keys() : [name]) {
@@ -96,6 +99,13 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
     }
     return 0;
   });
+}
+
+/** The GPU where benches compute on one, else the CPU. */
+async function machine(): Promise<string> {
+  const { loadNative, resolveProcessor } = await import('../engine/native.js');
+  if (resolveProcessor() === 'cuda') return loadNative().cuda().gpus[0]?.name ?? 'unknown GPU';
+  return cpus()[0]?.model.trim() ?? 'unknown';
 }
 
 /** Benches are TypeScript beside the sources; Node loads them through jiti. */

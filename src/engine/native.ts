@@ -58,7 +58,7 @@ export interface NativeDevice {
   bench(call: NativeBench): Promise<Timed<NativeBenchResult>>;
 }
 
-export type NativeBench = { runs: number } & (
+export type NativeBench = { runs: number; ceilingBytes?: number } & (
   | {
       what: 'gemm';
       product: 'forward' | 'input' | 'weight';
@@ -71,9 +71,23 @@ export type NativeBench = { runs: number } & (
       /** Weights that no cache holds; the ceiling is then reading memory, else multiply-adds. */
       cold: boolean;
     }
+  /** Causal, over packed sequences of one length; the ceiling is multiply-adds. */
+  | {
+      what: 'attention';
+      backward: boolean;
+      sequences: number;
+      length: number;
+      heads: number;
+      keyValueHeads: number;
+      headWidth: number;
+      parts: number;
+      dtype: 'float32' | 'bfloat16';
+    }
   | { what: 'adamw'; count: number }
   | { what: 'dispatch' }
   | { what: 'ceilings'; dtype: 'float32' | 'bfloat16' }
+  /** Pinned host memory to the device and back; work is both. */
+  | { what: 'moves'; bytes: number }
   /** In place, among ranks of a thread each; the ceiling is memcpy by as many threads. Work is bytes of one rank. */
   | { what: 'collective'; operation: 'all-gather' | 'reduce-scatter' | 'all-reduce'; ranks: number; bytes: number }
 );

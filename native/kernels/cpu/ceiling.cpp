@@ -2,19 +2,30 @@
 // and reading memory.
 #include "kernels/cpu/ceiling.h"
 
+#include <atomic>
+
 #include "kernels/cpu/simd.h"
 
 namespace lockstep::kernels::LOCKSTEP_ISA {
 
 namespace {
 
-// 12 (AVX2) or 24 independent chains: enough to hide the latency of FMA and of VDPBF16PS.
-float multiplyAdds(int64_t rounds, bool pairs) {
+// 12 (of AVX2, two in a Vec) or 24 independent chains: enough to hide the latency of FMA and of VDPBF16PS.
 #if defined(__AVX512F__)
-  constexpr int kChains = 24;
+constexpr int kChains = 24;
 #else
-  constexpr int kChains = 6;
+constexpr int kChains = 6;
 #endif
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// Whatever is computed is kept here, so that the compiler does not leave it out.
+std::atomic<float> sink;
+
+float chains(int64_t rounds, bool pairs) {
   Vec acc[kChains];
   for (int i = 0; i < kChains; ++i) acc[i] = Vec::broadcast(static_cast<float>(i));
   const Vec x = Vec::broadcast(0.9999f), y = Vec::broadcast(1e-5f);
@@ -34,22 +45,15 @@ float multiplyAdds(int64_t rounds, bool pairs) {
   return sum;
 }
 
-int64_t multiplyAddsOf(int64_t rounds, bool pairs) {
-#if defined(__AVX512F__)
-  constexpr int64_t kChains = 24;
-#else
-  constexpr int64_t kChains = 6;
-#endif
-#if defined(__AVX512BF16__)
-  return rounds * kChains * 16 * (pairs ? 2 : 1);
-#else
-  (void)pairs;
-  return rounds * kChains * 16;
-#endif
+double multiplyAdds(Queue& queue, DType dtype) {
+  constexpr int64_t kRounds = 20000;
+  const bool pairs = kHasPairs && dtype == DType::kBFloat16;
+  queue.pool().each([&](int) { sink = chains(kRounds, pairs); });
+  return static_cast<double>(kRounds * kChains * 16 * (pairs ? 2 : 1)) * queue.threads();
 }
 
 // Four streams at once: one alone does not keep the hardware's fetching busy everywhere.
-float readAll(const float* data, int64_t count) {
+float sumOf(const float* data, int64_t count) {
   constexpr int kStreams = 4;
   const int64_t each = count / kStreams;
   Vec acc[kStreams];
@@ -65,10 +69,15 @@ float readAll(const float* data, int64_t count) {
   return sum;
 }
 
+void readAll(Queue& queue, const float* data, int64_t count) {
+  const int64_t each = count / queue.threads() / 128 * 128;
+  queue.pool().each([&](int thread) { sink = sumOf(data + thread * each, each); });
+}
+
 }  // namespace
 
 const Ceiling& ceiling() {
-  static const Ceiling functions = {multiplyAdds, multiplyAddsOf, readAll};
+  static const Ceiling functions = {multiplyAdds, readAll};
   return functions;
 }
 

@@ -93,10 +93,11 @@ const Kernels& cpuKernels(const char* isa) {
 
 const Ceiling& ceilingOf(const Kernels& kernels) {
   for (const Candidate& candidate : kCandidates) {
-    if (&candidate.table() == &kernels) return candidate.ceiling();
+    if (std::strcmp(candidate.name, kernels.name) == 0) return candidate.ceiling();
   }
+  if (std::strcmp(kernels.name, "cuda") == 0) return *cudaCeiling();
   throw Error("BENCH_REFERENCE",
-              "the reference kernels have no ceiling to be measured against; use the cpu implementation");
+              "the reference kernels have no ceiling to be measured against; use those of the CPU or of a GPU");
 }
 
 }  // namespace lockstep::kernels

@@ -1,5 +1,6 @@
 // The addon without CUDA.
 #include "cuda/backend.h"
+#include "kernels/ceiling.h"
 #include "kernels/kernels.h"
 
 namespace lockstep::kernels {
@@ -7,6 +8,10 @@ namespace lockstep::kernels {
 const Kernels& cudaKernels() {
   cuda::requireGpu(0);  // throws
   return referenceKernels();
+}
+
+const Ceiling* cudaCeiling() {
+  return nullptr;
 }
 
 }  // namespace lockstep::kernels

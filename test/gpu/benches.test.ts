@@ -1,0 +1,34 @@
+/** The measurements that `bench/gpu/run` makes run where the GPU is emulated: results are verified, figures of each kind come out. */
+import './device.js';
+import { expect } from 'vitest';
+import type { Bench, Measurement } from '../../src/cli/bench.js';
+import { slow } from '../conditions.js';
+
+async function measured(bench: Bench): Promise<Measurement[]> {
+  const options = { signal: new AbortController().signal, threads: 2, runs: 1, note: () => undefined };
+  const lines: Measurement[] = [];
+  for await (const line of bench.measure(options)) lines.push(line);
+  return lines;
+}
+
+const benches: Record<string, { load: () => Promise<Bench>; units: string[] }> = {
+  ceilings: { load: () => import('../../bench/ceilings.js'), units: ['GF/s', 'GB/s', 'µs'] },
+  gemm: { load: () => import('../../bench/gemm.js'), units: ['share of ceiling'] },
+  attention: { load: () => import('../../bench/attention.js'), units: ['share of ceiling'] },
+  optimizer: { load: () => import('../../bench/optimizer.js'), units: ['times the bytes at bandwidth'] },
+  decode: { load: () => import('../../bench/decode.js'), units: ['tokens/s', 'share of memory bandwidth'] },
+  training: {
+    load: () => import('../../bench/training.js'),
+    units: ['tokens/s', 'share of the multiply-add peak', 'share of a training step'],
+  },
+  iteration: { load: () => import('../../bench/iteration.js'), units: ['s', 'share of an iteration'] },
+  offload: { load: () => import('../../bench/offload.js'), units: ['GB/s', 'share of pinned copies'] },
+};
+
+for (const [name, { load, units }] of Object.entries(benches)) {
+  slow(name, async () => {
+    const lines = await measured(await load());
+    for (const unit of units) expect(lines.map((line) => line.unit)).toContain(unit);
+    for (const { value } of lines) expect(Number.isFinite(value)).toBe(true);
+  });
+}
