@@ -84,7 +84,10 @@ void Queue::fromHost(void* to, const void* from, size_t bytes) {
 void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t rows) {
   if (bytes == 0 || rows == 0) return;
   if (!admit({nullptr, {bytes, static_cast<uint64_t>(rows), stride}, static_cast<uint64_t>(byte), 1})) return;
-  check(cudaMemset2DAsync(at, stride, byte, bytes, static_cast<size_t>(rows), stream()), "filling memory");
+  // One row may be longer than the longest stride, 2 GiB.
+  check(rows == 1 ? cudaMemsetAsync(at, byte, bytes, stream())
+                  : cudaMemset2DAsync(at, stride, byte, bytes, static_cast<size_t>(rows), stream()),
+        "filling memory");
 }
 
 void Queue::synchronize() {

@@ -17,6 +17,13 @@ int64_t pagesFor(int64_t positions) {
   return (positions + kernels::kPagePositions - 1) / kernels::kPagePositions;
 }
 
+// The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: steps whose contexts grow repeat the work of few buckets (Queue::repeat).
+int64_t roomFor(int64_t pages) {
+  int64_t room = 1;
+  while (room < pages) room = room < 2 ? room + 1 : (room & (room - 1)) == 0 ? room / 2 * 3 : room / 3 * 4;
+  return room;
+}
+
 kernels::KvPages pageShape(const Spec& spec) {
   return {nullptr, spec.dtype, spec.shape.keyValueHeads, spec.shape.headWidth};
 }
@@ -250,7 +257,9 @@ Batch Generator::plan() {
     }
   }
   Batch batch;
-  for (const Sequence& s : running_) batch.pageStride = std::max(batch.pageStride, sizeOf(s.pages));
+  int64_t most = 0;
+  for (const Sequence& s : running_) most = std::max(most, sizeOf(s.pages));
+  batch.pageStride = roomFor(most);
   for (const Sequence& s : running_) {
     if (s.rows == 0) continue;
     batch.rowBegin.push_back(static_cast<int32_t>(batch.rows()));

@@ -20,6 +20,7 @@
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidPitchValue = 12,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
@@ -181,6 +182,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorInvalidPitchValue:
+      return "invalid pitch argument";
     case cudaErrorInsufficientDriver:
       return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorNoDevice:
@@ -266,17 +269,23 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes
 }
 inline cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
                                      std::size_t width, std::size_t rows, cudaMemcpyKind, cudaStream_t stream) {
+  if (width > to_pitch || width > from_pitch || std::max(to_pitch, from_pitch) > emulated::kMaxPitch)
+    return cudaErrorInvalidPitchValue;
   return emulated::enqueue(stream, [=] { emulated::copy_rows(to, to_pitch, from, from_pitch, width, rows); });
 }
 inline cudaError_t cudaMemset2DAsync(void* to, std::size_t pitch, int value, std::size_t width, std::size_t rows,
                                      cudaStream_t stream) {
+  if (width > pitch || pitch > emulated::kMaxPitch) return cudaErrorInvalidPitchValue;
   return emulated::enqueue(stream, [=] {
     const emulated::DeviceAccess access;
     for (std::size_t r = 0; r < rows; r++) std::memset(static_cast<char*>(to) + r * pitch, value, width);
   });
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
-  return cudaMemset2DAsync(to, 0, value, bytes, 1, stream);
+  return emulated::enqueue(stream, [=] {
+    const emulated::DeviceAccess access;
+    std::memset(to, value, bytes);
+  });
 }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {

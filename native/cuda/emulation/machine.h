@@ -71,6 +71,7 @@ namespace emulated {
 enum class Schedule { forward, reverse, random };
 constexpr unsigned kWarp = 32, kMaxThreads = 1024, kPoison = 0xff;  // 0xff bytes are NaN in float32 and bfloat16
 constexpr std::size_t kMaxSharedBytes = 163 * 1024, kStackBytes = 128 * 1024, kGuardBytes = 4096;  // sm_80's
+constexpr std::size_t kMaxPitch = (std::size_t{1} << 31) - 1;
 
 struct Copy {  // a cp.async of 16 bytes; from null: zeros
   void* to;

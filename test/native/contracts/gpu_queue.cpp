@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "core/arena.h"
+#include "cuda/backend.h"
 #include "harness.h"
 
 namespace lockstep::contracts {
@@ -40,6 +42,18 @@ const Registration kStaged("gpuQueue.staged", DType::kFloat32, 20, [](Trial& t) 
     sees(b, second, "the second array");
     if (queue.stage(b.data(), static_cast<int64_t>(b.size())) != second) t.fail("an unchanged array was sent again");
   }
+});
+
+// Longer than the longest stride that CUDA takes.
+const Registration kLongFill("gpuQueue.longFill", DType::kFloat32, 1, [](Trial& t) {
+  if (!t.onGpu()) return;
+  auto& queue = static_cast<cuda::Queue&>(t.implementationQueue());
+  constexpr size_t kBytes = (size_t{1} << 31) + 64;
+  Arena arena("long", kBytes, nullptr, cuda::memoryOf(queue.gpu()));
+  queue.fill(arena.data(), 7, kBytes);
+  char last = 0;
+  queue.toHost(&last, arena.data() + kBytes - 1, 1);
+  if (last != 7) t.fail("the last byte was not filled");
 });
 
 }  // namespace
