@@ -40,13 +40,15 @@ double timed(const std::function<void()>& run, const std::function<void()>& fini
   }
 }
 
-// Random numbers in (-scale / 2, scale / 2), as the host and a device see them.
+// Random numbers in (-scale / 2, scale / 2), as the host and a device see them. Many of them repeat: drawing a billion
+// takes longer than what is measured.
 class Values {
  public:
   Values(int64_t count, DType dtype, uint32_t seed, float scale)
       : dtype_(dtype), bytes_(static_cast<size_t>(count) * bytesOf(dtype)) {
     uint32_t state = seed * 2654435761u + 1;
-    for (int64_t i = 0; i < count; ++i) {
+    const int64_t drawn = std::min<int64_t>(count, 4'000'037);
+    for (int64_t i = 0; i < drawn; ++i) {
       state = state * 1664525u + 1013904223u;
       const float x = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * scale;
       if (dtype == DType::kFloat32)
@@ -54,6 +56,9 @@ class Values {
       else
         reinterpret_cast<BFloat16*>(bytes_.data())[i] = toBFloat16(x);
     }
+    const size_t period = static_cast<size_t>(drawn) * bytesOf(dtype);
+    for (size_t at = period; at < bytes_.size(); at += period)
+      std::memcpy(bytes_.data() + at, bytes_.data(), std::min(period, bytes_.size() - at));
   }
   template <class T = void>
   T* host() {
@@ -107,7 +112,9 @@ class Bench {
   }
 
   // Of the device, zeroed.
-  std::unique_ptr<Arena> room(size_t bytes) { return std::make_unique<Arena>("bench", bytes, nullptr, memory_); }
+  std::unique_ptr<Arena> room(size_t bytes) {
+    return std::make_unique<Arena>("bench", std::max<size_t>(bytes, 64), nullptr, memory_);
+  }
   std::unique_ptr<Arena> room(Values& values) {
     auto arena = room(values.bytes());
     queue_.fromHost(arena->data(), values.host(), values.bytes());
@@ -156,36 +163,36 @@ BenchResult Bench::gemm(const std::string& product, int64_t rows, int64_t out, i
   const int64_t weightBytes = kernels::roundUp(layout.elements * static_cast<int64_t>(bytesOf(dtype)), 256);
   // Cold weights: enough copies that none is in a cache when its turn comes.
   const int64_t copies = cold ? std::max<int64_t>(2, 2 * ceilingBytes_ / weightBytes) : 1;
-  Values w(layout.elements, dtype, 7, 0.2f), x(rows * in, dtype, 1, 2.0f), dy(rows * out, dtype, 2, 2.0f);
+  const bool forward = product == "forward", weightGradient = product == "weight", input = product == "input";
+  Values w(layout.elements, dtype, 7, 0.2f), x(input ? 0 : rows * in, dtype, 1, 2.0f),
+      dy(forward ? 0 : rows * out, dtype, 2, 2.0f);
   const auto weights = room(static_cast<size_t>(weightBytes * copies));
   for (int64_t c = 0; c < copies; ++c) queue_.fromHost(weights->data() + c * weightBytes, w.host(), w.bytes());
-  const auto xRoom = room(x), dyRoom = room(dy), y = room(static_cast<size_t>(rows * out * 4)),
-             dx = room(static_cast<size_t>(rows * in * 4)), dW = room(static_cast<size_t>(layout.elements * 4));
+  const int64_t results = forward ? rows * out : input ? rows * in : layout.elements;
+  const auto xRoom = room(x), dyRoom = room(dy), to = room(static_cast<size_t>(results) * 4);
   const auto run = [&](const kernels::Kernels& k, Queue& queue, int64_t count, void* xAt, void* dyAt, void* wAt,
-                       void* to) {
+                       void* into) {
     const Operand xRows = denseOperand(xAt, dtype, count, in), dyRows = denseOperand(dyAt, dtype, count, out);
-    auto* const result = static_cast<float*>(to);
+    auto* const result = static_cast<float*>(into);
     const kernels::Weight weight{&layout, wAt, dtype};
-    if (product == "forward")
+    if (forward)
       k.linear(queue, xRows, weight, nullptr, kernels::Output::store(dense(result, count, out)));
-    else if (product == "input")
+    else if (input)
       k.linearBackwardInput(queue, dyRows, weight, kernels::Output::store(dense(result, count, in)));
     else
       k.linearBackwardWeight(queue, dyRows, xRows, {&layout, result}, nullptr);
   };
-  char* const to = (product == "forward" ? y : product == "input" ? dx : dW)->data();
   int64_t turn = 0;
   const auto all = [&](int64_t count) {
-    run(k_, queue_, count, xRoom->data(), dyRoom->data(), weights->data() + turn++ % copies * weightBytes, to);
+    run(k_, queue_, count, xRoom->data(), dyRoom->data(), weights->data() + turn++ % copies * weightBytes, to->data());
   };
   BenchResult result;
   // Verified on the first rows: they do not depend on the others.
   const int64_t some = std::min<int64_t>(rows, 2);
-  const int64_t columns = product == "forward" ? out : in;
-  std::vector<float> expected(static_cast<size_t>(product == "weight" ? layout.elements : some * columns));
+  std::vector<float> expected(static_cast<size_t>(weightGradient ? results : some * (forward ? out : in)));
   run(kernels::referenceKernels(), host_, some, x.host(), dy.host(), w.host(), expected.data());
-  all(product == "weight" ? some : rows);
-  result.verified = equal(expected.data(), to, static_cast<int64_t>(expected.size()), DType::kFloat32, dtype);
+  all(weightGradient ? some : rows);
+  result.verified = equal(expected.data(), to->data(), static_cast<int64_t>(expected.size()), DType::kFloat32, dtype);
   if (cold) {
     result.work = static_cast<double>(w.bytes());
     measure(
