@@ -16,6 +16,7 @@ const report = process.env.LOCKSTEP_TEST_REPORT;
 export default defineConfig({
   test: {
     pool: 'forks',
+    globalSetup: 'test/global-setup.ts',
     reporters: report ? ['default', ['json', { outputFile: report }]] : ['default'],
     projects: rooms.map(({ name, seconds }, order) => ({
       test: {
