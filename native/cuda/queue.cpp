@@ -178,7 +178,7 @@ void Queue::record(Repeated& r, const std::function<void()>& work) {
   r.arrays.bytes = kArrays;
   cudaGraph_t graph = nullptr;
   bool whole = true;
-  check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "recording a graph");
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
   repeating_ = &r;
   recording = &r.recording;
   try {
