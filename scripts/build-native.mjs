@@ -107,7 +107,7 @@ function includeDirectories() {
   }
 }
 
-/** nvcc and its version, or undefined; says why when it is not used. */
+/** nvcc, its version, and whether NVTX is there, or undefined; says why when it is not used. */
 function findCuda(previous) {
   // Memory errors of kernels are found in the emulation; a sanitized addon with CUDA has to be asked for.
   if (flags.cuda === 'off' || (flags.cuda === 'auto' && flags.sanitize)) return undefined;
@@ -120,7 +120,7 @@ function findCuda(previous) {
   if (flags.cuda === 'on') {
     refuse(
       `${found.problem}.\nInstall the CUDA toolkit 13.0 and set CUDA_PATH to its root; without root rights:\n` +
-        '  python3 -m venv cuda && cuda/bin/pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"\n' +
+        '  python3 -m venv cuda && cuda/bin/pip install "cuda-toolkit[nvcc,cudart,cccl,nvtx]==13.0.*"\n' +
         '  export CUDA_PATH=$(echo $PWD/cuda/lib/python3*/site-packages/nvidia/cu13)\n' +
         'or build for the CPU only: --cuda off',
     );
@@ -152,6 +152,8 @@ function configure(tree, output) {
   const generator = previous === undefined ? findGenerator() : undefined;
   const tools = [`cmake ${cmake}`, `${compiler} ${version(compiler)}`, generator, cuda && `CUDA ${cuda.version}`];
   say(`configuring (${tools.filter(Boolean).join(', ')})`);
+  if (cuda && !cuda.nvtx)
+    say('without NVTX ranges: this CUDA has no nvtx3/nvToolsExt.h (from PyPI: nvidia-nvtx==13.0.*)');
   mkdirSync(tree, { recursive: true });
   const result = spawnSync(
     'cmake',

@@ -1,6 +1,6 @@
 // Where CUDA's compiler is.
 import { spawnSync } from 'node:child_process';
-import { accessSync, constants, realpathSync } from 'node:fs';
+import { accessSync, constants, existsSync, realpathSync } from 'node:fs';
 import { delimiter, dirname, join } from 'node:path';
 
 export const neededCuda = 13;
@@ -27,8 +27,8 @@ function candidates(name, environment) {
 }
 
 /**
- * { nvcc, version } of the first CUDA that is new enough; otherwise { problem }, a sentence. LOCKSTEP_NVCC names it, or
- * CUDA_PATH/bin, CUDA_HOME/bin, PATH and /usr/local/cuda/bin are looked through.
+ * { nvcc, version, nvtx: has its header } of the first CUDA that is new enough; otherwise { problem }, a sentence. LOCKSTEP_NVCC
+ * names it, or CUDA_PATH/bin, CUDA_HOME/bin, PATH and /usr/local/cuda/bin are looked through.
  */
 export function findNvcc(environment = process.env) {
   const explicit = environment.LOCKSTEP_NVCC;
@@ -37,7 +37,11 @@ export function findNvcc(environment = process.env) {
   const found = files.map((file) => ({ nvcc: file, version: versionOf(file) }));
   const fits = found.find(({ version }) => Number.parseInt(version ?? '', 10) === neededCuda);
   // The libraries are found from where the compiler really lies.
-  if (fits) return { nvcc: realpathSync(fits.nvcc), version: fits.version };
+  if (fits) {
+    const nvcc = realpathSync(fits.nvcc);
+    const nvtx = existsSync(join(dirname(dirname(nvcc)), 'include', 'nvtx3', 'nvToolsExt.h'));
+    return { nvcc, version: fits.version, nvtx };
+  }
   const [first] = found;
   if (first === undefined) {
     return { problem: 'no nvcc (looked in LOCKSTEP_NVCC, CUDA_PATH/bin, CUDA_HOME/bin, PATH, /usr/local/cuda/bin)' };

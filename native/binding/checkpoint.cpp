@@ -8,6 +8,7 @@
 #include "binding/convert.h"
 #include "binding/device.h"
 #include "core/error.h"
+#include "core/range.h"
 #include "model/snapshot.h"
 #include "transfer/file_slices.h"
 
@@ -101,6 +102,7 @@ using SharedSnapshot = std::shared_ptr<model::Snapshot>;
 // load(slices): in the order of files and places; publishes the compute weights
 Napi::Value ModelWrap::load(const Napi::CallbackInfo& info) {
   auto work = [model = open(info.Env()), slices = readSlices(info[0].As<Napi::Array>())] {
+    const Range range("load");
     model->together([&] {
       std::unique_ptr<transfer::MappedFile> file;
       const std::string* path = nullptr;
@@ -121,6 +123,7 @@ Napi::Value ModelWrap::snapshot(const Napi::CallbackInfo& info) {
   const auto slices = readSlices(info[0].As<Napi::Array>());
   auto copy = std::make_shared<SharedSnapshot>();
   auto work = [model = open(info.Env()), slices, copy, rank = rank_] {
+    const Range range("snapshot");
     std::vector<model::Snapshot::Key> tensors;
     for (const Slice& slice : *slices) {
       for (const Piece& piece : slice.pieces) {
@@ -145,6 +148,7 @@ Napi::Value ModelWrap::save(const Napi::CallbackInfo& info) {
   const auto slices = readSlices(info[0].As<Napi::Array>());
   const std::atomic<bool>& cancelled = copy ? rank_->saver().cancelled() : rank_->device().cancelled;
   auto work = [model = open(info.Env()), slices, copy, &cancelled] {
+    const Range range("save");
     const model::Parameters& parameters = model->parameters();
     const Source source = [&](int64_t tensor, model::Space space) {
       return copy ? copy->at(tensor, space) : parameters.stored(tensor, space);

@@ -18,17 +18,37 @@ struct Rank::Call {
 
 namespace {
 
-// {value, begin, end, communicating, waiting} in seconds, begin and end of the clock of process.hrtime().
-Napi::Object timed(Napi::Env env, Napi::Value value, const WorkTimes& times) {
+void giveSeconds(Napi::Object to, const char* name, int64_t nanoseconds) {
+  to.Set(name, static_cast<double>(nanoseconds) * 1e-9);
+}
+
+// [{gpu, stream, begin, end, busy, bytes}]
+Napi::Array streamsOf(Napi::Env env, int gpu, const std::vector<StreamWork>& works) {
+  constexpr const char* kNames[] = {"compute", "to host", "from host"};
+  auto result = Napi::Array::New(env, works.size());
+  for (uint32_t i = 0; i < works.size(); ++i) {
+    auto work = Napi::Object::New(env);
+    work.Set("gpu", gpu);
+    work.Set("stream", kNames[static_cast<size_t>(works[i].stream)]);
+    giveSeconds(work, "begin", works[i].begin);
+    giveSeconds(work, "end", works[i].end);
+    giveSeconds(work, "busy", works[i].busy);
+    work.Set("bytes", static_cast<double>(works[i].bytes));
+    result.Set(i, work);
+  }
+  return result;
+}
+
+// {value, begin, end, communicating, waiting, streams} in seconds, begin and end of the clock of process.hrtime();
+// streams on a GPU only.
+Napi::Object timed(Napi::Env env, Napi::Value value, int gpu, const WorkTimes& times) {
   auto result = Napi::Object::New(env);
   result.Set("value", value);
-  const auto give = [&](const char* name, int64_t nanoseconds) {
-    result.Set(name, static_cast<double>(nanoseconds) * 1e-9);
-  };
-  give("begin", times.begin);
-  give("end", times.end);
-  give("communicating", times.communicating);
-  give("waiting", times.waiting);
+  giveSeconds(result, "begin", times.begin);
+  giveSeconds(result, "end", times.end);
+  giveSeconds(result, "communicating", times.communicating);
+  giveSeconds(result, "waiting", times.waiting);
+  if (gpu >= 0) result.Set("streams", streamsOf(env, gpu, times.streams));
   return result;
 }
 
@@ -146,7 +166,7 @@ Napi::Promise Rank::callOn(RankThread& thread, Napi::Env env, std::function<void
       call->message = error.what();
     }
     WorkClock::end();
-    call->times = WorkClock::times();
+    call->times = WorkClock::take();
     call->work = nullptr;
     // Refused only when the environment is going away: nobody waits then, and its values may not be touched.
     call->rank->door_.NonBlockingCall(call, [](Napi::Env env, Napi::Function, Call* done) { complete(env, done); });
@@ -164,7 +184,7 @@ void Rank::complete(Napi::Env env, Call* call) {
     return;
   }
   try {
-    call->deferred.Resolve(timed(env, call->finish(env), call->times));
+    call->deferred.Resolve(timed(env, call->finish(env), call->rank->gpu(), call->times));
   } catch (const Napi::Error& error) {
     call->deferred.Reject(error.Value());
   }

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/range.h"
 #include "core/work_clock.h"
 
 namespace lockstep::comm {
@@ -43,6 +44,15 @@ const char* nameOf(Element element) {
 const char* prepositionOf(Operation operation) {
   return operation == Operation::kSend ? " to rank " : " from rank ";
 }
+
+// A call's life, for the clock of its rank and for profilers.
+struct Communicating {
+  Communicating(const char* operation, std::string_view site)
+      : range(std::string(operation) + " " + std::string(site)) {}
+  explicit Communicating(const Call& call) : Communicating(nameOf(call.operation), call.site) {}
+  const WorkClock::Span span{&WorkTimes::communicating};
+  const Range range;
+};
 
 }  // namespace
 
@@ -85,7 +95,7 @@ void Communicator::allGather(const void* send, void* receive, int64_t count, Ele
   const Call call = next(Operation::kAllGather, element, count, -1, site);
   const int64_t bytes = count * bytesOf(element);
   if (send != static_cast<char*>(receive) + rank_ * bytes) checkApart(call, send, bytes, receive, size_ * bytes);
-  const WorkClock::Span span(&WorkTimes::communicating);
+  const Communicating communicating(call);
   runAllGather(call, send, receive);
 }
 
@@ -101,14 +111,14 @@ void Communicator::allGatherPieces(std::span<const Piece> pieces, void* receive,
       checkApart(call, piece.data, piece.bytes, receive, receiveBytes);
     }
   }
-  const WorkClock::Span span(&WorkTimes::communicating);
+  const Communicating communicating(call);
   runAllGatherPieces(call, pieces, receive);
 }
 
 void Communicator::reduceScatter(const float* send, float* receive, int64_t count, std::string_view site) {
   const Call call = next(Operation::kReduceScatter, Element::kFloat32, count, -1, site);
   if (receive != send + rank_ * count) checkApart(call, send, size_ * count * 4, receive, count * 4);
-  const WorkClock::Span span(&WorkTimes::communicating);
+  const Communicating communicating(call);
   runReduceScatter(call, send, receive);
 }
 
@@ -138,31 +148,34 @@ void Communicator::reduceScatterPieces(float* buffer, int64_t count, std::span<c
                                        std::string_view site) {
   const Call call = next(Operation::kReduceScatterPieces, Element::kFloat32, count, -1, site);
   checkShares(call, shares);
+  const Communicating communicating(call);
   runReduceScatterPieces(call, buffer, shares);
 }
 
 void Communicator::allReduce(const float* send, float* receive, int64_t count, std::string_view site) {
   const Call call = next(Operation::kAllReduce, Element::kFloat32, count, -1, site);
   if (send != receive) checkApart(call, send, count * 4, receive, count * 4);
-  const WorkClock::Span span(&WorkTimes::communicating);
+  const Communicating communicating(call);
   runAllReduce(call, send, receive);
 }
 
 void Communicator::broadcast(void* data, int64_t count, Element element, int root, std::string_view site) {
   const Call call = next(Operation::kBroadcast, element, count, root, site);
   checkPeer(call);
-  const WorkClock::Span span(&WorkTimes::communicating);
+  const Communicating communicating(call);
   runBroadcast(call, data);
 }
 
 void Communicator::barrier(std::string_view site) {
-  const WorkClock::Span span(&WorkTimes::communicating);
-  runBarrier(next(Operation::kBarrier, Element::kByte, 0, -1, site));
+  const Call call = next(Operation::kBarrier, Element::kByte, 0, -1, site);
+  const Communicating communicating(call);
+  runBarrier(call);
 }
 
 std::unique_ptr<Communicator> Communicator::split(int colour, int key, std::string_view site) {
-  const WorkClock::Span span(&WorkTimes::communicating);
-  return runSplit(next(Operation::kSplit, Element::kByte, 0, -1, site), colour, key);
+  const Call call = next(Operation::kSplit, Element::kByte, 0, -1, site);
+  const Communicating communicating(call);
+  return runSplit(call, colour, key);
 }
 
 void Communicator::send(const void* data, int64_t count, Element element, int to, std::string_view site) {
@@ -193,7 +206,7 @@ void Communicator::exchange(std::span<const Outgoing> outgoing, std::span<const 
   if (toItself != 0) {
     refuse({Operation::kSend, Element::kByte, 0, rank_, 0, site}, "a rank must receive what it sends to itself");
   }
-  const WorkClock::Span span(&WorkTimes::communicating);
+  const Communicating communicating("exchange", site);
   runExchange(outgoing, incoming, site);
 }
 

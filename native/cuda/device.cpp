@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "core/error.h"
+#include "core/range.h"
 #include "cuda/backend.h"
 #include "build.h"
 #include "pages.h"
@@ -41,8 +42,9 @@ class GpuMemory final : public Memory {
   explicit GpuMemory(int gpu) : gpu_(gpu), name_("GPU " + std::to_string(gpu)) {
     check(cudaSetDevice(gpu), "choosing the GPU");
     check(pages::grain(gpu, &grain_), "asking for the size of pages");
-    check(cudaStreamCreateWithFlags(&in_, cudaStreamNonBlocking), "making a stream");
-    check(cudaStreamCreateWithFlags(&out_, cudaStreamNonBlocking), "making a stream");
+    for (Way* way : {&in_, &out_}) {
+      check(cudaStreamCreateWithFlags(&way->stream, cudaStreamNonBlocking), "making a stream");
+    }
   }
 
   const std::string& name() const override { return name_; }
@@ -121,9 +123,11 @@ class GpuMemory final : public Memory {
   }
 
   void toHost(void* to, const char* from, size_t bytes) override {
+    const Range range("copy to host");
     transfer(out_, to, from, bytes, cudaMemcpyDeviceToHost);
   }
   void fromHost(char* to, const void* from, size_t bytes) override {
+    const Range range("copy from host");
     transfer(in_, to, from, bytes, cudaMemcpyHostToDevice);
   }
   void copy(char* to, const char* from, size_t bytes) override {
@@ -138,11 +142,21 @@ class GpuMemory final : public Memory {
  private:
   void use() const { check(cudaSetDevice(gpu_), "choosing the GPU"); }
 
-  // One stream each way, so that what goes and what comes use both directions of the bus.
-  void transfer(cudaStream_t stream, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) const {
+  // One stream each way, so that what goes and what comes use both directions of the bus; one copy at a time on each.
+  struct Way {
+    explicit Way(StreamWork::Stream kind) : timer(kind) {}
+    std::mutex mutex;
+    cudaStream_t stream = nullptr;
+    StreamTimer timer;
+  };
+
+  void transfer(Way& way, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     use();
-    check(cudaMemcpyAsync(to, from, bytes, kind, stream), "copying between host and GPU");
-    check(cudaStreamSynchronize(stream), "copying between host and GPU");
+    const std::lock_guard lock(way.mutex);
+    // Copies within the GPU take turns with those that come, and are none of them.
+    if (kind != cudaMemcpyDeviceToDevice) way.timer.begin(way.stream);
+    check(cudaMemcpyAsync(to, from, bytes, kind, way.stream), "copying between host and GPU");
+    way.timer.wait(way.stream, "copying between host and GPU", bytes);
   }
 
   std::map<char*, std::vector<bool>>::iterator blockOf(const char* at) {
@@ -167,7 +181,7 @@ class GpuMemory final : public Memory {
   const int gpu_;
   const std::string name_;
   size_t grain_ = 0;
-  cudaStream_t in_ = nullptr, out_ = nullptr;
+  Way in_{StreamWork::Stream::kFromHost}, out_{StreamWork::Stream::kToHost};
   mutable std::mutex mutex_;
   std::map<char*, std::vector<bool>> blocks_;
 };
@@ -217,7 +231,7 @@ Memory& memoryOf(int gpu) {
 
 std::unique_ptr<lockstep::Queue> makeQueue(int gpu, int threads, size_t hostScratchBytes) {
   requireGpu(gpu);
-  return std::make_unique<Queue>(gpu, threads, hostScratchBytes);
+  return std::make_unique<Queue>(gpu, threads, hostScratchBytes, true);
 }
 
 }  // namespace lockstep::cuda

@@ -1,6 +1,14 @@
 // The addon without CUDA.
 #include "core/error.h"
+#include "core/range.h"
 #include "cuda/backend.h"
+
+namespace lockstep {
+
+void Range::begin(const char*) {}
+void Range::end() {}
+
+}  // namespace lockstep
 
 namespace lockstep::cuda {
 

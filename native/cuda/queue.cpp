@@ -30,7 +30,10 @@ void check(cudaError_t error, const char* what) {
                                  "on from the last checkpoint, and look at the kernel log if it comes back");
 }
 
-Queue::Queue(int gpu, int threads, size_t hostScratchBytes) : lockstep::Queue(threads, hostScratchBytes), gpu_(gpu) {
+Queue::Queue(int gpu, int threads, size_t hostScratchBytes, bool timed)
+    : lockstep::Queue(threads, hostScratchBytes),
+      gpu_(gpu),
+      timer_(timed ? std::make_unique<StreamTimer>(StreamWork::Stream::kCompute) : nullptr) {
   check(cudaSetDevice(gpu), "choosing the GPU");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
 }
@@ -44,6 +47,7 @@ void Queue::close() {
     cudaSetDevice(gpu_);
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
+    timer_.reset();
     forget();
     for (Region& region : regions_) release(region);
     cudaFree(scratch_);
@@ -55,6 +59,7 @@ void Queue::close() {
 
 cudaStream_t Queue::stream() const {
   check(cudaSetDevice(gpu_), "choosing the GPU");
+  launching();
   return stream_;
 }
 
@@ -76,9 +81,8 @@ void Queue::toHost(void* to, const void* from, size_t bytes) {
 
 void Queue::fromHost(void* to, const void* from, size_t bytes) {
   refuseWaiting();
-  cudaStream_t const stream = this->stream();
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream), "copying from the host");
-  check(cudaStreamSynchronize(stream), "copying from the host");
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream()), "copying from the host");
+  wait("copying from the host");
 }
 
 void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t rows) {
@@ -92,7 +96,13 @@ void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t ro
 
 void Queue::synchronize() {
   refuseWaiting();
-  check(cudaStreamSynchronize(stream()), "working");
+  wait("working");
+}
+
+void Queue::wait(const char* what) {
+  check(cudaSetDevice(gpu_), "choosing the GPU");
+  if (timer_ != nullptr) return timer_->wait(stream_, what);
+  check(cudaStreamSynchronize(stream_), what);
 }
 
 void Queue::release(Region& region) {
@@ -171,7 +181,7 @@ void Queue::record(Repeated& r, const std::function<void()>& work) {
   r.arrays.bytes = kArrays;
   cudaGraph_t graph = nullptr;
   bool whole = true;
-  check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "recording a graph");
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
   repeating_ = &r;
   recording = &r.recording;
   try {
@@ -193,12 +203,13 @@ void Queue::record(Repeated& r, const std::function<void()>& work) {
   if (graph != nullptr) cudaGraphDestroy(graph);
   r.state = whole ? Repeated::State::kRecorded : Repeated::State::kRefused;
   if (!whole) return work();
+  launching();
   check(cudaGraphLaunch(r.graph, stream_), "launching a graph");
 }
 
 // False: the run takes other steps, and nothing was done.
 bool Queue::replay(Repeated& r, const std::function<void()>& work) {
-  check(cudaStreamSynchronize(stream()), "working");  // the last run has read its arrays
+  wait("working");  // the last run has read its arrays
   r.arrays.end = 0;
   r.recording.comparing = true;
   r.recording.at = 0;
@@ -220,6 +231,7 @@ bool Queue::replay(Repeated& r, const std::function<void()>& work) {
     r.state = Repeated::State::kRefused;
     return false;
   }
+  launching();
   check(cudaGraphLaunch(r.graph, stream_), "launching a graph");
   return true;
 }

@@ -4,12 +4,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "core/queue.h"
 #include "cuda/recording.h"
+#include "cuda/stream_timer.h"
 
 namespace lockstep::cuda {
 
@@ -19,8 +21,8 @@ void check(cudaError_t error, const char* what);
 
 class Queue final : public lockstep::Queue {
  public:
-  // Throws what check() throws.
-  Queue(int gpu, int threads, size_t hostScratchBytes);
+  // `timed`: the calls of a rank hear what its stream did for them. Throws what check() throws.
+  Queue(int gpu, int threads, size_t hostScratchBytes, bool timed = false);
   ~Queue() override;
 
   void close() override;
@@ -80,6 +82,11 @@ class Queue final : public lockstep::Queue {
   const void* stageRepeated(const void* host, size_t bytes);
   void record(Repeated&, const std::function<void()>& work);
   bool replay(Repeated&, const std::function<void()>& work);
+  // Before something is launched that is not only recorded.
+  void launching() const {
+    if (timer_ != nullptr && repeating_ == nullptr) timer_->begin(stream_);
+  }
+  void wait(const char* what);
   // Throws where the device cannot be waited for.
   void refuseWaiting() const;
   void nextRegion(size_t bytes);
@@ -87,6 +94,7 @@ class Queue final : public lockstep::Queue {
 
   int gpu_;
   cudaStream_t stream_ = nullptr;
+  std::unique_ptr<StreamTimer> timer_;
   Region regions_[2];  // filled in turn, so that what an operation has staged outlives its next stage()
   int region_ = 0;
   std::vector<Staged> staged_;  // in regions_[region_]

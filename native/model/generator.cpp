@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/range.h"
 
 namespace lockstep::model {
 
@@ -71,8 +72,10 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
     admit();
     if (running_.empty()) continue;
     Pass pass{.workspace = workspace_, .batch = plan(), .pageCount = pool_.total()};
+    const bool decodes = pass.rows() == pass.batch.count();  // a token each: the step of all steps
+    const Range range(decodes ? "decode" : "prefill");
     const auto forward = [&] { transformer_.forward({&pass, 1}, Keep::kCache); };
-    if (parallel_.replica == nullptr && pass.rows() == pass.batch.count()) {  // a token each: the step of all steps
+    if (parallel_.replica == nullptr && decodes) {
       queue_.repeat("decode " + std::to_string(pass.rows()) + " " + std::to_string(pass.batch.pageStride), forward);
     } else {
       forward();

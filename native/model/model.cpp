@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/range.h"
 #include "core/work_clock.h"
 
 namespace lockstep::model {
@@ -99,8 +100,10 @@ void Model::copyOut(const Batch& batch, View<const float> rows, float* out) cons
 }
 
 void Model::forward(const ForwardCall& call) {
+  const Range range("forward");
   together([&] {
     runForward(call);
+    device_.queue.synchronize();
     WorkClock::end();
     if (!call.keep || !call.keep->more) transformer_.flush();
   });
@@ -166,8 +169,10 @@ void Model::giveOutputs(Pass& pass, const ForwardOutputs& out, bool keep) {
 }
 
 void Model::backward(const std::vector<BackwardPass>& passes, bool more, bool last) {
+  const Range range("backward");
   together([&] {
     runBackward(passes, last);
+    device_.queue.synchronize();
     WorkClock::end();
     if (!more) transformer_.flush();
   });
@@ -196,10 +201,12 @@ void Model::runBackward(const std::vector<BackwardPass>& gradients, bool last) {
 }
 
 void Model::reduceGradients() {
+  const Range range("reduce");
   together([&] { gradients_.finish(); });
 }
 
 double Model::step(const StepOptions& options) {
+  const Range range("step");
   double norm = 0;
   together([&] {
     gradients_.finish();
@@ -216,6 +223,7 @@ double Model::step(const StepOptions& options) {
 }
 
 void Model::clearGradients() {
+  const Range range("clear");
   kept_.clear();
   gradients_.clear();
   parameters_.clearGradients();
@@ -224,6 +232,7 @@ void Model::clearGradients() {
 std::vector<Generated> Model::generate(const GeneratePlans& plans, const GenerateSettings& settings,
                                        const std::vector<GenerateRequest>& requests, GenerateControl& control,
                                        const Generator::Progress& progress, GenerateStatistics& statistics) {
+  const Range range("generate");
   std::vector<Generated> results;
   together([&] { results = runGenerate(plans, settings, requests, control, progress, statistics); });
   return results;

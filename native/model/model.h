@@ -9,6 +9,7 @@
 #include "core/arena.h"
 #include "core/error.h"
 #include "core/queue.h"
+#include "core/range.h"
 #include "model/generator.h"
 #include "model/parallel.h"
 #include "model/parameters.h"
@@ -111,6 +112,7 @@ class Model {
   std::vector<Generated> generate(const GeneratePlans&, const GenerateSettings&, const std::vector<GenerateRequest>&,
                                   GenerateControl&, const Generator::Progress&, GenerateStatistics& statistics);
   void publish() {
+    const Range range("publish");
     together([&] { parameters_.publish(device_.queue); });
   }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/range.h"
 #include "core/work_clock.h"
 
 namespace lockstep::model {
@@ -89,6 +90,7 @@ void Transformer::normBackward(const std::string& name, View<const float> x, con
 
 void Transformer::blockForward(const Pass& pass, int64_t l, const LayerBuffers& b) {
   checkCancelled();
+  const Range range(named(l, "forward"));
   const Batch& batch = pass.batch;
   const Workspace& w = pass.workspace;
   const Shape& s = spec_.shape;
@@ -171,7 +173,10 @@ void Transformer::finish(Pass& pass, Keep what) {
   const View<float> last = w.f32("x", s.layers, pass.rows(), s.width);
   if (!parallel_.lastStage()) {
     link_.send(last, +1);
-    if (what == Keep::kNothing) WorkClock::end();
+    if (what == Keep::kNothing) {
+      queue_.synchronize();
+      WorkClock::end();
+    }
     if (what != Keep::kActivations) flush();
     return;
   }
@@ -318,6 +323,7 @@ void Transformer::shareKeyValueGradients(const Workspace& w, const kernels::QkvL
 
 void Transformer::blockBackward(const Pass& pass, int64_t l, const LayerBuffers& b) {
   checkCancelled();
+  const Range range(named(l, "backward"));
   const Batch& batch = pass.batch;
   const Workspace& w = pass.workspace;
   const View<float> dx = this->dx(pass);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/range.h"
 
 namespace lockstep::transfer {
 
@@ -187,6 +188,7 @@ char* Transfer::destination() const {
 }
 
 TransferResult Transfer::run(Queue& queue, bool check) {
+  const Range range("transition");
   TransferResult result;
   sums_.clear();
   try {

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "core/error.h"
+#include "core/range.h"
 
 namespace lockstep::transfer {
 
@@ -72,6 +73,7 @@ size_t StateGroup::nextChunk(size_t bytes) const {
 }
 
 void StateGroup::moveChunk(size_t bytes) {
+  const Range range((leaving() ? "evict " : "restore ") + name_);
   const auto start = std::chrono::steady_clock::now();
   const size_t absent = arena_.absent(), moved = nextChunk(bytes);
   if (leaving()) {

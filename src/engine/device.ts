@@ -30,11 +30,11 @@ export interface DeviceOptions {
   poison?: boolean;
   /** Among the ranks of a run: named in `details.rank` of its errors. */
   rank?: number;
-  /** Told of every work that its thread has done, in that order. */
+  /** Told of every work that it has done, those of a thread in their order. */
   onWork?: (work: Work) => void;
 }
 
-/** What a rank's thread did for a model. */
+/** What a rank did for a model, on its thread unless said otherwise. */
 export interface Work extends WorkTimes {
   operation:
     | 'join'
@@ -50,7 +50,9 @@ export interface Work extends WorkTimes {
     | 'read'
     | 'write'
     | 'clear'
-    | 'publish';
+    | 'publish'
+    /** Of state, on a thread beside the rank's. */
+    | 'move';
   /** Of a forward or backward: which of the replica's micro-batches, when several ranks accumulate. */
   microBatch?: number;
 }

@@ -5,7 +5,7 @@
  */
 import { LockstepError } from '../errors.js';
 import { offloadChunkBytes, type StateGroup, stateGroups } from '../layout/rotation.js';
-import { type Booking, type Device, rethrow, untimed } from './device.js';
+import { type Booking, type Device, rethrow } from './device.js';
 import type { NativeModel, NativeMove, NativeStateGroup } from './native.js';
 
 export type { StateGroup } from '../layout/rotation.js';
@@ -132,7 +132,7 @@ async function exchange(device: Device, moves: readonly StateMove[]): Promise<vo
   const issued = moves.map(({ state }) => ({ state, number: state.issue() }));
   let failed = true;
   try {
-    await untimed(() =>
+    await device.run('move', () =>
       device.native.move({
         moves: changes.sort((a, b) => turn(a) - turn(b)).map(({ model, group, place }) => ({ model, group, place })),
         chunkBytes: offloadChunkBytes,

@@ -19,6 +19,18 @@ import type {
   TokenGradients,
 } from './engine.js';
 
+/** What a stream of the rank's GPU did for a call, as the GPU measured it; in seconds of the clock of process.hrtime(). */
+export interface StreamWork {
+  gpu: number;
+  stream: 'compute' | 'to host' | 'from host';
+  begin: number;
+  end: number;
+  /** Of that time: while the host has its turns within a call, as between the tokens that it takes, the stream is idle. */
+  busy: number;
+  /** Of a copy. */
+  bytes: number;
+}
+
 /** When the rank's thread ran a call, in seconds; begin and end are of the clock of process.hrtime(). */
 export interface WorkTimes {
   /** When its input was there: what a stage of a pipeline waits for the one before, or after, lies before. */
@@ -29,6 +41,8 @@ export interface WorkTimes {
   communicating: number;
   /** In those, for ranks that had not come yet. */
   waiting: number;
+  /** On a GPU: one for the call's computations, and one for each copy between the host and what lies in arenas. */
+  streams?: StreamWork[];
 }
 
 /** How every call of a rank resolves. */

@@ -5,9 +5,13 @@
  * A run of several pools has rows for each. Each rank has a row of its own: its works, and between them `idle`. What a work spent in
  * communicators is drawn at its begin, first the waits for other ranks (`idle`), then the rest (`communication`): the sums are
  * exact, the places are not. The row `materialised` lists the answers whose data came to the controller.
+ *
+ * A GPU has rows for its streams: the computation of each rank's calls, with the seconds that the stream was busy in them, and the
+ * copies each way between its memory and the host's, with their bytes.
  */
 import type { Materialised } from '../cluster/future.js';
 import type { Work } from '../engine/device.js';
+import type { StreamWork } from '../engine/native.js';
 import { Trace } from './trace.js';
 
 /** Works that move tensors instead of computing. */
@@ -25,12 +29,18 @@ type Category = keyof typeof rows;
 const firstRankRow = 5;
 const materialisedRow = 99;
 const rowsOfLane = 100;
+/** Rows of a GPU, behind all lanes: copies, which all pools share, then the computation of each lane. */
+const firstGpuRow = 100_000;
+const rowsOfGpu = 100;
+const copyRows = ['to host', 'from host'];
 /** What the rows of a pool's lane are called. */
 const rowNames: Record<Category, string> = {
   ...{ phase: 'calls', native: 'native calls', transfer: 'transfers', background: 'background' },
 };
 /** Milliseconds of process.hrtime(), which works carry, when performance.now() is 0: one clock, two origins. */
 const clockOffset = Number(process.hrtime.bigint()) / 1e6 - performance.now();
+/** Of performance.now(), from seconds of works. */
+const milliseconds = (seconds: number): number => seconds * 1000 - clockOffset;
 /** Shorter parts of a work are not drawn. */
 const drawnSeconds = 1e-6;
 
@@ -69,21 +79,33 @@ export class Lane {
   }
 
   /** A work of a rank, each rank's in their order. */
-  work({ operation, microBatch, begin, end, communicating, waiting }: Work, rank: number): void {
+  work(work: Work, rank: number): void {
     if (!this.trace.isOpen) return;
+    const { operation, microBatch, begin, end, communicating, waiting, streams = [] } = work;
+    const name = microBatch === undefined ? operation : `${operation} ${microBatch}`;
+    for (const stream of streams) this.#stream(name, stream);
+    if (operation === 'move') return;
     const tid = this.index * rowsOfLane + firstRankRow + rank;
     this.trace.nameRow(tid, this.pool === undefined ? `rank ${rank}` : `${this.pool}/rank ${rank}`);
     const draw = (name: string, cat: string, from: number, to: number): void => {
       if (to - from < drawnSeconds) return;
-      const [start, end] = [from, to].map((seconds) => seconds * 1000 - clockOffset) as [number, number];
-      this.trace.draw({ name, cat, tid, start, end });
+      this.trace.draw({ name, cat, tid, start: milliseconds(from), end: milliseconds(to) });
     };
     draw('idle', 'idle', this.#idleSince.get(rank) ?? begin, begin);
     this.#idleSince.set(rank, end);
-    const name = microBatch === undefined ? operation : `${operation} ${microBatch}`;
     draw(name, transfers.has(operation) ? 'transfer' : 'compute', begin, end);
     draw('waiting', 'idle', begin, begin + waiting);
     draw('communication', 'communication', begin + waiting, begin + communicating);
+  }
+
+  #stream(name: string, { gpu, stream, begin, end, busy, bytes }: StreamWork): void {
+    const copies = copyRows.indexOf(stream);
+    const row = copies < 0 ? copyRows.length + this.index : copies;
+    const tid = firstGpuRow + gpu * rowsOfGpu + row;
+    const owner = copies < 0 && this.pool !== undefined ? `${this.pool}/` : '';
+    this.trace.nameRow(tid, `${owner}GPU ${gpu} ${stream}`);
+    const args = copies < 0 ? { busy } : { bytes };
+    this.trace.draw({ name, cat: 'stream', tid, start: milliseconds(begin), end: milliseconds(end), args });
   }
 
   /** An object whose listed methods are phases, also when it calls them itself; a phase is named by its table entry. */

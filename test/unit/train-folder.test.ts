@@ -223,6 +223,38 @@ describe('the recorder', () => {
     await rm(root, { recursive: true });
   });
 
+  it('draws rows for the streams of each GPU: copies, and the computation of every pool', async () => {
+    const recorder = new Recorder();
+    await recorder.open(root);
+    const at = Number(process.hrtime.bigint()) / 1e9;
+    const times = { begin: at, end: at + 9, communicating: 0, waiting: 0 };
+    const compute = { gpu: 1, stream: 'compute', begin: at + 1, end: at + 8, busy: 5, bytes: 0 } as const;
+    recorder.work({ ...times, operation: 'backward', microBatch: 2, streams: [compute] }, 1);
+    recorder.lane('critic', 0).work({ ...times, operation: 'step', streams: [compute] }, 1);
+    const streams = (['to host', 'from host'] as const).map((stream) => ({ ...compute, stream, bytes: 77 }));
+    recorder.work({ ...times, operation: 'move', streams }, 1);
+    await recorder.close();
+    type Event = { name: string; cat: string; tid: number; ts: number; dur: number; args: Record<string, unknown> };
+    const events = JSON.parse(await readFile(join(root, 'trace.json'), 'utf8')) as Event[];
+    const rows = new Map(events.filter(({ cat }) => !cat).map(({ tid, args }) => [tid, args.name]));
+    expect(rows.size).toBe(6);
+    const works = events.find(({ cat }) => cat === 'compute')!.ts;
+    const drawn = events.filter(({ cat }) => cat === 'stream' || cat === 'compute');
+    expect(
+      drawn.map(({ name, tid, ts, dur, args: { busy, bytes } }) => {
+        return [rows.get(tid), name, (ts - works) / 1e6, dur / 1e6, busy ?? bytes];
+      }),
+    ).toEqual([
+      ['GPU 1 compute', 'backward 2', 1, 7, 5],
+      ['rank 1', 'backward 2', 0, 9, undefined],
+      ['critic/GPU 1 compute', 'step', 1, 7, 5],
+      ['critic/rank 1', 'step', 0, 9, undefined],
+      ['GPU 1 to host', 'move', 1, 7, 77],
+      ['GPU 1 from host', 'move', 1, 7, 77],
+    ]);
+    await rm(root, { recursive: true });
+  });
+
   it('wraps methods of objects with private state', async () => {
     class Counter {
       #n = 0;

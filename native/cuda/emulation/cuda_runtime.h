@@ -7,12 +7,15 @@
 //   LOCKSTEP_EMULATION_FAULT     no-driver | old-driver | old-architecture | mixed | lost
 //   LOCKSTEP_EMULATION_MEMORY    bytes of a GPU's memory (default 64 GiB, of which the host gives what is used)
 //   LOCKSTEP_EMULATION_TIMING    eager | lazy
+//   LOCKSTEP_EMULATION_RANGES    a file for the ranges of threads (nvtx.h)
 #pragma once
 
 #include <sched.h>
 
+#include <chrono>
 #include <cstdio>
 #include <map>
+#include <memory>
 #include <string_view>
 
 #include "cuda/emulation/machine.h"
@@ -24,13 +27,14 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorNotReady = 600,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
-constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocPortable = 1;
-constexpr unsigned cudaHostRegisterPortable = 1;
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2;
+constexpr unsigned cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1;
 
 struct cudaDeviceProp {
   char name[256];
@@ -60,6 +64,8 @@ struct Stream {
 struct Event {  // the stream's first `at` operations
   Stream* stream;
   std::uint64_t at;
+  bool timed = false;
+  std::shared_ptr<std::int64_t> time = nullptr;  // nanoseconds; 0 until the stream is there
 };
 
 inline Timing timing = setting("LOCKSTEP_EMULATION_TIMING") == "lazy" ? Timing::lazy : Timing::eager;
@@ -190,6 +196,10 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "no CUDA-capable device is detected";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
+    case cudaErrorNotReady:
+      return "device not ready";
     default:
       return emulated::failure.c_str();
   }
@@ -296,12 +306,28 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   std::lock_guard lock(emulated::machine.mutex);
   return emulated::run_until(*stream, ~0ull), std::erase(emulated::streams, stream), delete stream, cudaSuccess;
 }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  return *event = new emulated::Event{&emulated::default_stream, 0}, cudaSuccess;
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  const bool timed = (flags & cudaEventDisableTiming) == 0;
+  return *event = new emulated::Event{&emulated::default_stream, 0, timed}, cudaSuccess;
 }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (!stream) stream = &emulated::default_stream;
-  return *event = {stream, stream->queued}, cudaSuccess;
+  std::lock_guard lock(emulated::machine.mutex);
+  cudaError_t error = cudaSuccess;
+  event->time = nullptr;
+  // One that is captured is a part of the graph, and has no time.
+  if (event->timed && !stream->capturing) {
+    event->time = std::make_shared<std::int64_t>(0);
+    error = emulated::enqueue(
+        stream, [time = event->time] { *time = std::chrono::steady_clock::now().time_since_epoch().count(); });
+  }
+  return event->stream = stream, event->at = stream->queued, error;
+}
+inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
+  std::lock_guard lock(emulated::machine.mutex);
+  if (!from->time || !to->time) return cudaErrorInvalidResourceHandle;
+  if (*from->time == 0 || *to->time == 0) return cudaErrorNotReady;
+  return *milliseconds = static_cast<float>(static_cast<double>(*to->time - *from->time) * 1e-6), cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
   return emulated::enqueue_until(
