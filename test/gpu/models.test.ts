@@ -8,11 +8,13 @@ import { packBatch } from '../../src/data/batch.js';
 import type { Dtype } from '../../src/engine/engine.js';
 import type { Processor } from '../../src/engine/native.js';
 import type { NativeEngine } from '../../src/engine/native-engine.js';
+import { gpuLogits, type LogitBlock, planTraining, wholeSequences } from '../../src/layout/memory-plan.js';
 import { slow } from '../conditions.js';
 import {
   dtypes,
   fixtureModels,
   mostParts,
+  randomModel,
   readAll,
   sameScores,
   sameTensors,
@@ -20,9 +22,10 @@ import {
   scoreTogether,
   sequencesOf,
   type TestModel,
+  tinyShape,
   withEngine,
 } from '../native/support.js';
-import { gradientsOf, options } from '../native/training-support.js';
+import { batchOf, gradientsOf, options } from '../native/training-support.js';
 import { sameAsCpu } from './device.js';
 
 const models = await fixtureModels();
@@ -69,4 +72,49 @@ describe.each(models)('$name', (model) => {
       expect(gpu.texts).toEqual(cpu.texts);
     });
   }
+});
+
+describe('a block of logits', () => {
+  const shape = { ...tinyShape, vocabulary: 600 };
+  const lengths = [40, 3, 30];
+
+  /** Also that the plan of the step is used to the last byte. */
+  async function trainedWith(dtype: Dtype, processor: Processor, logits?: LogitBlock) {
+    const device = { dtype, processor, train: true, ...(logits ? { logits } : {}) };
+    return withEngine(randomModel('tiny', shape), device, async (engine, device) => {
+      const outputs = ['logprobs', 'entropies'] as const;
+      const forward = await engine.forward(batchOf(shape, lengths), { outputs, keep: true });
+      await engine.backward(gradientsOf(forward));
+      const size = wholeSequences(lengths, device.rowGrain);
+      const place = { tensorRanks: 1, lastStage: true, logits: device.logits };
+      const { total } = planTraining(shape, dtype, size, { place });
+      const { planned, highWater } = engine.memory().workspace!;
+      expect(planned).toBe(total);
+      expect(total - highWater).toBeLessThan(64);
+      return { forward, total, gradients: await readAll(engine, 'gradients') };
+    });
+  }
+
+  test.each(dtypes)('changes no bit, and less memory is planned for a smaller one, %s', async (dtype) => {
+    const whole = await trainedWith(dtype, 'cuda');
+    const others = [await trainedWith(dtype, 'cuda', { rows: 16, bytes: 1 << 30 })];
+    others.push(await trainedWith(dtype, 'cuda', { rows: 1 << 20, bytes: 200_000 }));
+    for (const { total } of others) expect(total).toBeLessThan(whole.total);
+    if (sameAsCpu(dtype)) others.push(await trainedWith(dtype, 'cpu', { rows: 16, bytes: 1 << 30 }));
+    for (const { forward, gradients } of others) {
+      expect(forward).toEqual(whole.forward);
+      sameTensors(gradients, whole.gradients, 'gradients');
+    }
+  });
+
+  test('of a large vocabulary is planned as large on a GPU as its products need, and near the caches on a CPU', () => {
+    const large = { ...tinyShape, vocabulary: 128256 };
+    const staging = (logits?: LogitBlock): number => {
+      const place = { tensorRanks: 1, lastStage: true, ...(logits ? { logits } : {}) };
+      const { names, bytes } = planTraining(large, 'bfloat16', { rows: 8192, pages: 128 }, { place });
+      return bytes[names.indexOf('staging')]!;
+    };
+    expect(staging(gpuLogits)).toBe(1024 * 128256 * 6);
+    expect(staging()).toBe(16 * 128256 * 6);
+  });
 });
