@@ -5,11 +5,19 @@
 import './device.js';
 import { describe, expect, test } from 'vitest';
 import { packBatch } from '../../src/data/batch.js';
+import type { Device } from '../../src/engine/device.js';
 import type { Dtype } from '../../src/engine/engine.js';
-import type { Processor } from '../../src/engine/native.js';
+import { loadNative, type Processor } from '../../src/engine/native.js';
 import type { NativeEngine } from '../../src/engine/native-engine.js';
+import {
+  type GpuCall,
+  gpuArrayBytes,
+  gpuGraphBytes,
+  gpuPageBytes,
+  gpuScratchBytes,
+} from '../../src/layout/gpu-plan.js';
 import { gpuLogits, type LogitBlock, planTraining, wholeSequences } from '../../src/layout/memory-plan.js';
-import { slow } from '../conditions.js';
+import { slow, testWhere } from '../conditions.js';
 import {
   dtypes,
   fixtureModels,
@@ -21,12 +29,13 @@ import {
   scoreAlone,
   scoreTogether,
   sequencesOf,
+  smallShape,
   type TestModel,
   tinyShape,
   withEngine,
 } from '../native/support.js';
 import { batchOf, gradientsOf, options } from '../native/training-support.js';
-import { sameAsCpu } from './device.js';
+import { emulated, sameAsCpu } from './device.js';
 
 const models = await fixtureModels();
 
@@ -54,9 +63,31 @@ async function everything(model: TestModel, dtype: Dtype, processor: Processor) 
     const before = await scoreTogether(engine, sequences);
     sameScores(await scoreAlone(engine, sequences), before, 'alone and together');
     const prompts = sequences.map((tokens) => tokens.slice(0, 5));
-    return { before, texts: await generated(engine, prompts, 6), ...(await trained(engine, sequences)) };
+    const results = { before, texts: await generated(engine, prompts, 6), ...(await trained(engine, sequences)) };
+    if (emulated && processor === 'cuda') {
+      const call = { rows: 120, sequences: 4, train: true, generates: true };
+      const { taken, planned } = besideArenas(engine, device, call);
+      expect(taken).toBeLessThanOrEqual(planned);
+    }
+    return results;
   });
 }
+
+/** Bytes of the GPU that are taken beside arenas, and the most that the plan has for them. */
+function besideArenas(engine: NativeEngine, device: Device, call: GpuCall): { taken: number; planned: number } {
+  const { freeBytes, totalBytes } = loadNative().gpuMemory(0);
+  const arenas = Object.entries(engine.memory()).flatMap(([name, { planned }]) =>
+    name === 'scratch' ? [] : [planned],
+  );
+  expect(arenas.reduce((sum, bytes) => sum + bytes)).toBe(device.spaces().device.used);
+  const inPages = arenas.reduce((sum, bytes) => sum + Math.ceil(bytes / gpuPageBytes) * gpuPageBytes, 0);
+  const { shape, parts, dtype } = engine;
+  const share = { shape, parts, dtype };
+  const planned = gpuScratchBytes(share, call) + gpuArrayBytes(share, call) + gpuGraphBytes(share, call);
+  return { taken: totalBytes - freeBytes - inPages, planned };
+}
+
+const planTest = testWhere(emulated, 'the emulation counts what is taken of its GPUs');
 
 describe.each(models)('$name', (model) => {
   for (const [i, dtype] of dtypes.entries()) {
@@ -117,4 +148,24 @@ describe('a block of logits', () => {
     expect(staging(gpuLogits)).toBe(1024 * 128256 * 6);
     expect(staging()).toBe(16 * 128256 * 6);
   });
+});
+
+describe.each(dtypes)('what many rows take beside arenas, %s', (dtype) => {
+  planTest('is what is planned, but for the second region of index arrays', () =>
+    withEngine(
+      randomModel('one layer', { ...smallShape, layers: 1, windows: [0] }),
+      { dtype, parts: 8, processor: 'cuda', train: true },
+      async (engine, device) => {
+        const lengths = [500, 100];
+        const forward = await engine.forward(batchOf(engine.shape, lengths), { outputs: ['logprobs'], keep: true });
+        await engine.backward(gradientsOf(forward));
+        await engine.step(options);
+        const { rows } = wholeSequences(lengths, device.rowGrain);
+        const call = { rows, sequences: lengths.length, train: true, generates: false };
+        const { taken, planned } = besideArenas(engine, device, call);
+        expect(taken).toBeLessThanOrEqual(planned);
+        expect(planned - taken).toBe(4 << 20);
+      },
+    ),
+  );
 });
