@@ -1,5 +1,5 @@
 /**
- * Device memory that a rank on a GPU takes beside its arenas, as upper bounds: scratch of operations, index arrays, what graphs
+ * Device memory that a rank on a GPU takes beside its arenas, as upper bounds: scratch of operations, index arrays, tables, what graphs
  * keep, addends of sums across ranks, and what is lost because memory comes in pages. The sizes are those of native/cuda/queue.h,
  * native/kernels/cuda and native/comm/nccl; whole runs on emulated GPUs that have no byte more hold them together (test).
  */
@@ -83,6 +83,12 @@ export function gpuArrayBytes({ shape: s, parts }: GpuShare, { rows, sequences }
   const panels = (Math.ceil(Math.max(s.vocabulary, 2 * s.feedForward, s.width) / 64) + parts) * 2;
   const largest = Math.max(rows * 40, sequences * pagesOfSequence(s) * 4, sequences * 64, panels * 40);
   return 2 * inPages(Math.max(regionBytes, 2 * largest));
+}
+
+/** Of every model: its rotary tables, and the rows of queries whose keys and values other ranks have, too, while gradients end. */
+export function gpuTableBytes({ shape: s }: GpuShare, keyValueRanks: number, train: boolean): number {
+  const tables = s.positions.type === 'rope' ? inPages(s.maxPositions * s.headWidth * 4) : 0;
+  return tables + (train && keyValueRanks > 1 ? inPages(s.heads * s.headWidth * s.width * 4) : 0);
 }
 
 /** What decoding keeps: a graph for every number of sequences and of their pages. */

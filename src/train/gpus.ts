@@ -10,6 +10,7 @@ import {
   gpuGraphBytes,
   gpuPageBytes,
   gpuScratchBytes,
+  gpuTableBytes,
 } from '../layout/gpu-plan.js';
 import { largestCall } from '../layout/memory-plan.js';
 import { worldSize } from '../layout/parallel.js';
@@ -85,18 +86,28 @@ export function gpuLine(roles: readonly Role[], config: Config): MemoryLine {
   const calls = roles.map((role) => ({ role, call: gpuCall(role, config) }));
   const most = (bytes: (share: GpuShare, call: GpuCall) => number): number =>
     Math.max(...calls.map(({ role, call }) => mostOfShare(role, config, (share) => bytes(share, call))));
-  const addends = roles.reduce((sum, role) => sum + addendBytes(role, config), 0);
+  const ofModels = roles.reduce((sum, role) => sum + addendBytes(role, config) + tableBytes(role, config), 0);
   // The workspace, and of each model its weights, gradients and optimizer state; those that generate in another layout keep their
   // training shards apart.
   const arenas = roles.reduce(
     (sum, { trained, generates }) => sum + (trained ? 3 : 1) + (generates && config.generation ? 1 : 0),
     1,
   );
-  const bytes = most(gpuScratchBytes) + most(gpuArrayBytes) + most(gpuGraphBytes) + addends + arenas * gpuPageBytes;
+  const bytes = most(gpuScratchBytes) + most(gpuArrayBytes) + most(gpuGraphBytes) + ofModels + arenas * gpuPageBytes;
   return { what: 'CUDA queues and NCCL', bytes };
 }
 
 /** In the layout that a model trains in, and in that which it generates in. */
+function tableBytes(role: Role, config: Config): number {
+  const { dtype, generation, numerics } = config;
+  const whole = { shape: role.shape, parts: resolveParts(role.shape, numerics.parts), dtype };
+  return (
+    mostOf(role, config, ({ share }) => gpuTableBytes({ ...share, dtype }, share.keyValueRanks, role.trained)) +
+    (role.generates && generation ? gpuTableBytes(whole, 1, false) : 0)
+  );
+}
+
+/** The same of addends. */
 function addendBytes({ shape, generates }: Role, { parallel, generation }: Config): number {
   const { pipeline, tensor, data } = parallel;
   const layouts = [{ pipeline, tensor, data }, ...(generates && generation ? [{ ...generation, data: 1 }] : [])];
