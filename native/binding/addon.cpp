@@ -47,6 +47,19 @@ Napi::Value cudaStatus(const Napi::CallbackInfo& info) {
   return out;
 }
 
+// gpuMemory(gpu): {freeBytes, totalBytes}; see cuda/backend.h
+Napi::Value gpuMemory(const Napi::CallbackInfo& info) {
+  try {
+    const auto [free, total] = cuda::memoryInfo(info[0].As<Napi::Number>().Int32Value());
+    auto out = Napi::Object::New(info.Env());
+    out.Set("freeBytes", static_cast<double>(free));
+    out.Set("totalBytes", static_cast<double>(total));
+    return out;
+  } catch (const Error& error) {
+    throw toJavaScript(info.Env(), error.code(), error.what());
+  }
+}
+
 Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("Device", DeviceWrap::define(env));
   exports.Set("World", WorldWrap::define(env));
@@ -54,6 +67,7 @@ Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("Memory", MemoryWrap::define(env));
   exports.Set("Transfer", TransferWrap::define(env));
   exports.Set("cuda", Napi::Function::New<cudaStatus>(env));
+  exports.Set("gpuMemory", Napi::Function::New<gpuMemory>(env));
   exports.Set("instructionSet", Napi::Function::New<instructionSet>(env));
   return exports;
 }

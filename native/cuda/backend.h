@@ -32,6 +32,11 @@ Status status();
 // Throws Error("CUDA_UNAVAILABLE") with status().problem, Error("CUDA_DEVICE") for a GPU that is not there, and
 // Error("CUDA_ARCHITECTURE") for one that the kernels were not compiled for.
 void requireGpu(int gpu);
+// Bytes of a GPU that nobody uses, and all that it has. Throws as requireGpu.
+struct MemoryInfo {
+  int64_t free, total;
+};
+MemoryInfo memoryInfo(int gpu);
 // Of a GPU; as long as the process lives. Throws as requireGpu.
 Memory& memoryOf(int gpu);
 // A stream of a GPU, with `threads` threads for what the host does meanwhile. Throws as requireGpu.

@@ -219,6 +219,14 @@ void requireGpu(int gpu) {
   }
 }
 
+MemoryInfo memoryInfo(int gpu) {
+  requireGpu(gpu);
+  size_t free = 0, total = 0;
+  check(cudaSetDevice(gpu), "choosing the GPU");
+  check(cudaMemGetInfo(&free, &total), "asking for free memory");
+  return {static_cast<int64_t>(free), static_cast<int64_t>(total)};
+}
+
 Memory& memoryOf(int gpu) {
   requireGpu(gpu);
   static std::mutex mutex;

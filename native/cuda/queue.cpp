@@ -9,7 +9,7 @@ namespace lockstep::cuda {
 
 namespace {
 
-constexpr size_t kAlignment = 256, kFirstStaging = size_t{4} << 20, kMostStaged = 64;
+constexpr size_t kAlignment = 256, kMostStaged = 64;
 
 // A work that cannot be recorded, or not be repeated.
 struct CannotRepeat {};
@@ -169,16 +169,19 @@ void Queue::repeat(const std::string& key, const std::function<void()>& work) {
   const auto [at, isNew] = repeated_.try_emplace(key);
   Repeated& r = at->second;
   if (r.state == Repeated::State::kRecorded && replay(r, work)) return;
-  if (r.state == Repeated::State::kSeen && !isNew) return record(r, work);
-  work();
+  if (r.state != Repeated::State::kSeen || isNew) return work();
+  if (graphs_ < kMostGraphs) return record(r, work);
+  synchronize();
+  forget();
+  repeat(key, work);
 }
 
 void Queue::record(Repeated& r, const std::function<void()>& work) {
-  constexpr size_t kArrays = size_t{1} << 20;
-  check(cudaHostAlloc(reinterpret_cast<void**>(&r.arrays.pinned), kArrays, cudaHostAllocPortable),
+  ++graphs_;
+  check(cudaHostAlloc(reinterpret_cast<void**>(&r.arrays.pinned), kGraphArrays, cudaHostAllocPortable),
         "pinned memory for index arrays");
-  check(cudaMalloc(reinterpret_cast<void**>(&r.arrays.device), kArrays), "memory for index arrays");
-  r.arrays.bytes = kArrays;
+  check(cudaMalloc(reinterpret_cast<void**>(&r.arrays.device), kGraphArrays), "memory for index arrays");
+  r.arrays.bytes = kGraphArrays;
   cudaGraph_t graph = nullptr;
   bool whole = true;
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
@@ -242,6 +245,7 @@ void Queue::forget() {
     release(r.arrays);
   }
   repeated_.clear();
+  graphs_ = 0;
 }
 
 void* Queue::scratch(size_t bytes) {

@@ -21,6 +21,11 @@ void check(cudaError_t error, const char* what);
 
 class Queue final : public lockstep::Queue {
  public:
+  // Device memory beside arenas: of the index arrays of graphs, and of two regions for those of operations, which are
+  // larger where an array takes more than half of it. The memory plan (src/layout/gpu-plan.ts) has the same numbers.
+  static constexpr size_t kGraphArrays = size_t{1} << 20, kFirstStaging = size_t{4} << 20;
+  static constexpr int kMostGraphs = 64;
+
   // `timed`: the calls of a rank hear what its stream did for them. Throws what check() throws.
   Queue(int gpu, int threads, size_t hostScratchBytes, bool timed = false);
   ~Queue() override;
@@ -33,7 +38,7 @@ class Queue final : public lockstep::Queue {
   void synchronize() override;
   // The first run is made as it comes, the second is recorded into a CUDA graph, of later ones only the arrays that
   // they stage are renewed. A run that takes other steps than the one recorded, or that waits for the device, is made
-  // as it comes.
+  // as it comes. When there are kMostGraphs, all are forgotten.
   void repeat(const std::string& key, const std::function<void()>& work) override;
   void forget() override;
 
@@ -99,6 +104,7 @@ class Queue final : public lockstep::Queue {
   int region_ = 0;
   std::vector<Staged> staged_;  // in regions_[region_]
   std::unordered_map<std::string, Repeated> repeated_;
+  int graphs_ = 0;                 // of those that have arrays
   Repeated* repeating_ = nullptr;  // that is recorded or compared
   void* scratch_ = nullptr;
   size_t scratchSize_ = 0;

@@ -112,12 +112,18 @@ function metricsText(metrics: readonly [string, number][], limit: number): strin
     .join('  ');
 }
 
-function memoryLines({ lines, totalBytes, budgetBytes }: MemoryTable, verbose: boolean): string[] {
-  const total = `memory: ${formatBytes(totalBytes)} of ${formatBytes(budgetBytes)}`;
-  if (!verbose) return [total];
+function memoryLines({ lines, totalBytes, budgetBytes, gpus = [] }: MemoryTable, verbose: boolean): string[] {
   const where = (pool: string | undefined) => (pool === undefined ? '' : `${pool}: `);
+  const total = [
+    ...gpus.map(
+      ({ pool, first, last, shared }) =>
+        `${where(pool)}on GPU ${first}${last > first ? `..${last}` : ''}${shared ? ', shared with the other pools' : ''}`,
+    ),
+    `memory: ${formatBytes(totalBytes)} of ${formatBytes(budgetBytes)}`,
+  ];
+  if (!verbose) return total;
   return [
-    total,
+    ...total,
     ...lines.map(({ pool, what, bytes }) => `  ${formatBytes(bytes).padStart(10)}  ${where(pool)}${what}`),
   ];
 }

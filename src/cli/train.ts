@@ -14,8 +14,8 @@ export const trainCommand: Command = {
   notes: [
     'The first Ctrl-C finishes the step and saves a checkpoint (exit code 130), the second stops in the middle of the step: --resume ' +
       'goes on from the checkpoint before. The run folder ' +
-      '(output in the configuration) holds config.yaml, metrics.jsonl, checkpoints/, rollouts/ and trace.json. Relative ' +
-      'paths in a configuration are relative to the current directory.',
+      '(output in the configuration) holds config.yaml, device.json, metrics.jsonl, checkpoints/, rollouts/ and trace.json. ' +
+      'Relative paths in a configuration are relative to the current directory.',
   ],
   examples: [
     'lockstep train config.yaml',

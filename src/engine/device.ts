@@ -1,6 +1,7 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
 import { type ErrorDetails, LockstepError } from '../errors.js';
+import { cpuLogits, gpuLogits, type LogitBlock } from '../layout/memory-plan.js';
 import {
   loadNative,
   type NativeDevice,
@@ -28,6 +29,8 @@ export interface DeviceOptions {
   implementation?: 'reference';
   /** Tests: freed pages of keys and values are filled with NaN. */
   poison?: boolean;
+  /** Tests: rows of logits that are computed at a time; default: those of the processor. */
+  logits?: LogitBlock;
   /** Among the ranks of a run: named in `details.rank` of its errors. */
   rank?: number;
   /** Told of every work that it has done, those of a thread in their order. */
@@ -65,6 +68,8 @@ export class Device implements AsyncDisposable {
   readonly memoryBytes: number;
   readonly offloadFolder: string;
   readonly native: NativeDevice;
+  /** How many rows of logits it computes at a time. */
+  readonly logits: LogitBlock;
   private readonly held = new Map<object, number>();
   /** Of moves under way: it counts until it has left. */
   private leavingBytes = 0;
@@ -99,6 +104,7 @@ export class Device implements AsyncDisposable {
           hostBytes: options.hostBytes ?? 16 * 2 ** 30,
         }),
     );
+    this.logits = options.logits ?? (this.kernels === 'cuda' ? gpuLogits : cpuLogits);
   }
 
   /** "reference", "avx2", "avx512", "avx512-bf16" or "cuda". */

@@ -238,11 +238,12 @@ export class NativeEngine implements Engine {
     const { share, recompute, dtype } = this;
     const units = this.planUnits(options.keep ? 'training' : 'scoring');
     const begin = units.total;
-    const training = { recompute, breadthFirst: this.zero >= 2, place: share, begin, slots };
+    const place = { ...share, logits: this.device.logits };
+    const training = { recompute, breadthFirst: this.zero >= 2, place, begin, slots };
     const plans = sizes.map((size, i) =>
       options.keep
         ? planTraining(share.shape, dtype, size, { ...training, slot: slot + i })
-        : planScoring(share.shape, dtype, size, share, begin),
+        : planScoring(share.shape, dtype, size, place, begin),
     );
     const workspaceBytes = Math.max(begin, ...plans.map(({ total }) => total));
     const tokens = batches.reduce((sum, batch) => sum + batch.tokens.length, 0);

@@ -7,7 +7,7 @@ import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { LockstepError } from '../errors.js';
-import type { CallPlan } from '../layout/memory-plan.js';
+import { type CallPlan, cpuLogits, gpuLogits, type LogitBlock } from '../layout/memory-plan.js';
 import type { StateGroup } from '../layout/rotation.js';
 import type {
   FileTensor,
@@ -329,6 +329,8 @@ export interface NativeAddon {
   instructionSet(name: string): string;
   /** What the addon can do with GPUs here; never throws. */
   cuda(): CudaStatus;
+  /** Of a GPU what nobody uses, and all that it has; throws what a Device on it would. */
+  gpuMemory(gpu: number): { freeBytes: number; totalBytes: number };
 }
 
 export interface CudaStatus {
@@ -434,6 +436,9 @@ export function resolveProcessor(asked: 'auto' | Processor = 'auto'): Processor 
 
 /** Rows at whose multiples sequences start on it (kernels.h). */
 export const rowGrainOf = (asked: 'auto' | Processor = 'auto'): number => (resolveProcessor(asked) === 'cuda' ? 16 : 2);
+/** How many rows of logits it computes at a time. */
+export const logitBlockOf = (asked: 'auto' | Processor = 'auto'): LogitBlock =>
+  resolveProcessor(asked) === 'cuda' ? gpuLogits : cpuLogits;
 
 /**
  * The instruction set asked for by LOCKSTEP_ISA, '' when it is not set.

@@ -10,6 +10,8 @@ export interface DeviceSettings {
   threads: number;
   /** Default `auto`: GPUs where there are some that can be used, one for each rank, else the CPU. */
   processor?: 'auto' | 'cpu' | 'cuda';
+  /** On GPUs that of the first rank, which the others follow. Default 0. */
+  firstGpu?: number;
   /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
   memoryBytes: number;
   /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */
@@ -91,9 +93,13 @@ export async function openEach<T extends { close(): Promise<void> }>(
 
 const ranksOf = ({ pipeline = 1, tensor = 1, data = 1 }: LayoutSettings): number => pipeline * tensor * data;
 
-const deviceOf = ({ onWork, ...settings }: Omit<DeviceSettings, 'layout'>, rank: number): DeviceOptions => ({
+const deviceOf = (
+  { onWork, firstGpu = 0, ...settings }: Omit<DeviceSettings, 'layout'>,
+  rank: number,
+): DeviceOptions => ({
   ...settings,
   rank,
+  gpu: firstGpu + rank,
   ...(onWork ? { onWork: (work) => onWork(work, rank) } : {}),
 });
 

@@ -53,9 +53,27 @@ export interface CallSize {
   pages: number;
 }
 
-/** What of a rank's share decides its buffers besides the shape. */
+/** How many rows of logits are computed at a time: as many as neither bound forbids, at least 16. No bit depends on it. */
+export interface LogitBlock {
+  rows: number;
+  /** Of the staging memory: the logits and, for backward in bfloat16, their gradients as an operand. */
+  bytes: number;
+}
+
+/** Of a CPU: large enough for full-speed products, small enough to stay near the caches. */
+export const cpuLogits: LogitBlock = { rows: Number.POSITIVE_INFINITY, bytes: 8 << 20 };
+/**
+ * Of a GPU: 8 tiles of 128 rows, which with the 16 tiles of a width of 2048 give about every multiprocessor of a large GPU one
+ * tile of the hidden states' gradient. The bytes are enough for that with 128k tokens (llama 3: 751.5 MiB).
+ */
+export const gpuLogits: LogitBlock = { rows: 1024, bytes: 768 << 20 };
+
+/** What of a rank decides its buffers besides the shape: its share of the model, and what it computes on. */
 export type Place = Pick<RankShare, 'tensorRanks' | 'lastStage'> &
-  Partial<Pick<RankShare, 'logitColumns' | 'keyValueRanks'>>;
+  Partial<Pick<RankShare, 'logitColumns' | 'keyValueRanks'>> & {
+    /** Default: of a CPU. */
+    logits?: LogitBlock;
+  };
 
 const alone: Place = { tensorRanks: 1, lastStage: true };
 
@@ -80,8 +98,6 @@ export interface TrainingOptions {
 const alignment = 64;
 /** Positions of keys and values in a page (kernels.h). */
 export const pagePositions = 64;
-/** A block of logits takes about this many bytes: large enough for full-speed products, small enough to stay near the caches. */
-const stagingTarget = 8 << 20;
 
 export const align = (bytes: number): number => Math.ceil(bytes / alignment) * alignment;
 const roundUp = (x: number, to: number): number => Math.ceil(x / to) * to;
@@ -188,10 +204,15 @@ export function pageBytes(s: ModelShape, dtype: Dtype): number {
 }
 
 /** A block of logits [rows, V] and, for backward in bfloat16, its gradients as an operand; rows even. */
-function stagingBytes(s: ModelShape, dtype: Dtype, rows: number, backward: boolean): number {
+function stagingBytes(
+  s: ModelShape,
+  dtype: Dtype,
+  rows: number,
+  { backward, logits = cpuLogits }: Pick<Place, 'logits'> & { backward: boolean },
+): number {
   if (s.head !== 'language') return 0;
   const perRow = roundUp(Math.max(1, s.vocabulary), 16) * (4 + (backward && dtype === 'bfloat16' ? 2 : 0));
-  const block = Math.max(16, Math.floor(stagingTarget / perRow / 16) * 16);
+  const block = Math.max(16, Math.min(logits.rows, Math.floor(logits.bytes / perRow / 16) * 16));
   return Math.min(roundUp(rows, 2), block) * perRow;
 }
 
@@ -235,7 +256,7 @@ function addIntermediates(add: Adding, s: ModelShape, dtype: Dtype, size: CallSi
   const { rows } = size;
   const e = bytesOf(dtype);
   if (recompute) addLayer(add, s, dtype, size);
-  if (place.lastStage) add('staging', stagingBytes(s, dtype, rows, true));
+  if (place.lastStage) add('staging', stagingBytes(s, dtype, rows, { ...place, backward: true }));
   add('wide', rows * Math.max(qkvColumns(s), s.feedForward, s.width) * 4);
   add('operand', rows * Math.max(qkvColumns(s), upColumns(s), queryColumns(s)) * e);
   if (!breadthFirst) add('dx', rows * s.width * 4);
@@ -289,7 +310,7 @@ function addInference(planner: CallPlanner, { shape: s, place, dtype, rows, kvBy
 export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize, place: Place = alone, begin = 0): CallPlan {
   const planner = new CallPlanner(begin);
   addInference(planner, { shape: s, place, dtype, rows: size.rows, kvBytes: size.pages * pageBytes(s, dtype) });
-  if (place.lastStage) planner.add('staging', stagingBytes(s, dtype, size.rows, false));
+  if (place.lastStage) planner.add('staging', stagingBytes(s, dtype, size.rows, { ...place, backward: false }));
   return planner.done();
 }
 

@@ -24,7 +24,19 @@ export interface MemoryLine {
   bytes: number;
 }
 
+/** GPUs `first` to `last`, on which the ranks of a pool compute. */
+export interface PoolGpus {
+  /** In a run of several pools. */
+  pool?: string;
+  first: number;
+  last: number;
+  /** With those of other pools, for want of GPUs. */
+  shared: boolean;
+}
+
 export interface MemoryTable {
+  /** Of a run on GPUs. */
+  gpus?: readonly PoolGpus[];
   lines: readonly MemoryLine[];
   /** Of a device; in a run of several pools, of the pool that needs most. */
   totalBytes: number;

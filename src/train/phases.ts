@@ -1,6 +1,6 @@
 /** The calls of a run and what each needs on the device: the preflight adds them up, and offload plans its moves by them. */
 import { generationRows, generationSequences } from '../engine/generation-needs.js';
-import { rowGrainOf } from '../engine/native.js';
+import { logitBlockOf, rowGrainOf } from '../engine/native.js';
 import { generationView } from '../layout/generation-view.js';
 import {
   type Dtype,
@@ -140,10 +140,11 @@ function workspaceOf(
   const { dtype, batch, rollout } = config;
   const rows = batch.microTokens;
   const size = largestCall(rows, batch.sequences, rowGrainOf(config.device));
+  const logits = logitBlockOf(config.device);
   if (kind === 'score' || kind === 'train') {
     const scoring = mostOf(role, config, (rank) => {
       const begin = unitBytes(rank, dtype, config.parallel.zero, 'scoring');
-      return planScoring(rank.share.shape, dtype, size, rank.share, begin).total;
+      return planScoring(rank.share.shape, dtype, size, { ...rank.share, logits }, begin).total;
     });
     const training = kind === 'train' ? mostOf(role, config, (rank) => trainingBytes(role, config, rank)) : 0;
     return training > scoring
@@ -205,7 +206,13 @@ function trainingBytes({ shape }: Role, { device, dtype, batch, memory, parallel
   const breadthFirst = parallel.zero >= 2;
   const slots = { count: breadthFirst ? microBatches : inPipeline, sizes: [size] };
   const begin = unitBytes(rank, dtype, parallel.zero, 'training');
-  const options = { recompute: memory.recompute, breadthFirst, place: share, begin, slots };
+  const options = {
+    recompute: memory.recompute,
+    breadthFirst,
+    place: { ...share, logits: logitBlockOf(device) },
+    begin,
+    slots,
+  };
   return planTraining(share.shape, dtype, size, options).total;
 }
 

@@ -3,9 +3,9 @@ import type { Materialised } from '../cluster/future.js';
 import type { Placed, ResourcePool } from '../cluster/resource-pool.js';
 import { ResourcePools } from '../cluster/resource-pools.js';
 import type { Backend, BackendDevice } from '../inference/backend.js';
-import { worldSize } from '../layout/parallel.js';
 import type { Closing } from './closing.js';
 import { type Config, parseBytes } from './config.js';
+import { type PoolDevices, ranksOf } from './gpus.js';
 import { holding } from './phases.js';
 import type { PoolPlan } from './preflight.js';
 import type { Lane, Recorder } from './recorder.js';
@@ -44,13 +44,18 @@ export class RunPools {
   /** Opens the devices of every pool; threads are divided among pools, each has at least one. */
   static async open(options: RunPoolsOptions): Promise<RunPools> {
     const { config, plans, recorder, cancel } = options;
-    const { pipeline, tensor, data } = config.parallel;
-    const ranks = worldSize({ pipeline, tensor, data });
-    const parts = plans.map(({ pool, rotation: plan }, index) => {
+    const ranks = ranksOf(config);
+    const parts = plans.map(({ pool, devices: place, rotation: plan }, index) => {
       const lane = plans.length === 1 ? recorder : recorder.lane(pool.name, index);
       const { offload } = config.memory;
       const rotation = plan && offload !== 'none' ? new Rotation(plan, offload, lane) : undefined;
-      return { ...pool, lane, rotation, devices: Array.from({ length: ranks }, (_, rank) => index * ranks + rank) };
+      return {
+        ...pool,
+        lane,
+        rotation,
+        place,
+        devices: Array.from({ length: ranks }, (_, rank) => index * ranks + rank),
+      };
     });
     const pools = ResourcePools.create(
       parts.map(({ name, devices, lane, rotation }) => ({
@@ -67,9 +72,10 @@ export class RunPools {
       },
     );
     const byRole = new Map<string, RunPool>();
-    for (const [index, { name, roles, lane, rotation }] of parts.entries()) {
+    for (const [index, { name, roles, lane, rotation, place }] of parts.entries()) {
       const pool = pools.get(name);
-      const device = await openDevice(options, { pool, lane, threads: share(config.threads, parts.length, index) });
+      const threads = share(config.threads, parts.length, index);
+      const device = await openDevice(options, { pool, lane, place, threads });
       for (const role of roles) byRole.set(role, { pool, device, rotation, lane });
     }
     return new RunPools(pools, byRole);
@@ -106,12 +112,13 @@ export class RunPools {
 
 async function openDevice(
   { config, backend, offloadFolder, closing }: RunPoolsOptions,
-  { pool, lane, threads }: { pool: ResourcePool; lane: Lane; threads: number },
+  { pool, lane, place, threads }: { pool: ResourcePool; lane: Lane; place: PoolDevices; threads: number },
 ): Promise<BackendDevice> {
   const device = await backend.openDevice({
     processor: config.device,
     threads,
-    memoryBytes: parseBytes(config.memory.device),
+    memoryBytes: place.memoryBytes,
+    ...(place.firstGpu === undefined ? {} : { firstGpu: place.firstGpu }),
     hostBytes: parseBytes(config.memory.host),
     offloadFolder,
     layout: config.parallel,

@@ -3,7 +3,8 @@ import { LockstepError } from '../errors.js';
 import { snapshotBytes } from '../layout/memory-plan.js';
 import { largestPhase, RotationPlan, stateGroups } from '../layout/rotation.js';
 import { type Config, parseBytes } from './config.js';
-import type { MemoryLine, MemoryTable } from './events.js';
+import type { MemoryLine, MemoryTable, PoolGpus } from './events.js';
+import { gpuLine, type PoolDevices, poolDevices, ranksOf } from './gpus.js';
 import { mostOf, phasesOf, type RunPhase, statesOf } from './phases.js';
 import { type PlacedRoles, poolsOf } from './placement.js';
 import type { Role } from './roles.js';
@@ -15,6 +16,8 @@ interface HostLine extends MemoryLine {
 /** A pool, and with `memory.offload` the plan that it follows. */
 export interface PoolPlan {
   pool: PlacedRoles<Role['name']>;
+  /** Where it computes, with what models and workspace may take. */
+  devices: PoolDevices;
   rotation?: RotationPlan;
 }
 
@@ -26,71 +29,90 @@ export interface Preflight {
 
 /**
  * Of each pool, without offload the models' weights, gradients and optimizer state, and the largest of the calls that use the
- * workspace in turn; with it what the call that needs most has on the device.
+ * workspace in turn; with it what the call that needs most has on the device. On GPUs also what queues and communication take there.
  *
  * @throws LockstepError CONFIG_CONTRADICTION for a placement that does not fit the run's models; MEMORY_BUDGET when they exceed
- * `memory.device`, or what leaves the devices or is copied for checkpoints exceeds `memory.host`.
+ * `memory.device` or what a GPU has free, or what leaves the devices or is copied for checkpoints exceeds `memory.host`; what
+ * `poolDevices` throws.
  */
 export function preflight(roles: readonly Role[], config: Config): Preflight {
   const names = roles.map(({ name }) => name);
   const places = poolsOf(config.placement, names);
-  const pools = places.map((pool) => {
+  const devices = poolDevices(config, places.length);
+  const pools = places.map((pool, i) => {
     const own = roles.filter(({ name }) => pool.roles.includes(name));
-    return { ...planPool(own, config, places.length === 1 ? undefined : pool.name), pool };
+    return { ...planPool(own, config, devices[i]!, places.length === 1 ? undefined : pool.name), pool };
   });
   const { totalBytes, budgetBytes } = pools
     .map(({ memory }) => memory)
     .reduce((a, b) => (b.totalBytes > a.totalBytes ? b : a));
   const rotations = pools.flatMap(({ rotation }) => (rotation ? [rotation] : []));
   checkHost(hostLines(roles, config, rotations), config);
+  const lines = pools.flatMap(({ memory }) => memory.lines);
+  const gpus = pools.flatMap(({ pool, devices }) =>
+    gpusOf(devices, config, places.length === 1 ? undefined : pool.name),
+  );
   return {
-    memory: { lines: pools.flatMap(({ memory }) => memory.lines), totalBytes, budgetBytes },
-    pools: pools.map(({ pool, rotation }) => ({ pool, ...(rotation ? { rotation } : {}) })),
+    memory: { lines, totalBytes, budgetBytes, ...(gpus.length > 0 ? { gpus } : {}) },
+    pools: pools.map(({ pool, devices, rotation }) => ({ pool, devices, ...(rotation ? { rotation } : {}) })),
   };
 }
 
-/** `pool` is its name in a run of several. */
-function planPool(roles: readonly Role[], config: Config, pool: string | undefined) {
-  const { offload } = config.memory;
-  const budgetBytes = parseBytes(config.memory.device);
-  const lines = (offload === 'none' ? allLines(roles, config) : largestLines(roles, config)).map((line) => ({
-    ...(pool === undefined ? {} : { pool }),
-    ...line,
-  }));
-  const totalBytes = lines.reduce((sum, line) => sum + line.bytes, 0);
-  const memory: MemoryTable = { lines, totalBytes, budgetBytes };
-  if (totalBytes > budgetBytes) throw tooLarge(memory, roles, config, pool);
-  return { memory, rotation: offload === 'none' ? undefined : new RotationPlan(rotationSettings(roles, config)) };
+/** None on a CPU. */
+function gpusOf({ firstGpu, shared = false }: PoolDevices, config: Config, pool: string | undefined): PoolGpus[] {
+  if (firstGpu === undefined) return [];
+  const last = firstGpu + ranksOf(config) - 1;
+  return [{ ...(pool === undefined ? {} : { pool }), first: firstGpu, last, shared }];
 }
 
-function rotationSettings(roles: readonly Role[], config: Config) {
-  return {
+/** `pool` is its name in a run of several. */
+function planPool(roles: readonly Role[], config: Config, devices: PoolDevices, pool: string | undefined) {
+  const { offload } = config.memory;
+  const budgetBytes = devices.memoryBytes;
+  const beside = devices.firstGpu === undefined ? [] : [gpuLine(roles, config)];
+  const besideBytes = beside.reduce((sum, { bytes }) => sum + bytes, 0);
+  const lines = [...(offload === 'none' ? allLines(roles, config) : largestLines(roles, config)), ...beside].map(
+    (line) => ({ ...(pool === undefined ? {} : { pool }), ...line }),
+  );
+  const totalBytes = lines.reduce((sum, line) => sum + line.bytes, 0);
+  const memory: MemoryTable = { lines, totalBytes, budgetBytes };
+  const settings = {
     models: statesOf(roles, config),
     phases: phasesOf(roles, config),
-    budgetBytes: parseBytes(config.memory.device),
+    budgetBytes: budgetBytes - besideBytes,
+  };
+  if (totalBytes > budgetBytes) {
+    const advice = offload === 'none' ? offloadAdvice(roles, config, settings) : '';
+    throw tooLarge(memory, { limit: devices.limit, pool, advice });
+  }
+  return {
+    memory,
+    devices: { ...devices, memoryBytes: settings.budgetBytes },
+    rotation: offload === 'none' ? undefined : new RotationPlan(settings),
   };
 }
 
 function tooLarge(
   memory: MemoryTable,
-  roles: readonly Role[],
-  config: Config,
-  pool: string | undefined,
+  { limit, pool, advice }: { limit: string; pool: string | undefined; advice: string },
 ): LockstepError {
   const { lines, totalBytes, budgetBytes } = memory;
+  const more = limit === 'memory.device' ? 'raise memory.device' : 'end what else uses the GPU';
   return new LockstepError(
     'MEMORY_BUDGET',
-    `${pool === undefined ? 'the run' : `pool ${pool}`} needs ${mebibytes(totalBytes)}, more than memory.device (${mebibytes(budgetBytes)}):\n` +
+    `${pool === undefined ? 'the run' : `pool ${pool}`} needs ${mebibytes(totalBytes)}, more than ${limit} (${mebibytes(budgetBytes)}):\n` +
       lines.map(({ what, bytes }) => `  ${mebibytes(bytes).padStart(12)}  ${what}`).join('\n') +
-      `\nraise memory.device, lower batch.microTokens, or set memory.recompute${offloadAdvice(roles, config)}`,
+      `\n${more}, lower batch.microTokens, or set memory.recompute${advice}`,
     { ...memory },
   );
 }
 
 /** Whether the models would fit in turn. */
-function offloadAdvice(roles: readonly Role[], config: Config): string {
-  if (config.memory.offload !== 'none') return '';
-  const settings = rotationSettings(roles, config);
+function offloadAdvice(
+  roles: readonly Role[],
+  config: Config,
+  settings: ConstructorParameters<typeof RotationPlan>[0],
+): string {
   const { bytes, phase } = largestPhase(settings);
   if (bytes > settings.budgetBytes) return '';
   const rotation = new RotationPlan(settings);

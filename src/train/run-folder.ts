@@ -1,5 +1,6 @@
 /**
- * A run's folder: config.yaml (resolved), metrics.jsonl (one row per step), checkpoints/step-000020/, rollouts/, trace.json.
+ * A run's folder: config.yaml (resolved), device.json (what computes), metrics.jsonl (one row per step), checkpoints/step-000020/,
+ * rollouts/, trace.json.
  * Nothing here knows what is trained.
  */
 import { type FileHandle, mkdir, open, readdir, readFile, rename, rm, rmdir, writeFile } from 'node:fs/promises';
@@ -7,6 +8,7 @@ import { join, resolve } from 'node:path';
 import { awaitedLater } from '../engine/device.js';
 import { LockstepError } from '../errors.js';
 import type { MetricsRow, Sample } from './events.js';
+import type { Architecture } from './gpus.js';
 import { lockRun, type RunLock } from './lock.js';
 
 const stepPattern = /^step-(\d{6,})$/;
@@ -61,10 +63,17 @@ export class RunFolder {
     return readFile(join(this.path, 'config.yaml'), 'utf8').catch(() => undefined);
   }
 
-  /** Writes the configuration, drops rows and texts past `step`, and opens metrics.jsonl. */
-  async begin(config: string, step: number): Promise<void> {
+  /** What computed the run that is here; undefined when it does not say. */
+  async architecture(): Promise<Architecture | undefined> {
+    const text = await readFile(join(this.path, 'device.json'), 'utf8').catch(() => undefined);
+    return text === undefined ? undefined : (JSON.parse(text) as Architecture);
+  }
+
+  /** Writes the configuration and what computes, drops rows and texts past `step`, and opens metrics.jsonl. */
+  async begin(config: string, architecture: Architecture, step: number): Promise<void> {
     await guard(this.path, async () => {
       await this.#replace('config.yaml', config);
+      await this.#replace('device.json', `${JSON.stringify(architecture)}\n`);
       await mkdir(join(this.path, 'checkpoints'), { recursive: true });
       await mkdir(join(this.path, 'rollouts'), { recursive: true });
       await this.#dropRowsPast(step);

@@ -71,8 +71,11 @@ const common = {
     .optional(),
   placement: placementSchema,
   memory: section({
-    /** Of each rank's device; ranks of one process have as much each, whatever the host has. */
-    device: bytes.default('8GiB'),
+    /**
+     * Of each rank's device; ranks of one process have as much each, whatever the host has. A GPU gives at most what it has free;
+     * `auto`: all of that, and on a CPU 8GiB.
+     */
+    device: bytes.or(z.literal('auto')).default('8GiB'),
     /** Host memory for state that is moved off the device. */
     host: bytes.default('16GiB'),
     /**

@@ -8,13 +8,14 @@ import { checkResumable, layoutOf, restoreCheckpoint } from './checkpoint.js';
 import { Closing } from './closing.js';
 import { type Config, type ConfigInput, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
+import { architectureOf } from './gpus.js';
 import { loadProgram } from './load-program.js';
 import { cameOf, interrupted, loop, type Run, type RunWarning } from './loop.js';
 import { RunPools } from './pools.js';
 import { ktoTask, preferenceTask } from './preferences.js';
 import { preflight } from './preflight.js';
 import { Recorder } from './recorder.js';
-import { layoutWarning } from './resumed-layout.js';
+import { architectureWarning, layoutWarning } from './resumed-bits.js';
 import { foreignTokenizers, type Role, rolesOf } from './roles.js';
 import { rolloutTask } from './rollouts.js';
 import { RunFolder } from './run-folder.js';
@@ -60,7 +61,12 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const algorithm = options.algorithm ?? (await programOf(config));
     const roles = await rolesOf(config, algorithm?.models);
     const { memory, pools: plans } = preflight(roles, config);
+    const architecture = architectureOf(
+      plans.map(({ devices }) => devices),
+      config,
+    );
     const earlier = await folder.config();
+    const earlierArchitecture = await folder.architecture();
     if (latest) await checkResumable(latest.directory, config, roles, earlier);
     pools = await RunPools.open({
       ...{ config, plans, backend, recorder, cancel, closing },
@@ -70,7 +76,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const parts = { roles, recorder, pools, own, from: latest?.directory };
     const task = await openTask(config, parts, algorithm);
     if (latest) await restoreCheckpoint(task, latest.directory);
-    await folder.begin(printConfig(config), step);
+    await folder.begin(printConfig(config), architecture, step);
     await recorder.open(folder.path);
     const run: Run = { config, folder, recorder, task: supervised(task, pools), signal, cancel, started };
     yield {
@@ -82,8 +88,12 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       ...(latest ? { resumedFrom: latest.directory } : {}),
       memory,
     };
-    const layout = latest && layoutWarning(layoutOf(earlier), config.parallel, trainedShapes(roles));
-    for (const warning of [...(layout ? [layout] : []), ...(await warnings(config, roles))]) {
+    const resumed = latest && [
+      layoutWarning(layoutOf(earlier), config.parallel, trainedShapes(roles)),
+      architectureWarning(earlierArchitecture, architecture, config.dtype),
+    ];
+    const differing = (resumed ?? []).filter((warning) => warning !== undefined);
+    for (const warning of [...differing, ...(await warnings(config, roles))]) {
       yield { type: 'warning', step, ...warning };
     }
     yield* loop(run, step);

@@ -1,9 +1,18 @@
 /** Training over several GPUs and NCCL gives one GPU's bits, and the CPU's. */
 import './device.js';
-import { describe, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { createDevice } from '../../src/checkpoints/load-model.js';
+import type { Engine } from '../../src/engine/engine.js';
 import { slow } from '../conditions.js';
-import { randomModel, tinyShape } from '../native/support.js';
+import {
+  generatedAsScored,
+  randomModel,
+  requestsOf,
+  sameGenerated,
+  sampling,
+  sequencesOf,
+  tinyShape,
+} from '../native/support.js';
 import { type Layout, layoutName, same, train, trainOver, withDevices } from '../native/training-support.js';
 import { sameAsCpu } from './device.js';
 
@@ -54,6 +63,34 @@ describe('replicas', () => {
       } finally {
         process.env.LOCKSTEP_DEVICE = before;
       }
+    },
+  );
+});
+
+describe('the 3D-HybridEngine', () => {
+  /** A step, texts, and after them a step: the weights went to the generation layout and came back. */
+  async function trainedAroundTexts(engine: Engine) {
+    const before = await train(engine, 1);
+    const prompts = sequencesOf(model.shape, [3, 17, 9]);
+    const texts = await engine.generate(requestsOf(prompts), { ...sampling, maxNewTokens: 6 });
+    await generatedAsScored(engine, prompts, texts, 1);
+    return { before, texts, after: await train(engine, 1) };
+  }
+
+  test.each([
+    ['bfloat16', { pipeline: 2, tensor: 2, generation: { pipeline: 1, tensor: 1 } }],
+    ['float32', { tensor: 4, generation: { pipeline: 1, tensor: 2 }, transition: 'hybridflow-v' }],
+  ] as const)(
+    "generates over NCCL what the trainer scores, the CPU's texts, and trains on: %s, %j",
+    async (dtype, layout) => {
+      const ranks = await trainOver(model, layout, dtype, trainedAroundTexts);
+      if (!sameAsCpu(dtype)) return;
+      await using device = createDevice({ threads: 1, processor: 'cpu' });
+      const one = await trainedAroundTexts(await model.open({ device, dtype, parts: 8, train: true }));
+      same(ranks.before, one.before, 'before');
+      expect(ranks.texts).toHaveLength(3);
+      for (const [i, text] of ranks.texts.entries()) sameGenerated(text, one.texts[i]!, `text ${i}`);
+      same(ranks.after, one.after, 'after');
     },
   );
 });

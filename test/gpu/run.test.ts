@@ -3,13 +3,18 @@ import './device.js';
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, beforeAll, expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { loadNative } from '../../src/engine/native.js';
 import { withHead } from '../../src/layout/config.js';
+import { parseConfig } from '../../src/train/config.js';
+import type { TrainEvent } from '../../src/train/events.js';
+import { preflight } from '../../src/train/preflight.js';
+import { rolesOf } from '../../src/train/roles.js';
 import { train } from '../../src/train/train.js';
-import { slow } from '../conditions.js';
+import { slow, testWhere } from '../conditions.js';
 import { digests } from '../digests.js';
 import { randomModel, sequencesOf, tinyShape, writeCheckpoint } from '../native/support.js';
-import { sameAsCpu } from './device.js';
+import { emulated, sameAsCpu } from './device.js';
 
 const shape = { ...tinyShape, maxPositions: 64, windows: [0, 0] };
 
@@ -39,32 +44,144 @@ const ppo = (dtype: string) => ({
   checkpoint: { every: 1 },
 });
 
+const twoGpus = {
+  numerics: { parts: 2 },
+  parallel: { tensor: 2 },
+  generation: { tensor: 1, transition: 'hybridflow' },
+};
+
 let runs = 0;
+async function watch(config: object, { output = join(folder, `run-${runs++}`), resume = false } = {}) {
+  const events: TrainEvent[] = [];
+  for await (const event of train({ ...config, output } as never, { resume })) events.push(event);
+  return { events, output, checkpoints: await digests(join(output, 'checkpoints')) };
+}
+
 async function run(config: object) {
-  const output = join(folder, `run-${runs++}`);
-  let mismatch = 0;
-  let compared = 0;
-  for await (const event of train({ ...config, output } as never)) {
-    if (event.type !== 'step') continue;
-    mismatch = Math.max(mismatch, (event.metrics['mismatch.max'] as number) ?? 0);
-    compared += (event.metrics['mismatch.tokens'] as number) ?? 0;
+  const { events, checkpoints } = await watch(config);
+  const steps = events.flatMap((event) => (event.type === 'step' ? [event.metrics] : []));
+  const numbers = (name: string) => steps.map((metrics) => metrics[name] ?? 0);
+  expect(Math.min(...numbers('mismatch.tokens'))).toBeGreaterThan(0);
+  expect(Math.max(...numbers('mismatch.max'))).toBe(0);
+  return checkpoints;
+}
+
+/** Runs with a variable of the emulation (native/cuda/emulation/cuda_runtime.h). */
+async function withEmulation<T>(variable: string, value: number, work: () => Promise<T>): Promise<T> {
+  const name = `LOCKSTEP_EMULATION_${variable}`;
+  const before = process.env[name];
+  process.env[name] = String(value);
+  try {
+    return await work();
+  } finally {
+    if (before === undefined) delete process.env[name];
+    else process.env[name] = before;
   }
-  expect(compared).toBeGreaterThan(0);
-  expect(mismatch).toBe(0);
-  return digests(join(output, 'checkpoints'));
 }
 
 for (const [i, dtype] of (['bfloat16', 'float32'] as const).entries()) {
   (i === 0 ? test : slow)(`PPO writes the CPU's checkpoints, with mismatch 0, ${dtype}`, async () => {
     const gpu = await run({ ...ppo(dtype), device: 'cuda' });
     if (sameAsCpu(dtype)) expect(gpu).toEqual(await run({ ...ppo(dtype), device: 'cpu' }));
-    const offloaded = { ...ppo(dtype), device: 'cuda', memory: { device: '256MiB', offload: 'host' } };
-    expect(await run(offloaded)).toEqual(gpu);
+    for (const offload of i === 0 ? ['host', 'file'] : ['file']) {
+      const memory = { device: '256MiB', offload };
+      expect(await run({ ...ppo(dtype), device: 'cuda', memory })).toEqual(gpu);
+    }
   });
 }
 
 test("PPO over two GPUs that generate one by one (3D-HybridEngine) writes one CPU's checkpoints", async () => {
-  const config = { ...ppo('float32'), numerics: { parts: 2 } };
-  const layouts = { parallel: { tensor: 2 }, generation: { tensor: 1, transition: 'hybridflow' } };
-  expect(await run({ ...config, ...layouts, device: 'cuda' })).toEqual(await run({ ...config, device: 'cpu' }));
+  const cpu = { ...ppo('float32'), numerics: twoGpus.numerics, device: 'cpu' };
+  expect(await run({ ...ppo('float32'), ...twoGpus, device: 'cuda' })).toEqual(await run(cpu));
+});
+
+describe('the memory plan of a run on GPUs', () => {
+  const planOf = async (config: object) => {
+    const parsed = parseConfig({ ...config, output: folder });
+    return preflight(await rolesOf(parsed), parsed).memory;
+  };
+  const emulation = testWhere(emulated, 'the emulation gives a GPU as much memory as a test says');
+
+  for (const [name, dtype, changes, declare] of [
+    ['one GPU', 'bfloat16', {}, emulation],
+    ['two GPUs that generate one by one', 'float32', twoGpus, emulation],
+    ['models that take turns', 'bfloat16', { memory: { device: 'auto', offload: 'file' } }, emulation],
+    ['one GPU, without tensor cores', 'float32', {}, slow],
+    ['two GPUs, each a replica', 'bfloat16', { parallel: { data: 2, zero: 2 } }, slow],
+  ] as const) {
+    declare(`is what it takes at most: ${name}`, async () => {
+      const config = { ...ppo(dtype), memory: { device: 'auto' }, ...changes, device: 'cuda' };
+      const { lines, totalBytes } = await planOf(config);
+      expect(lines.map(({ what }) => what)).toContain('CUDA queues and NCCL');
+      const plenty = await run(config);
+      const pages = Math.ceil(totalBytes / 4096) * 4096;
+      expect(await withEmulation('MEMORY', pages, () => run(config))).toEqual(plenty);
+      await withEmulation('MEMORY', totalBytes - 1, async () => {
+        await expect(watch(config)).rejects.toMatchObject({
+          code: 'MEMORY_BUDGET',
+          message: expect.stringMatching(/more than what GPU 0 has free.*CUDA queues and NCCL.*end what else uses/s),
+        });
+      });
+    });
+  }
+
+  emulation('has no room that a GPU has not, whatever memory.device says', async () => {
+    const config = { ...ppo('bfloat16'), memory: { device: '64MiB' }, device: 'cuda' };
+    await withEmulation('MEMORY', 1 << 20, async () => {
+      await expect(planOf(config)).rejects.toThrow(/more than what GPU 0 has free \(1.0 MiB\)/);
+    });
+    await expect(planOf({ ...config, memory: { device: '1MiB' } })).rejects.toThrow(
+      /more than memory.device \(1.0 MiB\)/,
+    );
+  });
+});
+
+describe('pools', () => {
+  const split = () => ({ ...ppo('bfloat16'), device: 'cuda', placement: 'split' });
+  const gpusOf = (events: readonly TrainEvent[]) => events.flatMap((e) => (e.type === 'start' ? e.memory.gpus : []));
+
+  testWhere(emulated, 'the emulation has as many GPUs as a test says')(
+    'have GPUs of their own where there are enough, else share them, and train the same',
+    async () => {
+      const together = await run({ ...split(), placement: 'colocated' });
+      const [one, other] = ['policy+reference', 'critic+reward'];
+      for (const [gpus, places] of [
+        [1, [0, 0]],
+        [2, [0, 1]],
+      ] as const) {
+        const { events, checkpoints } = await withEmulation('DEVICES', gpus, () => watch(split()));
+        expect(gpusOf(events)).toEqual([
+          { pool: one, first: places[0], last: places[0], shared: gpus === 1 },
+          { pool: other, first: places[1], last: places[1], shared: gpus === 1 },
+        ]);
+        expect(checkpoints).toEqual(together);
+      }
+    },
+  );
+
+  testWhere(emulated, 'the emulation has as many GPUs as a test says')(
+    'take memory of their own GPUs only',
+    async () => {
+      const used = new Set<number>();
+      await withEmulation('DEVICES', 3, async () => {
+        for await (const event of train({ ...split(), steps: 1, output: join(folder, `run-${runs++}`) } as never)) {
+          if (event.type !== 'step') continue;
+          for (const gpu of [0, 1, 2]) {
+            const { freeBytes, totalBytes } = loadNative().gpuMemory(gpu);
+            if (freeBytes < totalBytes) used.add(gpu);
+          }
+        }
+      });
+      expect([...used]).toEqual([0, 1]);
+    },
+  );
+});
+
+test('a run that goes on where tensor cores do not add as they did says so', async () => {
+  const config = { ...ppo('bfloat16'), device: 'cuda', steps: 1 };
+  const { output } = await watch(config);
+  const warnings = (events: readonly TrainEvent[]) => events.flatMap((e) => (e.type === 'warning' ? [e.code] : []));
+  const again = (changes: object) => watch({ ...config, ...changes }, { output, resume: true });
+  expect(warnings((await again({ steps: 2 })).events)).toEqual([]);
+  expect(warnings((await again({ steps: 3, device: 'cpu' })).events)).toEqual(['ARCHITECTURE_DIFFERS']);
 });

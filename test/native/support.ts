@@ -201,7 +201,17 @@ export async function withEngine<T>(
   { isa, ...options }: DeviceOptions & Omit<OpenOptions, 'device'> & { isa?: string },
   run: (engine: NativeEngine, device: Device) => Promise<T>,
 ): Promise<T> {
-  const { threads = 2, memoryBytes, hostBytes, offloadFolder, implementation, processor, poison, ...rest } = options;
+  const {
+    threads = 2,
+    memoryBytes,
+    hostBytes,
+    offloadFolder,
+    implementation,
+    processor,
+    poison,
+    logits,
+    ...rest
+  } = options;
   const device = withIsa(isa, () =>
     createDevice({
       threads,
@@ -211,6 +221,7 @@ export async function withEngine<T>(
       ...(implementation === undefined ? {} : { implementation }),
       ...(processor === undefined ? {} : { processor }),
       ...(poison === undefined ? {} : { poison }),
+      ...(logits === undefined ? {} : { logits }),
     }),
   );
   try {

@@ -18,7 +18,10 @@ import {
   tinyShape,
 } from './support.js';
 
-export type Layout = Pick<ParallelOptions, 'schedule' | 'zero' | 'recompute' | 'bucketBytes' | 'overlap'> & {
+export type Layout = Pick<
+  ParallelOptions,
+  'schedule' | 'zero' | 'recompute' | 'bucketBytes' | 'overlap' | 'generation' | 'transition'
+> & {
   pipeline?: number;
   tensor?: number;
   data?: number;
@@ -109,12 +112,13 @@ export async function train(engine: Engine, steps = 2, sharing = equally): Promi
   return { norms, weights: await readAll(engine, 'weights'), moments: await readAll(engine, 'moment2') };
 }
 
-export async function trainOver(
+/** What `work`, by default steps, gives with a model over ranks. */
+export async function trainOver<T = Trained>(
   model: TestModel,
   { pipeline = 1, tensor = 1, data = 1, ...layout }: Layout,
   dtype: (typeof dtypes)[number],
-  work: (engine: Engine) => Promise<Trained> = train,
-): Promise<Trained> {
+  work: (engine: Engine) => Promise<T> = train as (engine: Engine) => Promise<T>,
+): Promise<T> {
   return withDevices(1 + pipeline * tensor * data, async ([own, ...devices]) => {
     const one = await model.open({ device: own!, dtype, parts: 8, train: true });
     const { shape, parts } = one;

@@ -96,6 +96,16 @@ describe('training progress', () => {
     expect(last).toContain('ETA 2 min 20 s');
   });
 
+  test('a run on GPUs says on which, and whose they are', () => {
+    const { terminal, err } = streams();
+    const gpus = [
+      { pool: 'policy', first: 0, last: 1, shared: true },
+      { pool: 'reward', first: 0, last: 0, shared: false },
+    ];
+    new TrainProgress(terminal).show({ ...start, config, memory: { ...memory, gpus } } as unknown as TrainEvent);
+    expect(err()).toContain('policy: on GPU 0..1, shared with the other pools\nreward: on GPU 0\nmemory: 3 MiB');
+  });
+
   test('plain lines come every other second, and the last step always', () => {
     let clock = 0;
     const { terminal, err } = streams();

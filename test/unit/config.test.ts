@@ -82,10 +82,14 @@ describe('defaults', () => {
 });
 
 describe('a resolved configuration', () => {
-  it.each([sft, ppo, { ...sft, algorithm: 'reward', memory: { device: 1000 } }])('parses to itself: %j', (input) => {
-    const config = parseConfig(input);
-    expect(parseConfig(config)).toEqual(config);
-  });
+  const autoMemory = { ...sft, memory: { device: 'auto' } };
+  it.each([sft, ppo, { ...sft, algorithm: 'reward', memory: { device: 1000 } }, autoMemory])(
+    'parses to itself: %j',
+    (input) => {
+      const config = parseConfig(input);
+      expect(parseConfig(config)).toEqual(config);
+    },
+  );
 
   it('printed and loaded is the same object', async () => {
     const config = parseConfig({

@@ -7,6 +7,8 @@ import { lockRun } from '../../src/train/lock.js';
 import { Recorder } from '../../src/train/recorder.js';
 import { RunFolder } from '../../src/train/run-folder.js';
 
+const cpu = { gpus: [] };
+
 let root: string;
 beforeEach(async () => {
   root = await mkdtemp(join(tmpdir(), 'lockstep-folder-'));
@@ -28,13 +30,19 @@ const save = async (folder: RunFolder, step: number, keep: number, filling: Retu
 describe('a run folder', () => {
   it('keeps rows, texts and the newest checkpoints', async () => {
     const folder = await RunFolder.open(join(root, 'a', 'run'), { resume: false });
-    await folder.begin('algorithm: sft\n', 0);
+    await folder.begin('algorithm: sft\n', cpu, 0);
     await folder.appendMetrics({ step: 1, loss: 2 });
     await folder.writeSamples('eval', 1, [{ index: 0, prompt: 'a', response: 'b', finish: 'stop' }]);
     for (const step of [1, 2, 3]) await save(folder, step, 2, fill(`${step}`));
     expect((await folder.checkpoints()).map(({ step }) => step)).toEqual([2, 3]);
     await folder.close();
-    expect((await readdir(folder.path)).sort()).toEqual(['checkpoints', 'config.yaml', 'metrics.jsonl', 'rollouts']);
+    expect((await readdir(folder.path)).sort()).toEqual([
+      'checkpoints',
+      'config.yaml',
+      'device.json',
+      'metrics.jsonl',
+      'rollouts',
+    ]);
     expect(await readdir(join(folder.path, 'checkpoints'))).toEqual(['step-000002', 'step-000003']);
     expect(await readFile(join(folder.path, 'metrics.jsonl'), 'utf8')).toBe('{"step":1,"loss":2}\n');
     expect(await readdir(join(folder.path, 'rollouts'))).toEqual(['eval-000001.jsonl']);
@@ -42,7 +50,7 @@ describe('a run folder', () => {
 
   it('that holds a run is refused without resume, and left as it is', async () => {
     const first = await RunFolder.open(root, { resume: false });
-    await first.begin('x', 0);
+    await first.begin('x', cpu, 0);
     await first.close();
     await expect(RunFolder.open(root, { resume: false })).rejects.toMatchObject({ code: 'RUN_EXISTS' });
     await (await RunFolder.open(root, { resume: true })).close();
@@ -61,14 +69,14 @@ describe('a run folder', () => {
 
   it('drops on resume what lies past the checkpoint, unfinished lines and leftovers', async () => {
     const folder = await RunFolder.open(root, { resume: false });
-    await folder.begin('x', 0);
+    await folder.begin('x', cpu, 0);
     for (let step = 0; step <= 5; step++) await folder.appendMetrics({ step, loss: step });
     for (const step of [0, 2, 4]) await folder.writeSamples('eval', step, []);
     await folder.close();
     await writeFile(join(root, 'metrics.jsonl'), `${await readFile(join(root, 'metrics.jsonl'), 'utf8')}{"step":6,"lo`);
     await mkdir(join(root, '.saving-step-000006'));
     const again = await RunFolder.open(root, { resume: true });
-    await again.begin('x', 3);
+    await again.begin('x', cpu, 3);
     await again.appendMetrics({ step: 4, loss: 40 });
     await again.close();
     const rows = (await readFile(join(root, 'metrics.jsonl'), 'utf8')).trim().split('\n');
@@ -81,7 +89,7 @@ describe('a run folder', () => {
 
   it('has a checkpoint when all of it is written, not before', async () => {
     const folder = await RunFolder.open(root, { resume: false });
-    await folder.begin('x', 0);
+    await folder.begin('x', cpu, 0);
     const { written, directory } = await folder.beginCheckpoint(1, 1, fill('1'));
     expect(await folder.checkpoints()).toEqual([]);
     expect((await readdir(root)).filter((name) => name.startsWith('.saving'))).toEqual(['.saving-step-000001']);
@@ -98,7 +106,7 @@ describe('a run folder', () => {
     ['is under way', async () => ({ written: new Promise<void>((_, no) => setTimeout(() => no(full()), 5)) })],
   ])('a save that fails when it %s leaves no trace and the earlier checkpoint', async (_, failing) => {
     const folder = await RunFolder.open(root, { resume: false });
-    await folder.begin('x', 0);
+    await folder.begin('x', cpu, 0);
     await save(folder, 1, 1, fill('1'));
     await expect(save(folder, 2, 1, failing)).rejects.toMatchObject({
       code: 'CHECKPOINT_WRITE_FAILED',

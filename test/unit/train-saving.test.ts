@@ -9,7 +9,7 @@ import { LockstepError } from '../../src/errors.js';
 import type { Backend } from '../../src/inference/backend.js';
 import type { ConfigInput } from '../../src/train/config.js';
 import type { TrainEvent } from '../../src/train/events.js';
-import { layoutWarning, sameBits } from '../../src/train/resumed-layout.js';
+import { architectureWarning, layoutWarning, sameBits } from '../../src/train/resumed-bits.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
 import { digests } from '../digests.js';
 import { tableBackend, writeTableModel } from './train-fake-engine.js';
@@ -233,6 +233,44 @@ describe('a run that continues in another layout', () => {
     const warnings = (events: TrainEvent[]) => events.filter(({ type }) => type === 'warning');
     expect(warnings(await run({ ...config, steps: 4 }, { resume: true }))).toMatchObject([
       { code: 'LAYOUT_DIFFERS', message: expect.stringMatching(/tensor 1, data 2, zero 0 and continues in .* data 1/) },
+    ]);
+    expect(warnings(await run({ ...config, steps: 6 }, { resume: true }))).toEqual([]);
+  });
+});
+
+describe('a run that continues on other processors', () => {
+  const gpu = (computeCapability: string, name = 'a GPU') => ({ gpus: [{ name, computeCapability }] });
+  const cpu = { gpus: [] };
+
+  it.each([
+    [gpu('9.0', 'H100'), gpu('9.0', 'H200'), 'bfloat16', true],
+    [gpu('8.0'), gpu('9.0'), 'bfloat16', false],
+    [gpu('8.0'), gpu('9.0'), 'float32', true],
+    [cpu, gpu('8.0'), 'bfloat16', false],
+    [gpu('8.0'), cpu, 'bfloat16', false],
+    [cpu, cpu, 'bfloat16', true],
+    [undefined, gpu('8.0'), 'bfloat16', true],
+  ] as const)('from %j to %j in %s: no warning: %s', (before, now, dtype, same) => {
+    const copy = (given: { readonly gpus: readonly { name: string; computeCapability: string }[] }) => ({
+      gpus: [...given.gpus],
+    });
+    const warning = architectureWarning(before && copy(before), copy(now), dtype);
+    expect(warning === undefined).toBe(same);
+    if (warning) expect(warning).toMatchObject({ code: 'ARCHITECTURE_DIFFERS' });
+  });
+
+  it('is told which they were', async () => {
+    const config = sft({ dtype: 'bfloat16' });
+    await run({ ...config, steps: 2 });
+    const path = join(config.output, 'device.json');
+    expect(JSON.parse(await readFile(path, 'utf8'))).toEqual(cpu);
+    await writeFile(path, JSON.stringify(gpu('9.0', 'NVIDIA H100')));
+    const warnings = (events: TrainEvent[]) => events.filter(({ type }) => type === 'warning');
+    expect(warnings(await run({ ...config, steps: 4 }, { resume: true }))).toMatchObject([
+      {
+        code: 'ARCHITECTURE_DIFFERS',
+        message: expect.stringMatching(/on NVIDIA H100 \(compute capability 9.0\) and continues on a CPU/),
+      },
     ]);
     expect(warnings(await run({ ...config, steps: 6 }, { resume: true }))).toEqual([]);
   });

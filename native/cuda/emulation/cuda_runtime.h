@@ -12,6 +12,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <map>
@@ -73,7 +74,37 @@ inline std::string failure;    // sticks, as it does on a GPU
 inline Stream default_stream;  // a stream like any other
 inline std::vector<Stream*> streams{&default_stream};
 inline thread_local int device = 0;
-inline std::map<const char*, std::size_t> device_memory;  // what there is of it, by its first byte
+struct Block {
+  std::size_t bytes;
+  int device;
+};
+inline std::map<const char*, Block> device_memory;  // what is taken of it, by its first byte
+inline std::map<int, std::size_t> used_memory;      // of each GPU
+
+inline std::size_t total_memory() {
+  const auto set = setting("LOCKSTEP_EMULATION_MEMORY");
+  return set.empty() ? std::size_t{64} << 30 : std::strtoull(set.data(), nullptr, 10);
+}
+// What a GPU gives for so many bytes: pages of 2 MiB, of which small blocks share one.
+inline std::size_t given(std::size_t bytes) {
+  constexpr std::size_t kPage = std::size_t{2} << 20;
+  return bytes <= kPage / 2 ? bytes : (bytes + kPage - 1) / kPage * kPage;
+}
+inline bool has_memory(int gpu, std::size_t bytes) {
+  std::lock_guard lock(machine.mutex);
+  return used_memory[gpu] + given(bytes) <= total_memory();
+}
+inline void take_memory(int gpu, const void* at, std::size_t bytes) {
+  std::lock_guard lock(machine.mutex);
+  device_memory[static_cast<const char*>(at)] = {bytes, gpu};
+  used_memory[gpu] += given(bytes);
+}
+inline void give_memory(const void* at) {
+  std::lock_guard lock(machine.mutex);
+  const auto block = device_memory.find(static_cast<const char*>(at));
+  used_memory[block->second.device] -= given(block->second.bytes);
+  device_memory.erase(block);
+}
 
 // As far as it goes: cudaErrorNotReady when an operation can not run yet. At most what is queued now.
 inline cudaError_t run_until(Stream& stream, std::uint64_t at) {
@@ -161,12 +192,8 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
   return *version = 13000, cudaSuccess;
 }
-inline std::size_t emulatedMemory() {
-  const auto set = emulated::setting("LOCKSTEP_EMULATION_MEMORY");
-  return set.empty() ? std::size_t{64} << 30 : std::strtoull(set.data(), nullptr, 10);
-}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  *properties = {"emulated sm_80", 8, 0, 4, emulatedMemory()};
+  *properties = {"emulated sm_80", 8, 0, 4, emulated::total_memory()};
   if (emulated::fault("old-architecture")) properties->major = 7, properties->minor = 5;
   if (emulated::fault("mixed") && device % 2 == 1) properties->major = 9;
   if (properties->major != 8)
@@ -178,6 +205,11 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDevice(int* device) {
   return *device = emulated::device, cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+  std::lock_guard lock(emulated::machine.mutex);
+  *total = emulated::total_memory();
+  return *free = *total - std::min(*total, emulated::used_memory[emulated::device]), cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {
   return emulated::failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
@@ -226,13 +258,13 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
   std::lock_guard lock(emulated::machine.mutex);
   const char* const at = static_cast<const char*>(data);
   auto after = emulated::device_memory.upper_bound(at);
-  const bool inside = after != emulated::device_memory.begin() && (--after, at < after->first + after->second);
+  const bool inside = after != emulated::device_memory.begin() && (--after, at < after->first + after->second.bytes);
   return attributes->type = inside ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, cudaSuccess;
 }
 
 // Whole pages, so that they can be protected; under a sanitizer exact blocks, so that overruns are seen.
 inline cudaError_t cudaMalloc(void** data, std::size_t bytes) {
-  if (bytes > emulatedMemory()) return cudaErrorMemoryAllocation;
+  if (!emulated::has_memory(emulated::device, bytes)) return cudaErrorMemoryAllocation;
 #ifdef __SANITIZE_ADDRESS__
   *data = emulated::allocate(bytes);
 #else
@@ -244,16 +276,12 @@ inline cudaError_t cudaMalloc(void** data, std::size_t bytes) {
   std::memset(*data, emulated::kPoison, bytes);
   emulated::DeviceAccess::protect(*data, pages);
 #endif
-  std::lock_guard lock(emulated::machine.mutex);
-  return emulated::device_memory[static_cast<char*>(*data)] = bytes, cudaSuccess;
+  return emulated::take_memory(emulated::device, *data, bytes), cudaSuccess;
 }
 inline cudaError_t cudaFree(void* data) {
   if (data == nullptr) return cudaSuccess;
   cudaDeviceSynchronize();
-  {
-    std::lock_guard lock(emulated::machine.mutex);
-    emulated::device_memory.erase(static_cast<char*>(data));
-  }
+  emulated::give_memory(data);
 #ifdef __SANITIZE_ADDRESS__
   std::free(data);
 #else

@@ -13,22 +13,18 @@ inline cudaError_t reserve(char** address, size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return memory == MAP_FAILED ? cudaErrorMemoryAllocation : (*address = static_cast<char*>(memory), cudaSuccess);
 }
-inline cudaError_t map(int, char* at, size_t bytes) {
-  if (bytes > emulatedMemory()) return cudaErrorMemoryAllocation;
+inline cudaError_t map(int gpu, char* at, size_t bytes) {
+  if (!emulated::has_memory(gpu, bytes)) return cudaErrorMemoryAllocation;
   if (mprotect(at, bytes, PROT_READ | PROT_WRITE) != 0) return cudaErrorMemoryAllocation;
   emulated::DeviceAccess::protect(at, bytes);
-  std::lock_guard lock(emulated::machine.mutex);
-  return emulated::device_memory[at] = bytes, cudaSuccess;
+  return emulated::take_memory(gpu, at, bytes), cudaSuccess;
 }
 inline cudaError_t clear(char*, size_t) {
   return cudaSuccess;  // new pages are
 }
 inline cudaError_t unmap(char* at, size_t bytes) {
   cudaDeviceSynchronize();
-  {
-    std::lock_guard lock(emulated::machine.mutex);
-    emulated::device_memory.erase(at);
-  }
+  emulated::give_memory(at);
   madvise(at, bytes, MADV_DONTNEED);
   return mprotect(at, bytes, PROT_NONE), cudaSuccess;
 }

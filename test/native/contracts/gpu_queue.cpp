@@ -1,7 +1,8 @@
-// Index arrays of the host as a GPU sees them (cuda/queue.h).
+// Index arrays of the host as a GPU sees them, and works that are repeated (cuda/queue.h).
 #include "cuda/queue.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "core/arena.h"
@@ -54,6 +55,35 @@ const Registration kLongFill("gpuQueue.longFill", DType::kFloat32, 1, [](Trial& 
   char last = 0;
   queue.toHost(&last, arena.data() + kBytes - 1, 1);
   if (last != 7) t.fail("the last byte was not filled");
+});
+
+// More works than there may be graphs: each is done with its arrays of the day, in memory for so many graphs.
+const Registration kRepeated("gpuQueue.repeated", DType::kFloat32, 2, [](Trial& t) {
+  if (!t.onGpu()) return;
+  auto& queue = static_cast<cuda::Queue&>(t.implementationQueue());
+  constexpr int64_t kCount = 16;
+  const Buffer to = t.floats(kCount);
+  Array array = numbers(kCount, 0);
+  queue.stage(array.data(), kCount);
+  queue.synchronize();
+  const auto freeBytes = [] {
+    size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "asking for free memory");
+    return free;
+  };
+  const size_t before = freeBytes();
+  for (int work = 0; work < 3 * cuda::Queue::kMostGraphs; ++work) {
+    for (int run = 0; run < 3; ++run) {
+      array[0] = 10 * work + run;
+      queue.repeat("work " + std::to_string(work),
+                   [&] { queue.copy(to.as<char>(), queue.stage(array.data(), kCount), to.bytes()); });
+      queue.synchronize();
+      if (std::memcmp(to.as<char>(), array.data(), to.bytes()) != 0) t.fail("a repeated work was not done");
+    }
+  }
+  // A GPU's driver keeps something of its own for every graph.
+  const size_t most = 2 * cuda::Queue::kMostGraphs * cuda::Queue::kGraphArrays;
+  if (before > freeBytes() + most) t.fail("graphs take more than " + std::to_string(most) + " bytes");
 });
 
 }  // namespace

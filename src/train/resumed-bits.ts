@@ -1,6 +1,7 @@
-/** What it means for a run's bits that it goes on in another layout than it had. */
+/** What it means for a run's bits that it goes on in another layout, or on other processors, than it had. */
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Config } from './config.js';
+import type { Architecture } from './gpus.js';
 import type { RunWarning } from './loop.js';
 
 /** What of `parallel` decides bits; schedules do not. */
@@ -28,4 +29,26 @@ export function layoutWarning(
     `the run was in the layout ${named(before)} and continues in ${named(now)}: from here its numbers agree with those of the run ` +
     'never stopped within the bounds of docs/numerics.md, not bit for bit; set parallel back to have the same bits';
   return { code: 'LAYOUT_DIFFERS', message };
+}
+
+/**
+ * The warning with which a run continues on processors that cannot give the bits of those before: tensor cores of every
+ * architecture sum products of bfloat16 in an order of their own; all else has the same bits everywhere.
+ */
+export function architectureWarning(
+  before: Architecture | undefined,
+  now: Architecture,
+  dtype: Config['dtype'],
+): RunWarning | undefined {
+  if (before === undefined || dtype === 'float32') return undefined;
+  const kinds = ({ gpus }: Architecture) => [...new Set(gpus.map(({ computeCapability }) => computeCapability))].sort();
+  if (kinds(before).join() === kinds(now).join()) return undefined;
+  const named = ({ gpus }: Architecture) =>
+    gpus.length === 0
+      ? 'a CPU'
+      : gpus.map(({ name, computeCapability }) => `${name} (compute capability ${computeCapability})`).join(' and ');
+  const message =
+    `the run computed on ${named(before)} and continues on ${named(now)}: in bfloat16 its bits may differ from here on from those of ` +
+    'the run never stopped; continue on the same kind of processor to have the same bits';
+  return { code: 'ARCHITECTURE_DIFFERS', message };
 }
