@@ -1,6 +1,7 @@
 #include "comm/communicator.h"
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -59,6 +60,11 @@ Communicator::Communicator(int rank, int size, std::string name) : rank_(rank), 
 
 Traffic Communicator::traffic() const {
   return {receivedBytes_.load(std::memory_order_relaxed), sentBytes_.load(std::memory_order_relaxed)};
+}
+
+void Communicator::refuse(const Call& call, const std::string& message) {
+  fail("COLLECTIVE_ARGUMENT", call, message);
+  std::terminate();
 }
 
 Call Communicator::next(Operation operation, Element element, int64_t count, int root, std::string_view site) {
@@ -138,6 +144,7 @@ void Communicator::reduceScatterPieces(float* buffer, int64_t count, std::span<c
                                        std::string_view site) {
   const Call call = next(Operation::kReduceScatterPieces, Element::kFloat32, count, -1, site);
   checkShares(call, shares);
+  const WorkClock::Span span(&WorkTimes::communicating);
   runReduceScatterPieces(call, buffer, shares);
 }
 
