@@ -207,7 +207,8 @@ void checkBackward(Trial& t, const Problem& p) {
   t.eachQueue([&](Queue& queue) {
     Matrix dHidden = blank.clone();
     const WeightMatrix dW = start.clone();
-    p.backward(t.implementation(), queue, forward, dHidden, dW, p.staging(t, true));
+    const Buffer memory = p.staging(t, true);  // until all is computed
+    p.backward(t.implementation(), queue, forward, dHidden, dW, memory);
     t.compare("dHidden", expected, dHidden);
     t.compare("dW", expectedW, dW);
   });
