@@ -3,7 +3,10 @@
 //   --tests       also builds the kernel contract suite, build/Release/kernel_contracts, and the addon with GPUs emulated
 //   --cuda [auto|on|off]
 //                 with the CUDA back end: where nvcc of CUDA 13 is found (auto, the default), always (on, or no word), never
-//   --sanitize    AddressSanitizer and UndefinedBehaviorSanitizer, in build-sanitize/ instead of build/
+//   --only NAME   this target of native/CMakeLists.txt alone
+//   --sanitize [all|emulated]
+//                 AddressSanitizer and UndefinedBehaviorSanitizer, in build-sanitize/ instead of build/: of everything, or of all but
+//                 the CPU's fast kernels (which take most of the time), in build-sanitize-emulated/
 //   --jobs N      compilers at a time (default: one per core)
 import { spawn, spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -28,23 +31,34 @@ function refuse(text) {
 }
 
 const cudaWords = ['auto', 'on', 'off'];
+const sanitizeWords = ['all', 'emulated'];
 
 function parseFlags() {
-  // --cuda may stand alone.
   const given = process.argv.slice(2);
-  const args = given.map((word, i) => (word === '--cuda' && !cudaWords.includes(given[i + 1]) ? '--cuda=on' : word));
-  const known = 'flags: --tests, --cuda [auto|on|off], --sanitize, --jobs N';
+  const alone = (word, i, flag, words) => word === flag && !words.includes(given[i + 1]);
+  const args = given.map((word, i) =>
+    alone(word, i, '--cuda', cudaWords)
+      ? '--cuda=on'
+      : alone(word, i, '--sanitize', sanitizeWords)
+        ? '--sanitize=all'
+        : word,
+  );
+  const known = 'flags: --tests, --cuda [auto|on|off], --only NAME, --sanitize [all|emulated], --jobs N';
   try {
     const { values } = parseArgs({
       args,
       options: {
         tests: { type: 'boolean', default: false },
         cuda: { type: 'string', default: 'auto' },
-        sanitize: { type: 'boolean', default: false },
+        only: { type: 'string' },
+        sanitize: { type: 'string' },
         jobs: { type: 'string' },
       },
     });
     if (!cudaWords.includes(values.cuda)) return refuse(`--cuda ${values.cuda}: expected auto, on or off (${known})`);
+    if (values.sanitize !== undefined && !sanitizeWords.includes(values.sanitize)) {
+      return refuse(`--sanitize ${values.sanitize}: expected all or emulated (${known})`);
+    }
     return values;
   } catch (error) {
     return refuse(`${error.message} (${known})`);
@@ -137,7 +151,7 @@ function configure(tree, output) {
   const tests = flags.tests || previous?.tests === true;
   const cuda = findCuda(previous) ?? null;
   const cxx = process.env.CXX ?? '';
-  const settings = { root, include: includeDirectories(), sanitize: flags.sanitize, cxx, tests, cuda };
+  const settings = { root, include: includeDirectories(), sanitize: flags.sanitize ?? false, cxx, tests, cuda };
   if (previous !== undefined && JSON.stringify(previous) === JSON.stringify(settings)) return settings;
   // CMake keeps a tree's folders and compilers: when those change, or a first configure was cut short, it begins anew.
   // Tests can come and go, and CUDA can come.
@@ -164,7 +178,7 @@ function configure(tree, output) {
       `-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=${output}`,
       `-DCMAKE_RUNTIME_OUTPUT_DIRECTORY=${output}`,
       `-DLOCKSTEP_TESTS=${tests ? 'ON' : 'OFF'}`,
-      `-DLOCKSTEP_SANITIZE=${flags.sanitize ? 'ON' : 'OFF'}`,
+      `-DLOCKSTEP_SANITIZE=${flags.sanitize ?? 'OFF'}`,
       `-DLOCKSTEP_NVCC=${cuda?.nvcc ?? ''}`,
     ],
     { encoding: 'utf8' },
@@ -246,12 +260,15 @@ if (process.platform !== 'linux' || process.arch !== 'x64') {
   );
 }
 const started = Date.now();
-const base = join(root, flags.sanitize ? 'build-sanitize' : 'build');
+const trees = { all: 'build-sanitize', emulated: 'build-sanitize-emulated' };
+const base = join(root, trees[flags.sanitize] ?? 'build');
 const output = join(base, 'Release');
 const { cuda } = configure(join(base, 'cmake'), output);
 const targets = ['lockstep'];
 if (flags.tests) targets.push('lockstep_emulated', 'kernel_contracts', 'mma_layout', 'emulation_faults');
 if (flags.tests && cuda) targets.push('kernel_contracts_gpu', 'mma_layout_gpu');
-if (!(await build(join(base, 'cmake'), targets))) refuse('the build failed (compiler output above)');
+const built = flags.only ?? 'lockstep.node';
+if (!(await build(join(base, 'cmake'), flags.only ? [flags.only] : targets)))
+  refuse('the build failed (compiler output above)');
 const seconds = ((Date.now() - started) / 1000).toFixed(1);
-say(`ready in ${seconds} s: ${join(output, 'lockstep.node')}${cuda ? `, with CUDA ${cuda.version}` : ''}`);
+say(`ready in ${seconds} s: ${join(output, built)}${cuda ? `, with CUDA ${cuda.version}` : ''}`);

@@ -1,6 +1,7 @@
 #include "comm/communicator.h"
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -69,6 +70,11 @@ Communicator::Communicator(int rank, int size, std::string name) : rank_(rank), 
 
 Traffic Communicator::traffic() const {
   return {receivedBytes_.load(std::memory_order_relaxed), sentBytes_.load(std::memory_order_relaxed)};
+}
+
+void Communicator::refuse(const Call& call, const std::string& message) {
+  fail("COLLECTIVE_ARGUMENT", call, message);
+  std::terminate();
 }
 
 Call Communicator::next(Operation operation, Element element, int64_t count, int root, std::string_view site) {

@@ -26,6 +26,7 @@
 //   RANK_MISSING         a rank did not arrive, nor call anything or progress(), for the world's timeout
 //   COLLECTIVE_MISMATCH  ranks made different calls, or wait for each other
 //   COLLECTIVE_ARGUMENT  a call cannot be valid: ranks, counts, or buffers that overlap other than as allowed
+//   what a rank met      inside a call: its GPU's or its network's error (comm/nccl/nccl.h)
 // The message names group, ranks, operation, sequence number and site, what was expected and what came.
 #pragma once
 
@@ -184,8 +185,9 @@ class Communicator {
  protected:
   Communicator(int rank, int size, std::string name);
 
-  // Kills the world with COLLECTIVE_ARGUMENT and throws that.
-  [[noreturn]] virtual void refuse(const Call&, const std::string& message) = 0;
+  // Kills the world with what this rank has found in a call, unless it is dead already, and throws the first cause.
+  [[noreturn]] virtual void fail(const std::string& code, const Call&, const std::string& message) = 0;
+  [[noreturn]] void refuse(const Call&, const std::string& message);
 
   // The calls above after their arguments were checked. Those of exchange() number their messages themselves.
   virtual void runAllGather(const Call&, const void* send, void* receive) = 0;

@@ -7,6 +7,7 @@
 namespace lockstep::comm {
 
 struct Inside : Communicator {
+  using Communicator::fail;
   using Communicator::refuse;
   using Communicator::runAllGather;
   using Communicator::runAllGatherPieces;

@@ -168,7 +168,7 @@ struct AdamW {  // each constant of the formula is computed in float64 and round
 
 struct Sampling {
   float temperature;  // 0: argmax, ties to the lowest id
-  float topP;         // 1: off
+  float topP;         // 1 or more: off; 0 or less keeps one token
   int32_t topK;       // 0: off
   uint64_t seed;      // Philox key
   uint64_t request;   // with `position`: Philox counter
@@ -254,7 +254,8 @@ struct Kernels {
   //   l = fma(l, a, lanes sum of e_j) (64 slots, invisible ones 0); o = chain over j from o a of (rounded e_j) v_j.
   // out = o / l. Invisible keys are never read into the result (pages may hold NaN); of a half-visible bfloat16 pair
   // the invisible half is zero times zero, a wholly invisible one is no step of the chain. The first page: m = -inf, l
-  // = 0, o = 0 and no rescaling. logSumExp [H, T] (m + log l; may be null) is kept for backward.
+  // = 0, o = 0 and no rescaling. Of bfloat16 a GPU has room for K <= 544, and throws CUDA_HEAD_WIDTH. logSumExp [H, T]
+  // (m + log l; may be null) is kept for backward.
   void (*attention)(Queue&, const AttentionShape&, Operand q, const KvPages&, const Sequences&, Operand out,
                     View<float> logSumExp);
   // Training only (offset 0). p_ij = exp(scale q_i k_j - logSumExp_i); delta_i = lanes sum of dOut_i * out_i;
@@ -305,7 +306,8 @@ struct Kernels {
   // topP; shares are integers, floor(2^40 weight), of the sum of all that top-k kept. A weight is e_v a_p, e_v =
   // exp(x_v - m_p), a_p = exp(m_p - m), p the part of v; dropped: e_v = 0. A part is cut into blocks of 256 columns.
   // The running sum is float64: over blocks in id order it adds a_p times the block's lanes sum of e; inside the block
-  // that passes the target it adds a_p e_v, v ascending, from the sum before the block. u = (i + 1/2) / 2^52, i the
+  // that passes the target it adds a_p e_v, v ascending, from the sum before the block; when the rounding of the
+  // block's sum leaves none that exceeds it, the token is the block's last with a weight. u = (i + 1/2) / 2^52, i the
   // upper 52 bits of the first two words; the counter's words are request (low, high), position, 0. Logits whose
   // weights have no positive total (NaN) give the argmax and a log-probability of NaN.
   void (*sample)(Queue&, View<const float> logits, const WeightLayout& vocabulary, const Sampling* settings,

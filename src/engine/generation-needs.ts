@@ -4,6 +4,7 @@ import { pagePositions } from '../layout/memory-plan.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import type { GenerateOptions, GenerateRequest, SamplingOptions } from './engine.js';
 import type { NativeGenerate } from './native.js';
+import { checkSampling } from './sampling.js';
 
 /** Rows of one step of generation: prompt chunks and decoding rows together. */
 export const generationRows = 512;
@@ -18,12 +19,14 @@ export interface GenerationNeeds {
   pages: number;
 }
 
-/** @throws LockstepError PROMPT_TOO_LONG */
+/** @throws LockstepError PROMPT_TOO_LONG, SAMPLING_INVALID */
 export function generationNeeds(
   shape: ModelShape,
   requests: readonly GenerateRequest[],
   options: GenerateOptions,
 ): GenerationNeeds {
+  const { temperature, topP, topK, seed } = options;
+  checkSampling({ temperature, topP, topK, seed });
   const native = requests.map((request, i) => {
     const room = shape.maxPositions - request.prompt.length;
     if (request.prompt.length < 1 || room < 0) {

@@ -6,6 +6,7 @@ import type { Columns } from '../data/jsonl.js';
 import { parseRow, placeText, type RowPlace } from '../data/rows.js';
 import { StopStrings } from '../data/stop-strings.js';
 import type { Generated, GenerateOptions, GenerateRequest } from '../engine/engine.js';
+import { checkSampling } from '../engine/sampling.js';
 import { LockstepError } from '../errors.js';
 import { explainPositionLimit } from '../layout/config.js';
 import type { ModelShape } from '../layout/model-shape.js';
@@ -63,13 +64,14 @@ const promptsPerCall = 256;
  * nothing else in the batch changes it.
  *
  * @throws LockstepError PROMPT_TOO_LONG naming the row when prompt and new tokens exceed the model's positions;
- * TOKEN_OUT_OF_RANGE; DATA_BAD_ROW; MODEL_HEAD for a model without a language-model head.
+ * TOKEN_OUT_OF_RANGE; DATA_BAD_ROW; SAMPLING_INVALID naming a setting; MODEL_HEAD for a model without a language-model head.
  */
 export async function* generate(
   model: OpenModel | OpenModelOptions,
   rows: Iterable<InputRow> | AsyncIterable<InputRow>,
   settings: GenerateSettings = {},
 ): AsyncGenerator<Completion> {
+  checkSampling(settings);
   const opened = 'engine' in model ? model : await openModel(model);
   try {
     let first = 0;

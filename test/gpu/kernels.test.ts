@@ -9,7 +9,7 @@ import { everything } from '../conditions.js';
 const release = join(process.cwd(), 'build', 'Release');
 const suite = process.env.LOCKSTEP_KERNEL_CONTRACTS ?? join(release, 'kernel_contracts');
 const seed = process.env.LOCKSTEP_CONTRACTS_SEED ?? '1';
-const trials = everything ? [] : ['--trials', '3'];
+const trials = everything ? [] : ['--most', '3'];
 
 function listed(): string[] {
   if (!existsSync(suite)) return [];

@@ -55,6 +55,26 @@ describe('generate', () => {
     });
   });
 
+  it.each([
+    ['topP', -0.5],
+    ['topP', 0],
+    ['topP', 1.5],
+    ['topP', Number.NaN],
+    ['temperature', -1],
+    ['temperature', Number.NaN],
+    ['temperature', Number.POSITIVE_INFINITY],
+    ['topK', -1],
+    ['topK', 1.5],
+    ['seed', 0.5],
+    ['samples', 0],
+    ['maxNewTokens', 0],
+  ])('refuses %s %d, before it opens the model', async (key, value) => {
+    await expect(samples({ [key]: value }, inputs, '/no/such/model')).rejects.toMatchObject({
+      code: 'SAMPLING_INVALID',
+      message: expect.stringMatching(new RegExp(`^${key}: expected .*, received ${value}$`)),
+    });
+  });
+
   it('stops at the end token, which is part of the result, unless told to go on', async () => {
     const results = await samples({ maxNewTokens: 50 });
     const stopped = results.filter(({ finish }) => finish === 'stop');

@@ -62,9 +62,8 @@ class LocalCommunicator final : public Communicator {
   }
 
  protected:
-  [[noreturn]] void refuse(const Call& call, const std::string& message) override {
-    world_.fail("COLLECTIVE_ARGUMENT",
-                "group '" + name() + "', " + group_->rank(rank()) + ": " + describe(call) + ": " + message);
+  [[noreturn]] void fail(const std::string& code, const Call& call, const std::string& message) override {
+    world_.fail(code, "group '" + name() + "', " + group_->rank(rank()) + ": " + describe(call) + ": " + message);
     throw world_.cause(where(call));
   }
 
@@ -248,8 +247,8 @@ class LocalCommunicator final : public Communicator {
     throw error;
   }
 
-  [[noreturn]] void fail(const std::string& code, const std::string& message) {
-    world_.fail(code, "group '" + name() + "': " + message);
+  [[noreturn]] void mismatch(const std::string& message) {
+    world_.fail("COLLECTIVE_MISMATCH", "group '" + name() + "': " + message);
     raise();
   }
 
@@ -373,7 +372,7 @@ class LocalCommunicator final : public Communicator {
       text += (text.empty() ? "ranks make different calls: expected " : "; received ") +
               describe(member(ranks[0]).call) + " from " + group_->ranks(ranks);
     }
-    fail("COLLECTIVE_MISMATCH", text);
+    mismatch(text);
   }
 
   // No two pieces may claim the same byte.
@@ -392,10 +391,9 @@ class LocalCommunicator final : public Communicator {
     for (size_t i = 1; i < claims.size(); ++i) {
       const Claim &a = claims[i - 1], &b = claims[i];
       if (b.begin >= a.end) continue;
-      fail("COLLECTIVE_MISMATCH", describe(call) + ": expected pieces that do not overlap, received bytes " +
-                                      std::to_string(a.begin) + ".." + std::to_string(a.end) + " from " +
-                                      group_->rank(a.rank) + " and " + std::to_string(b.begin) + ".." +
-                                      std::to_string(b.end) + " from " + group_->rank(b.rank));
+      mismatch(describe(call) + ": expected pieces that do not overlap, received bytes " + std::to_string(a.begin) +
+               ".." + std::to_string(a.end) + " from " + group_->rank(a.rank) + " and " + std::to_string(b.begin) +
+               ".." + std::to_string(b.end) + " from " + group_->rank(b.rank));
     }
   }
 
@@ -409,9 +407,8 @@ class LocalCommunicator final : public Communicator {
     const auto [a, b] = std::mismatch(expected.begin(), expected.end(), mine.begin(), mine.end());
     if (a == expected.end() && b == mine.end()) return;
     const auto i = static_cast<size_t>(a - expected.begin());
-    fail("COLLECTIVE_MISMATCH", describe(call) + ": expected share " + std::to_string(i) + " to be " +
-                                    text(expected, i) + ", as of " + group_->rank(0) + ", received " + text(mine, i) +
-                                    " from " + group_->rank(rank()));
+    mismatch(describe(call) + ": expected share " + std::to_string(i) + " to be " + text(expected, i) + ", as of " +
+             group_->rank(0) + ", received " + text(mine, i) + " from " + group_->rank(rank()));
   }
 
   // to = tree over ranks of send[first ..].
@@ -532,9 +529,8 @@ class LocalCommunicator final : public Communicator {
     Channel& channel = group_->channel(message.from, rank());
     access();
     if (channel.call.count != message.count || channel.call.element != message.element) {
-      fail("COLLECTIVE_MISMATCH", "message from " + group_->rank(message.from) + " to " + group_->rank(rank()) +
-                                      ": expected " + describe(callOf(message, x.site)) + ", received " +
-                                      describe(channel.call));
+      mismatch("message from " + group_->rank(message.from) + " to " + group_->rank(rank()) + ": expected " +
+               describe(callOf(message, x.site)) + ", received " + describe(channel.call));
     }
     const int64_t bytes = message.count * bytesOf(message.element);
     copy(message.data, channel.data, bytes);

@@ -101,6 +101,40 @@ class Group {
   bool open_ = true;
 };
 
+// What the ranks of a group tell each other of their GPUs.
+struct Card {
+  char name[256];
+  int major, minor, gpu;
+
+  std::string text(size_t rank) const {
+    return "rank " + std::to_string(rank) + " is on GPU " + std::to_string(gpu) + " (" + name +
+           ", compute capability " + std::to_string(major) + "." + std::to_string(minor) + ")";
+  }
+};
+
+void checkCards(Communicator& group, int gpu) {
+  cudaDeviceProp properties{};
+  cuda::check(cudaGetDeviceProperties(&properties, gpu), "asking for the GPU's properties");
+  Card mine{};
+  std::memcpy(mine.name, properties.name, sizeof mine.name);
+  mine.major = properties.major, mine.minor = properties.minor, mine.gpu = gpu;
+  std::vector<Card> all(static_cast<size_t>(group.size()));
+  group.allGather(&mine, all.data(), sizeof mine, Element::kByte, "GPUs");
+  for (size_t r = 1; r < all.size(); ++r) {
+    const Card &a = all[0], &b = all[r];
+    if (std::strcmp(a.name, b.name) != 0 || a.major != b.major || a.minor != b.minor) {
+      throw Error("CUDA_GPUS_DIFFER", a.text(0) + ", " + b.text(r) +
+                                          "; ranks need GPUs of one kind, for the same bits everywhere: choose them "
+                                          "with CUDA_VISIBLE_DEVICES");
+    }
+    for (size_t other = 0; other < r; ++other) {
+      if (all[other].gpu != b.gpu) continue;
+      throw Error("CUDA_DEVICE", all[other].text(other) + ", and so is rank " + std::to_string(r) +
+                                     "; every rank needs a GPU of its own");
+    }
+  }
+}
+
 // Every collective is a meeting on the control, under the description of the call, at which the ranks say where their
 // buffers lie; then the control or NCCL moves the bytes. Its stream runs nothing but NCCL and the sums.
 class NcclCommunicator final : public Communicator {
@@ -112,10 +146,7 @@ class NcclCommunicator final : public Communicator {
         settle_(std::move(settle)),
         sent_(static_cast<size_t>(size())),
         received_(static_cast<size_t>(size())) {
-    guarded([&] {
-      queue_ = std::make_unique<cuda::Queue>(gpu_, 1, 0);
-      connect();
-    });
+    guarded({.operation = Operation::kSplit, .site = "a group of GPUs"}, [&] { connect(); });
   }
 
   ~NcclCommunicator() override {
@@ -130,8 +161,8 @@ class NcclCommunicator final : public Communicator {
   void abort(const std::string& reason) override { control_->abort(reason); }
 
  protected:
-  [[noreturn]] void refuse(const Call& call, const std::string& message) override {
-    (control_.get()->*(&Inside::refuse))(call, message);
+  [[noreturn]] void fail(const std::string& code, const Call& call, const std::string& message) override {
+    (control_.get()->*(&Inside::fail))(code, call, message);
     std::terminate();
   }
 
@@ -268,7 +299,16 @@ class NcclCommunicator final : public Communicator {
   // The control takes every message from one rank to the other, those on GPUs without their bytes.
   void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
                    std::string_view site) override {
-    const Call call{.operation = outgoing.empty() ? Operation::kReceive : Operation::kSend, .site = site};
+    Call call{.operation = outgoing.empty() ? Operation::kReceive : Operation::kSend, .site = site};
+    const auto first = [&](const auto& message, int peer, const std::vector<int64_t>& numbers) {
+      call.element = message.element, call.count = message.count, call.root = peer;
+      call.sequence = static_cast<uint64_t>(numbers[static_cast<size_t>(peer)]);
+    };
+    if (!outgoing.empty()) {
+      first(outgoing[0], outgoing[0].to, sent_);
+    } else if (!incoming.empty()) {
+      first(incoming[0], incoming[0].from, received_);
+    }
     const Turn turn(*this, call);
     std::vector<Outgoing> sent(outgoing.begin(), outgoing.end()), sentGpu;
     std::vector<Incoming> received(incoming.begin(), incoming.end()), receivedGpu;
@@ -276,7 +316,7 @@ class NcclCommunicator final : public Communicator {
     for (const Outgoing& m : sent) places.push_back(placeOf(call, m.count, {m.data}));
     for (const Incoming& m : received) places.push_back(placeOf(call, m.count, {m.data}));
     const bool anyOnGpu = std::find(places.begin(), places.end(), Place::kGpu) != places.end();
-    if (anyOnGpu) settle();
+    if (anyOnGpu) settle(call);
     auto place = places.begin();
     const auto part = [&](auto& message, auto& onGpus, int from, int to, int64_t& number) {
       const auto own = static_cast<uint64_t>(number++);
@@ -348,6 +388,8 @@ class NcclCommunicator final : public Communicator {
   // --- coming to be --------------------------------------------------------------------------------------------------
 
   void connect() {
+    checkCards(*control_, gpu_);
+    queue_ = std::make_unique<cuda::Queue>(gpu_, 1, 0);
     if (size() > 1) {
       const Api& api = nccl::api();
       UniqueId id{};
@@ -364,11 +406,17 @@ class NcclCommunicator final : public Communicator {
 
   // What throws has killed the world, and nobody uses this rank's buffers any more.
   template <class Work>
-  void guarded(const Work& work) {
+  void guarded(const Call& call, const Work& work) {
     try {
-      work();
-    } catch (const std::exception& error) {
-      control_->abort(error.what());
+      try {
+        work();
+      } catch (const Error& error) {
+        fail(error.code(), call, error.what());  // the others learn it before this rank waits for its GPU
+      } catch (const std::exception& error) {
+        control_->abort(error.what());
+        throw;
+      }
+    } catch (...) {
       if (comm_ != nullptr) api().commAbort(std::exchange(comm_, nullptr));
       if (queue_ != nullptr) cudaStreamSynchronize(stream());
       throw;
@@ -392,14 +440,14 @@ class NcclCommunicator final : public Communicator {
 
   static constexpr const char* kMixed = "its buffers lie in part on the host, in part on the GPU";
 
-  void settle() {
+  void settle(const Call& call) {
     control_->progress();
-    guarded([&] { settle_(); });
+    guarded(call, settle_);
   }
 
   // All ranks are in this call. Returns where its buffers lie on all that have some.
   Meeting meet(const Call& call, Place mine, size_t items = 0) {
-    if (mine == Place::kGpu) settle();
+    if (mine == Place::kGpu) settle(call);
     std::vector<Record> records(static_cast<size_t>(size()));
     Record& own = records[static_cast<size_t>(rank())];
     own = {mine, static_cast<int64_t>(items)};
@@ -414,7 +462,7 @@ class NcclCommunicator final : public Communicator {
                        std::to_string(r) + " on " + nameOf(records[r].place));
     }
     const Place place = first < records.size() ? records[first].place : Place::kNone;
-    if (place == Place::kGpu && mine != Place::kGpu) settle();  // it sends nothing, and receives
+    if (place == Place::kGpu && mine != Place::kGpu) settle(call);  // it sends nothing, and receives
     return {place, std::move(records)};
   }
 
@@ -449,7 +497,7 @@ class NcclCommunicator final : public Communicator {
 
   template <class Move>
   void onGpu(const Call& call, const Move& move) {
-    guarded([&] {
+    guarded(call, [&] {
       stream();  // the GPU is the thread's current one
       groups_ = 0;
       move();
@@ -478,10 +526,9 @@ class NcclCommunicator final : public Communicator {
         if (state != cudaErrorNotReady) cuda::check(state, "communicating");
         Result error = kSuccess;
         if (comm_ != nullptr) check(api().commGetAsyncError(comm_, &error), "asking NCCL how it is");
-        check(error, describe(call).c_str());
+        check(error, "moving the bytes");
         if (now - began > kPatienceNanoseconds) {
-          throw Error("NCCL_FAILED", "group '" + name() + "': " + describe(call) +
-                                         ": NCCL has not moved the bytes for " +
+          throw Error("NCCL_FAILED", "NCCL has not moved the bytes for " +
                                          std::to_string(kPatienceNanoseconds / kSecond) +
                                          " s; run again with NCCL_DEBUG=INFO in the environment to see more");
         }
@@ -565,11 +612,9 @@ class NcclCommunicator final : public Communicator {
       const auto [a, b] = std::mismatch(expected.begin(), expected.end(), lists[r].begin(), lists[r].end());
       if (a == expected.end() && b == lists[r].end()) continue;
       const auto i = static_cast<size_t>(a - expected.begin());
-      const std::string message = "group '" + name() + "': " + describe(call) + ": expected share " +
-                                  std::to_string(i) + " to be " + text(expected, i) + ", as of rank 0, received " +
-                                  text(lists[r], i) + " from rank " + std::to_string(r);
-      control_->abort(message);  // all of them find and throw this
-      throw Error("COLLECTIVE_MISMATCH", message);
+      fail("COLLECTIVE_MISMATCH", call,  // all of them find this
+           "expected share " + std::to_string(i) + " to be " + text(expected, i) + ", as of rank 0, received " +
+               text(lists[r], i) + " from rank " + std::to_string(r));
     }
   }
 
@@ -654,51 +699,10 @@ class NcclCommunicator final : public Communicator {
   int64_t groups_ = 0;
 };
 
-// What the ranks of a group tell each other of their GPUs.
-struct Card {
-  char name[256];
-  int major, minor, gpu;
-
-  std::string text(size_t rank) const {
-    return "rank " + std::to_string(rank) + " is on GPU " + std::to_string(gpu) + " (" + name +
-           ", compute capability " + std::to_string(major) + "." + std::to_string(minor) + ")";
-  }
-};
-
-void checkCards(Communicator& group, int gpu) {
-  cudaDeviceProp properties{};
-  cuda::check(cudaGetDeviceProperties(&properties, gpu), "asking for the GPU's properties");
-  Card mine{};
-  std::memcpy(mine.name, properties.name, sizeof mine.name);
-  mine.major = properties.major, mine.minor = properties.minor, mine.gpu = gpu;
-  std::vector<Card> all(static_cast<size_t>(group.size()));
-  group.allGather(&mine, all.data(), sizeof mine, Element::kByte, "GPUs");
-  for (size_t r = 1; r < all.size(); ++r) {
-    const Card &a = all[0], &b = all[r];
-    if (std::strcmp(a.name, b.name) != 0 || a.major != b.major || a.minor != b.minor) {
-      throw Error("CUDA_GPUS_DIFFER", "group '" + group.name() + "': " + a.text(0) + ", " + b.text(r) +
-                                          "; ranks need GPUs of one kind, for the same bits everywhere: choose them "
-                                          "with CUDA_VISIBLE_DEVICES");
-    }
-    for (size_t other = 0; other < r; ++other) {
-      if (all[other].gpu != b.gpu) continue;
-      throw Error("CUDA_DEVICE", "group '" + group.name() + "': " + all[other].text(other) + ", and so is rank " +
-                                     std::to_string(r) + "; every rank needs a GPU of its own");
-    }
-  }
-}
-
 }  // namespace
 }  // namespace nccl
 
 std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, std::function<void()> settle) {
-  try {
-    nccl::checkCards(*control, gpu);
-    if (control->size() > 1) nccl::api();
-  } catch (const std::exception& error) {
-    control->abort(error.what());
-    throw;
-  }
   return std::make_unique<nccl::NcclCommunicator>(std::move(control), gpu, std::move(settle));
 }
 

@@ -17,7 +17,7 @@ struct UniqueId {
 };
 using Comm = struct ncclComm*;
 using Result = int;
-constexpr Result kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7;
+constexpr Result kSuccess = 0, kSystemError = 2, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7;
 using Type = int;
 constexpr Type kBytes = 1;  // ncclUint8: everything is moved, nothing is summed
 

@@ -122,7 +122,7 @@ struct Job {
   bool step() {
     World& world = *comm->world;
     if (comm->aborted) return true;
-    if (world.broken || world.differ) return false;
+    if (world.broken || world.differ || emulated::fault("nccl-later")) return false;
     for (Part& part : parts) {
       if (!begun) world.begin(comm->rank, part);
     }
@@ -171,7 +171,13 @@ Result groupEnd() {
   return result;
 }
 
+// Whether this is the rank that a fault is injected into.
+bool fails(Comm comm, const char* fault) {
+  return comm->rank == 1 && emulated::fault(fault);
+}
+
 Result queue(Comm comm, cudaStream_t stream, const Call& call) {
+  if (fails(comm, "nccl-call")) return kSystemError;
   const int size = static_cast<int>(comm->world->size);
   if (call.kind != Call::kGather && (call.peer < 0 || call.peer >= size)) return kInvalidArgument;
   groupStart();
@@ -220,12 +226,13 @@ Result commAbort(Comm comm) {
 
 Result commGetAsyncError(Comm comm, Result* error) {
   const std::lock_guard lock(emulated::machine.mutex);
-  *error = comm->world->differ ? kInvalidUsage : kSuccess;
+  *error = fails(comm, "nccl-later") ? kSystemError : comm->world->differ ? kInvalidUsage : kSuccess;
   return kSuccess;
 }
 
 const char* getErrorString(Result result) {
-  return result == kInvalidUsage      ? "invalid usage"
+  return result == kSystemError       ? "unhandled system error"
+         : result == kInvalidUsage    ? "invalid usage"
          : result == kInvalidArgument ? "invalid argument"
          : result == kSuccess         ? "no error"
                                       : "unhandled cuda error";

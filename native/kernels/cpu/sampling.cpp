@@ -144,9 +144,8 @@ double filter(RowWeights& w, const float* logits, float inverseTemperature, cons
       const Part& part = w.layout.parts[p];
       for (int64_t v = part.outBegin; v < part.outBegin + part.out; ++v) all += share(v, p);
     }
-    const uint64_t enough =
-        static_cast<uint64_t>(static_cast<int64_t>(static_cast<double>(settings.topP) * static_cast<double>(all)));
-    keepPrefix(w, enough > 1 ? enough : 1, share);
+    const auto enough = static_cast<int64_t>(static_cast<double>(settings.topP) * static_cast<double>(all));
+    keepPrefix(w, static_cast<uint64_t>(enough > 1 ? enough : 1), share);
     total = sumBlocks(w);
   }
   return total;

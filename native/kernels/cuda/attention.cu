@@ -12,6 +12,9 @@
 #include "kernels/cuda/attention.h"
 
 #include <algorithm>
+#include <string>
+
+#include "core/error.h"
 
 namespace lockstep::kernels::cuda {
 
@@ -36,7 +39,7 @@ class TileKernel {
   static int slices(int64_t width) {
     return kSteps > 0 ? 1 : static_cast<int>((width + kDimensions - 1) / kDimensions);
   }
-  static size_t sharedBytes(int64_t width) {
+  static constexpr size_t sharedBytes(int64_t width) {
     const int64_t pairs = roundUp(width, 16) / 2;
     return 4 * static_cast<size_t>(kTileRows * (pairs + 4) + pairs * kKeyStride + kPage / 2 * kValueStride);
   }
@@ -260,6 +263,10 @@ class TileKernel {
   float m_[2], l_[2];  // of this thread's rows
 };
 
+// What a block may have of shared memory on an A100 bounds how wide a head may be.
+constexpr int64_t kWidestHead = 544;
+static_assert(TileKernel<0, 16>::sharedBytes(kWidestHead) <= 163 * 1024);
+
 template <int kSteps, int kTiles>
 __global__ void __launch_bounds__(kTileThreads, kTiles > 8 ? 2 : 3) tileKernel(Call call, int slices) {
   if (kSteps > 0) slices = 1;
@@ -389,6 +396,12 @@ void attention(Queue& queue, const AttentionShape& shape, Operand q, const KvPag
                Operand out, View<float> logSumExp) {
   lockstep::cuda::Queue& gpu = onGpu(queue);
   const bool isFloat = q.dtype == DType::kFloat32;
+  if (!isFloat && shape.headWidth > kWidestHead) {
+    throw Error("CUDA_HEAD_WIDTH", "attention on a GPU in bfloat16: expected heads of at most " +
+                                       std::to_string(kWidestHead) + " columns, received " +
+                                       std::to_string(shape.headWidth) +
+                                       "; compute in float32 (dtype) or on the CPU (device)");
+  }
   const Lists& lists = listsOf(sequences, q.rows, isFloat ? 0 : fewQueries(shape.heads / shape.keyValueHeads));
   const int64_t columns = shape.heads * shape.headWidth;
   if (!lists.gaps.empty()) {

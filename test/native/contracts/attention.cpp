@@ -1,13 +1,14 @@
 // Contracts of attention and attentionBackward: equal bits to the reference whatever the batch, the chunks, the pages
 // and the threads; and both against the formula in float64.
 #include "attention_problem.h"
+#include "core/error.h"
 
 namespace lockstep::contracts {
 
 namespace {
 
-void checkForward(Trial& t) {
-  AttentionProblem p = AttentionProblem::draw(t, t.chance(0.5));
+void checkForward(Trial& t, Heads heads) {
+  AttentionProblem p = AttentionProblem::draw(t, t.chance(0.5), heads);
   p.fillPages(t, static_cast<float>(t.pick({1, 1, 8, 100})));
   const Matrix q = t.matrix(p.dtype, p.rows, p.queryColumns(), 2);
   const Matrix out = t.matrix(p.dtype, p.rows, p.queryColumns());
@@ -39,8 +40,8 @@ struct Training {
   AttentionProblem p;
   Matrix q, out, logSumExp, dOut;
 
-  static Training draw(Trial& t) {
-    Training x{AttentionProblem::draw(t, true), {}, {}, {}, {}};
+  static Training draw(Trial& t, Heads heads) {
+    Training x{AttentionProblem::draw(t, true, heads), {}, {}, {}, {}};
     x.p.fillPages(t, 2);
     x.q = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns(), 2);
     x.out = t.matrix(x.p.dtype, x.p.rows, x.p.queryColumns());
@@ -58,8 +59,8 @@ struct Training {
   }
 };
 
-void checkBackward(Trial& t) {
-  const Training x = Training::draw(t);
+void checkBackward(Trial& t, Heads heads) {
+  const Training x = Training::draw(t, heads);
   const Batch& batch = x.p.batch;
   const Matrix dqkv = t.matrix(DType::kFloat32, x.p.rows, x.p.layout.columns()), expected = dqkv.clone();
   x.backward(t.reference(), t.referenceQueue(), batch.sequences(), expected);
@@ -129,7 +130,7 @@ Exact exactHead(const Training& x, int64_t b, int64_t h) {
 }
 
 void checkAgainstFloat64(Trial& t) {
-  const Training x = Training::draw(t);
+  const Training x = Training::draw(t, Heads::kUsual);
   const kernels::AttentionShape& shape = x.p.shape();
   const int64_t width = shape.headWidth, group = shape.heads / shape.keyValueHeads;
   const Matrix out = x.out.clone(), dqkv = t.matrix(DType::kFloat32, x.p.rows, x.p.layout.columns());
@@ -167,8 +168,23 @@ void checkAgainstFloat64(Trial& t) {
   }
 }
 
-const Registration kForward("attention", 60, checkForward);
-const Registration kBackward("attentionBackward", 40, checkBackward);
+const Registration kForward("attention", 60, [](Trial& t) { checkForward(t, Heads::kUsual); });
+const Registration kForwardWide("attention.wideHeads", 12, [](Trial& t) { checkForward(t, Heads::kWide); });
+// A GPU has no room for wider heads of bfloat16, and says so before it computes anything.
+const Registration kTooWide("attention.tooWide", DType::kBFloat16, 1, [](Trial& t) {
+  if (!t.onGpu()) return;
+  const kernels::AttentionShape shape{1, 1, 546, 0, 1, 1};
+  const Matrix q = t.matrix(DType::kBFloat16, 1, shape.headWidth);
+  try {
+    t.implementation().attention(t.implementationQueue(), shape, q.operand(), {}, {}, q.operand(), {});
+  } catch (const Error& error) {
+    if (error.code() == "CUDA_HEAD_WIDTH") return;
+    t.fail("expected CUDA_HEAD_WIDTH, got " + error.code());
+  }
+  t.fail("heads of 546 columns were not refused");
+});
+const Registration kBackward("attentionBackward", 40, [](Trial& t) { checkBackward(t, Heads::kUsual); });
+const Registration kBackwardWide("attentionBackward.wideHeads", 8, [](Trial& t) { checkBackward(t, Heads::kWide); });
 const Registration kExact("attentionAgainstFloat64", 10, checkAgainstFloat64);
 
 }  // namespace

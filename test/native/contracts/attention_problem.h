@@ -55,6 +55,9 @@ struct SubBatch : Batch {
   int64_t rows() const { return static_cast<int64_t>(sourceRow.size()); }
 };
 
+// Of up to 128 columns; or of more, which no register has room for.
+enum class Heads { kUsual, kWide };
+
 // Shape, sequences and pages of one problem.
 struct AttentionProblem {
   kernels::QkvLayout layout;
@@ -69,10 +72,10 @@ struct AttentionProblem {
 
   // training: offsets 0, even first rows, padding between. Else decode steps and chunks at any offset, some with the
   // first pages of another sequence.
-  static AttentionProblem draw(Trial& t, bool training) {
+  static AttentionProblem draw(Trial& t, bool training, Heads heads = Heads::kUsual) {
     AttentionProblem p;
     p.dtype = t.dtype();
-    p.layout.attention = drawShape(t);
+    p.layout.attention = drawShape(t, heads);
     // The reference costs T x S x H x K: long sequences only for few and narrow heads.
     const int64_t longest = p.queryColumns() <= 128 ? 300 : p.queryColumns() <= 512 ? 140 : 70;
     const int64_t count = t.integer(1, training ? 3 : 4);
@@ -172,9 +175,10 @@ struct AttentionProblem {
     }
   }
 
-  static kernels::AttentionShape drawShape(Trial& t) {
+  static kernels::AttentionShape drawShape(Trial& t, Heads heads) {
     kernels::AttentionShape shape{};
-    shape.parts = t.pick({1, 1, 2, 4, 8});
+    const bool wide = heads == Heads::kWide;
+    shape.parts = wide ? t.pick({1, 2}) : t.pick({1, 1, 2, 4, 8});
     // Key/value heads: a multiple of the parts, or a divisor of them.
     if (t.chance(0.5)) {
       shape.keyValueHeads = shape.parts * (shape.parts <= 2 ? t.pick({1, 1, 2, 3}) : 1);
@@ -184,11 +188,11 @@ struct AttentionProblem {
       } while (shape.keyValueHeads > shape.parts);
     }
     const int64_t sharers = std::max<int64_t>(1, shape.parts / shape.keyValueHeads);
-    int64_t group = t.pick({1, 2, 3, 8});
+    int64_t group = wide ? t.pick({1, 2}) : t.pick({1, 2, 3, 8});
     if (group % sharers != 0) group = sharers * t.pick({1, 1, 2});
     if (group * shape.keyValueHeads > 24) group = sharers;
     shape.heads = shape.keyValueHeads * group;
-    shape.headWidth = t.pick({17, 18, 20, 32, 64, 80, 128});
+    shape.headWidth = wide ? t.pick({130, 144, 161, 256, 544}) : t.pick({17, 18, 20, 32, 64, 80, 128});
     shape.window = t.pick({0, 0, 0, 1, 17, 63, 64, 65, 100, 150});
     shape.scale = 1.0f / std::sqrt(static_cast<float>(shape.headWidth));
     return shape;

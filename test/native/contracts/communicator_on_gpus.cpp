@@ -65,8 +65,8 @@ class OnGpus final : public Communicator {
   void abort(const std::string& reason) override { inner_->abort(reason); }
 
  protected:
-  [[noreturn]] void refuse(const Call& call, const std::string& message) override {
-    (inner_.get()->*(&Inside::refuse))(call, message);
+  [[noreturn]] void fail(const std::string& code, const Call& call, const std::string& message) override {
+    (inner_.get()->*(&Inside::fail))(code, call, message);
     std::terminate();
   }
 

@@ -6,10 +6,13 @@
 #include <chrono>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 
 #include "communicator_program.h"
+#include "core/work_clock.h"
 #include "harness.h"
 
 namespace lockstep::contracts {
@@ -211,6 +214,45 @@ const CommunicatorRegistration kSplits("split", 1, [](CommunicatorTrial& t) {
     const auto again = tensor->duplicate("again");
     require(again->size() == 2 && again->rank() == r % 2, "a duplicate differs");
     again->barrier("again");
+  }));
+});
+
+// Every operation counts as communication, waits included (core/work_clock.h).
+const CommunicatorRegistration kClock("clock", 1, [](CommunicatorTrial& t) {
+  t.expectAllFine(t.run(2, [](Rank& rank) {
+    Communicator& c = *rank.world;
+    std::vector<float> all(8), own(4);
+    float* const mine = own.data();
+    const comm::Piece piece{mine, c.rank() * 16, 16};
+    const comm::Share share{0, 4, 1};
+    const std::pair<const char*, std::function<void()>> calls[] = {
+        {"allGather", [&] { c.allGather(mine, all.data(), 4, Element::kFloat32, "gather"); }},
+        {"allGatherPieces",
+         [&] {
+           c.allGatherPieces({&piece, 1}, all.data(), 32, "pieces");
+         }},
+        {"reduceScatter", [&] { c.reduceScatter(all.data(), mine, 4, "scatter"); }},
+        {"reduceScatterPieces",
+         [&] {
+           c.reduceScatterPieces(all.data(), 8, {&share, 1}, "shares");
+         }},
+        {"allReduce", [&] { c.allReduce(mine, mine, 4, "sum"); }},
+        {"broadcast", [&] { c.broadcast(mine, 4, Element::kFloat32, 1, "spread"); }},
+        {"barrier", [&] { c.barrier("barrier"); }},
+        {"split", [&] { c.duplicate("split"); }},
+        {"send and receive",
+         [&] {
+           c.rank() == 0 ? c.receive(mine, 4, Element::kFloat32, 1, "m") : c.send(mine, 4, Element::kFloat32, 0, "m");
+         }},
+    };
+    for (const auto& [name, call] : calls) {
+      c.barrier("together");
+      if (c.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      WorkClock::begin();
+      call();
+      const int64_t counted = WorkClock::times().communicating;
+      require(counted > (c.rank() == 0 ? 10'000'000 : 0), std::string(name) + " counts too little");
+    }
   }));
 });
 

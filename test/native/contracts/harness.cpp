@@ -128,7 +128,14 @@ std::vector<int64_t> Trial::partSizes(int64_t total, int64_t parts, int64_t unit
 }
 
 Matrix Trial::matrix(DType dtype, int64_t rows, int64_t cols, float scale) {
-  const int64_t stride = cols + (chance(0.5) ? integer(1, 37) : 0);
+  return filled(dtype, rows, cols, cols + (chance(0.5) ? integer(1, 37) : 0), scale);
+}
+
+Matrix Trial::alignedMatrix(DType dtype, int64_t rows, int64_t cols, float scale) {
+  return filled(dtype, rows, cols, kernels::roundUp(cols, 8) + 8 * integer(0, 4), scale);
+}
+
+Matrix Trial::filled(DType dtype, int64_t rows, int64_t cols, int64_t stride, float scale) {
   const int64_t count = rows == 0 ? 0 : (rows - 1) * stride + cols;
   Matrix m{Buffer(static_cast<size_t>(count) * bytesOf(dtype)), dtype, rows, cols, stride};
   for (int64_t i = 0; i < count; ++i) setElement(m.buffer, dtype, i, number(scale));

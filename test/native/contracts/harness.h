@@ -97,6 +97,8 @@ class Trial {
   // Random numbers everywhere, gaps between rows included; `scale` bounds them. About one number in 64 is a zero of
   // either sign, a denormal, or small.
   Matrix matrix(DType dtype, int64_t rows, int64_t cols, float scale = 1);
+  // One whose rows begin at multiples of 16 bytes, which kernels may copy as they lie.
+  Matrix alignedMatrix(DType dtype, int64_t rows, int64_t cols, float scale = 1);
   Buffer floats(int64_t count, float scale = 1);
   WeightMatrix weight(DType dtype, const kernels::WeightLayout& layout, float scale = 1);
 
@@ -119,6 +121,7 @@ class Trial {
   void settle() {
     if (queue_ != nullptr) queue_->synchronize();
   }
+  Matrix filled(DType dtype, int64_t rows, int64_t cols, int64_t stride, float scale);
   void compareElement(const std::string& what, const std::string& where, float expected, float actual, bool exact);
 
   const kernels::Kernels& implementation_;

@@ -73,10 +73,31 @@ WeightLayout eightParts(const Shape& s, Split split) {
   return WeightLayout::make(s.out, s.in, split, std::vector<int64_t>(8, (split == Split::kIn ? s.in : s.out) / 8));
 }
 
-void linearCase(Trial& t, const Shape& s, const WeightLayout& layout) {
+// Of operands that kernels copy 16 bytes at a time, parts begin at multiples of so many columns.
+constexpr int64_t kWide = 8;
+
+// As many rows as the largest tiles of a GPU take, and the operand aligned as they want it.
+struct LargeTiles {
+  Shape s;
+  WeightLayout layout;
+
+  // `split` is that of the parts, the other dimension is as given.
+  static LargeTiles draw(Trial& t, int64_t rows, Split split, int64_t other, int64_t unit = kWide) {
+    const int64_t cut = t.pick({2, 5, 9, 18}) * unit;
+    Shape s{rows, other, cut};
+    if (split == Split::kOut) std::swap(s.out, s.in);
+    const std::vector<int64_t> sizes = t.partSizes(cut, t.pick({2, 4}), unit);
+    t.note("out", s.out);
+    t.note("in", s.in);
+    t.note(split == Split::kIn ? "parts of in" : "parts of out", sizes);
+    return {s, WeightLayout::make(s.out, s.in, split, sizes)};
+  }
+};
+
+void linearCase(Trial& t, const Shape& s, const WeightLayout& layout, bool aligned = false) {
   t.note("rows", s.rows);
   const WeightMatrix w = t.weight(t.dtype(), layout);
-  const Matrix x = t.matrix(t.dtype(), s.rows, s.in);
+  const Matrix x = aligned ? t.alignedMatrix(t.dtype(), s.rows, s.in) : t.matrix(t.dtype(), s.rows, s.in);
   const Buffer bias = t.floats(s.out);
   const float* biasOrNull = t.chance(0.5) ? bias.as<float>() : nullptr;
   const Target fresh = Target::draw(t, s.rows, s.out), expected = fresh.clone();
@@ -104,19 +125,22 @@ const Registration kLinearManyRows("linear.manyRows", 4, [](Trial& t) {
   linearCase(t, s, eightParts(s, Split::kIn));
 });
 
-void activatedCase(Trial& t, Activation activation) {
-  Shape s = drawShape(t);
-  if (activation == Activation::kSwiGlu) s.out += s.out % 2;
+const Registration kLinearLargeTiles("linear.largeTiles", DType::kBFloat16, 6, [](Trial& t) {
+  const LargeTiles large =
+      LargeTiles::draw(t, t.pick({1024, 1025, 1100}), t.chance(0.5) ? Split::kIn : Split::kOut, t.pick({8, 40, 136}));
+  linearCase(t, large.s, large.layout, true);
+});
+
+// Gate and up rows of a part are equally many; the parts of W hold both.
+constexpr int64_t unitOf(Activation activation) {
+  return activation == Activation::kSwiGlu ? 2 : 1;
+}
+
+void activatedCase(Trial& t, const Shape& s, const WeightLayout& layout, Activation activation, bool aligned = false) {
+  const int64_t unit = unitOf(activation);
   t.note("rows", s.rows);
-  // Gate and up rows of a part are equally many; the parts of W hold both.
-  const int64_t parts = t.pick({1, 2, 4, 8}), unit = activation == Activation::kSwiGlu ? 2 : 1;
-  const std::vector<int64_t> sizes = t.partSizes(s.out, parts, unit);
-  t.note("out", s.out);
-  t.note("in", s.in);
-  t.note("parts of out", sizes);
-  const WeightMatrix w =
-      t.weight(t.dtype(), WeightLayout::make(s.out, s.in, parts == 1 ? Split::kNone : Split::kOut, sizes));
-  const Matrix x = t.matrix(t.dtype(), s.rows, s.in, 2);
+  const WeightMatrix w = t.weight(t.dtype(), layout);
+  const Matrix x = aligned ? t.alignedMatrix(t.dtype(), s.rows, s.in, 2) : t.matrix(t.dtype(), s.rows, s.in, 2);
   const Buffer bias = t.floats(s.out, 3);
   const float* biasOrNull = t.chance(0.5) ? bias.as<float>() : nullptr;
   const bool saves = t.chance(0.5);
@@ -139,13 +163,28 @@ void activatedCase(Trial& t, Activation activation) {
   });
 }
 
-const Registration kSwiGlu("activatedLinear.swiglu", 50, [](Trial& t) { activatedCase(t, Activation::kSwiGlu); });
-const Registration kGelu("activatedLinear.gelu", 30, [](Trial& t) { activatedCase(t, Activation::kGeluTanh); });
+void anyActivated(Trial& t, Activation activation) {
+  Shape s = drawShape(t);
+  const int64_t unit = unitOf(activation), parts = t.pick({1, 2, 4, 8});
+  s.out += s.out % unit;
+  const std::vector<int64_t> sizes = t.partSizes(s.out, parts, unit);
+  t.note("out", s.out);
+  t.note("in", s.in);
+  t.note("parts of out", sizes);
+  activatedCase(t, s, WeightLayout::make(s.out, s.in, parts == 1 ? Split::kNone : Split::kOut, sizes), activation);
+}
+const Registration kSwiGlu("activatedLinear.swiglu", 50, [](Trial& t) { anyActivated(t, Activation::kSwiGlu); });
+const Registration kGelu("activatedLinear.gelu", 30, [](Trial& t) { anyActivated(t, Activation::kGeluTanh); });
+const Registration kActivatedLargeTiles("activatedLinear.largeTiles", DType::kBFloat16, 6, [](Trial& t) {
+  const Activation activation = t.chance(0.5) ? Activation::kSwiGlu : Activation::kGeluTanh;
+  const LargeTiles large = LargeTiles::draw(t, t.pick({1024, 1025, 1100}), Split::kOut, t.pick({8, 40}));
+  activatedCase(t, large.s, large.layout, activation, true);
+});
 
-void backwardInputCase(Trial& t, const Shape& s, const WeightLayout& layout) {
+void backwardInputCase(Trial& t, const Shape& s, const WeightLayout& layout, bool aligned = false) {
   t.note("rows", s.rows);
   const WeightMatrix w = t.weight(t.dtype(), layout);
-  const Matrix dy = t.matrix(t.dtype(), s.rows, s.out);
+  const Matrix dy = aligned ? t.alignedMatrix(t.dtype(), s.rows, s.out) : t.matrix(t.dtype(), s.rows, s.out);
   const Target fresh = Target::draw(t, s.rows, s.in), expected = fresh.clone();
   t.reference().linearBackwardInput(t.referenceQueue(), dy.operand(), w.weight(), expected.output());
   t.eachQueue([&](Queue& queue) {
@@ -169,6 +208,24 @@ const Registration kBackwardInput("linearBackwardInput", 60, [](Trial& t) {
 const Registration kBackwardInputManyRows("linearBackwardInput.manyRows", 4, [](Trial& t) {
   const Shape s = drawManyRows(t, Split::kOut);
   backwardInputCase(t, s, eightParts(s, Split::kOut));
+});
+
+const Registration kBackwardInputLargeTiles("linearBackwardInput.largeTiles", DType::kBFloat16, 6, [](Trial& t) {
+  const LargeTiles large =
+      LargeTiles::draw(t, t.pick({128, 129, 255, 300}), t.chance(0.3) ? Split::kIn : Split::kOut, t.pick({8, 40, 136}));
+  backwardInputCase(t, large.s, large.layout, true);
+});
+// More tiles of dx than blocks, which take one after another and join parts in room that they use again.
+const Registration kBackwardInputManyTiles("linearBackwardInput.manyTiles", 1, [](Trial& t) {
+  const int64_t rows = 2, in = 264 * (t.dtype() == DType::kFloat32 ? 64 : 128) + 1;
+  const WeightMatrix w = t.weight(t.dtype(), WeightLayout::make(4, in, Split::kOut, {3, 1}));
+  const Matrix dy = t.matrix(t.dtype(), rows, 4), dx = t.matrix(DType::kFloat32, rows, in), expected = dx.clone();
+  t.reference().linearBackwardInput(t.referenceQueue(), dy.operand(), w.weight(), Output::store(expected.view()));
+  t.eachQueue([&](Queue& queue) {
+    const Matrix actual = dx.clone();
+    t.implementation().linearBackwardInput(queue, dy.operand(), w.weight(), Output::store(actual.view()));
+    t.compare("dx", expected, actual);
+  });
 });
 
 const Registration kBackwardWeight("linearBackwardWeight", 60, [](Trial& t) {

@@ -1,16 +1,17 @@
 // kernel_contracts --list | --implementations
-// kernel_contracts [--implementation NAME] [--case NAME] [--seed N] [--trials N] [--tensor-cores]
+// kernel_contracts [--implementation NAME] [--case NAME] [--seed N] [--trials N] [--most N] [--tensor-cores]
 //
 // kernel_contracts --communicator-list | --communicators
 // kernel_contracts --communicator NAME [--case NAME] [--seed N] [--trials N]
 //
 // --list prints the cases; --implementations prints those that this machine can run. Otherwise runs the cases (all, or
-// one) of one implementation ("" is the best). --tensor-cores: products of bfloat16 may differ by what tensor cores
-// round differently, all else still to the last bit. Exit 0: all hold; 1: one does not; 2: the command line is wrong.
-// The same for communicators.
+// one) of one implementation ("" is the best), with as many trials as each asks for, --most so many, or --trials so
+// many. --tensor-cores: products of bfloat16 may differ by what tensor cores round differently, all else still to the
+// last bit. Exit 0: all hold; 1: one does not; 2: the command line is wrong. The same for communicators.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 
 #include "communicator_harness.h"
 #include "core/error.h"
@@ -24,7 +25,8 @@ constexpr const char* kImplementations[] = {"reference", "avx2", "avx512", "avx5
 struct Options {
   std::string implementation, communicator, only;
   uint64_t seed = 1;
-  int trials = 0;  // 0: as many as each case asks for
+  int trials = 0;  // 0: as many as each case asks for, at most `most`
+  int most = std::numeric_limits<int>::max();
   bool tensorCores = false;
 };
 
@@ -62,7 +64,7 @@ std::vector<Case> sortedCases() {
 }
 
 bool runCase(const Case& contract, const kernels::Kernels& implementation, const Options& options) {
-  const int trials = options.trials > 0 ? options.trials : contract.trials;
+  const int trials = options.trials > 0 ? options.trials : std::min(contract.trials, options.most);
   for (int i = 0; i < trials; ++i) {
     Trial trial(implementation, contract.dtype, options.seed * 1'000'003 + static_cast<uint64_t>(i),
                 toleranceOf(contract, options));
@@ -137,6 +139,8 @@ int run(int count, char** arguments) {
       options.seed = std::strtoull(value, nullptr, 10);
     else if (value != nullptr && name == "--trials")
       options.trials = std::atoi(value);
+    else if (value != nullptr && name == "--most")
+      options.most = std::atoi(value);
     else {
       std::fprintf(stderr, "unknown or incomplete option '%s'\n", name.c_str());
       return 2;

@@ -14,7 +14,7 @@ using kernels::WeightLayout;
 Sampling drawSettings(Trial& t, int64_t vocabulary) {
   Sampling s{};
   s.temperature = t.chance(0.2) ? 0.0f : t.chance(0.5) ? 1.0f : 0.3f + std::fabs(t.number());
-  s.topP = t.chance(0.5) ? 1.0f : t.chance(0.1) ? 0.0f : std::fabs(t.number());
+  s.topP = t.chance(0.5) ? 1.0f : t.chance(0.2) ? static_cast<float>(t.pick({0, -1, 2})) : std::fabs(t.number());
   s.topK = t.chance(0.5) ? 0 : static_cast<int32_t>(t.integer(1, vocabulary + 2));
   s.seed = t.random()();
   s.request = t.random()();
@@ -40,16 +40,10 @@ void disturb(Trial& t, const Matrix& logits) {
   }
 }
 
-const Registration kSample("sample", DType::kFloat32, 150, [](Trial& t) {
-  const int64_t rows = t.integer(1, 40), vocabulary = t.chance(0.3) ? t.integer(1, 40) : t.integer(40, 1500);
+void checkSamples(Trial& t, const Matrix& logits, const WeightLayout& layout, const std::vector<Sampling>& settings) {
+  const int64_t rows = logits.rows;
   t.note("rows", rows);
-  t.note("vocabulary", vocabulary);
-  const WeightLayout layout =
-      drawLayout(t, vocabulary, 2, t.chance(0.8) ? kernels::Split::kOut : kernels::Split::kNone);
-  const Matrix logits = t.matrix(DType::kFloat32, rows, vocabulary, static_cast<float>(t.pick({1, 5, 30})));
-  disturb(t, logits);
-  std::vector<Sampling> settings;
-  for (int64_t n = 0; n < rows; ++n) settings.push_back(drawSettings(t, vocabulary));
+  t.note("vocabulary", logits.cols);
   std::vector<int32_t> expected(rows), actual(rows);
   Buffer expectedLogprobs = t.floats(rows);
   t.reference().sample(t.referenceQueue(), logits.view(), layout, settings.data(), expected.data(),
@@ -70,6 +64,32 @@ const Registration kSample("sample", DType::kFloat32, 150, [](Trial& t) {
     t.implementation().sample(queue, logits.view().slice(n, 1), layout, &settings[n], &alone, &logprob);
     if (alone != actual[n]) t.fail("row " + std::to_string(n) + " alone gives another token");
   });
+}
+
+const Registration kSample("sample", DType::kFloat32, 150, [](Trial& t) {
+  const int64_t rows = t.integer(1, 40), vocabulary = t.chance(0.3) ? t.integer(1, 40) : t.integer(40, 1500);
+  const WeightLayout layout =
+      drawLayout(t, vocabulary, 2, t.chance(0.8) ? kernels::Split::kOut : kernels::Split::kNone);
+  const Matrix logits = t.matrix(DType::kFloat32, rows, vocabulary, static_cast<float>(t.pick({1, 5, 30})));
+  disturb(t, logits);
+  std::vector<Sampling> settings;
+  for (int64_t n = 0; n < rows; ++n) settings.push_back(drawSettings(t, vocabulary));
+  checkSamples(t, logits, layout, settings);
+});
+
+// u is 1 - 1.1e-10, nearer to 1 than the float32 sum of a block is to what its weights add up to: in about every other
+// row none of the last block passes u times the total, and the last one with a weight is it. Behind it are columns
+// without a weight, of its block and of a part that weighs nothing.
+const Registration kNearOne("sample.nearOne", DType::kFloat32, 4, [](Trial& t) {
+  const int64_t rows = 20, first = t.integer(200, 600), second = t.integer(1, 300);
+  const WeightLayout layout = WeightLayout::make(first + second, 2, kernels::Split::kOut, {first, second});
+  const Matrix logits = t.matrix(DType::kFloat32, rows, first + second);
+  for (int64_t n = 0; n < rows; ++n) {
+    float* row = logits.view().row(n);
+    for (int64_t v = first - t.integer(1, 9); v < first; ++v) row[v] = -INFINITY;
+    for (int64_t v = first; v < first + second; ++v) row[v] -= 200;
+  }
+  checkSamples(t, logits, layout, std::vector<Sampling>(rows, {1, 1, 0, 7, 0, 366'553'561}));
 });
 
 const Registration kSameLogprob("sample.logprobs", 40, [](Trial& t) {
@@ -105,7 +125,7 @@ std::vector<double> wanted(const float* logits, int64_t vocabulary, const Sampli
   const int64_t kept = s.topK > 0 ? std::min<int64_t>(s.topK, vocabulary) : vocabulary;
   double total = 0, sum = 0, keptTotal = 0;
   for (int64_t rank = 0; rank < kept; ++rank) total += std::exp(logits[ids[rank]] / s.temperature);
-  for (int64_t rank = 0; rank < kept && (rank == 0 || sum < s.topP * total); ++rank) {
+  for (int64_t rank = 0; rank < kept && (rank == 0 || s.topP >= 1 || sum < s.topP * total); ++rank) {
     p[ids[rank]] = std::exp(logits[ids[rank]] / s.temperature);
     sum += p[ids[rank]];
   }

@@ -182,8 +182,8 @@ class Flipping final : public comm::Communicator {
   void abort(const std::string& reason) override { inner_->abort(reason); }
 
  protected:
-  [[noreturn]] void refuse(const comm::Call&, const std::string& message) override {
-    throw Error("COLLECTIVE_ARGUMENT", message);
+  [[noreturn]] void fail(const std::string& code, const comm::Call&, const std::string& message) override {
+    throw Error(code, message);
   }
   void runAllGather(const comm::Call& call, const void* send, void* receive) override {
     inner_->allGather(send, receive, call.count, call.element, call.site);

@@ -31,17 +31,20 @@ struct Problem {
   Buffer dLogprobs, dEntropies;
   bool hasLogprobs, hasEntropies;
 
-  explicit Problem(Trial& t, bool even) {
-    rows = t.rows(66);
-    if (even) rows += rows % 2;
-    width = t.integer(1, 40);
-    vocabulary = t.chance(0.3) ? t.integer(1, 20) : t.integer(20, 700);
+  static Problem draw(Trial& t, bool even) {
+    const int64_t drawn = t.rows(66), rows = drawn + (even ? drawn % 2 : 0), width = t.integer(1, 40);
+    const int64_t vocabulary = t.chance(0.3) ? t.integer(1, 20) : t.integer(20, 700);
+    const auto split = t.chance(0.7) ? kernels::Split::kOut : kernels::Split::kNone;
+    return Problem(t, rows, drawLayout(t, vocabulary, width, split));
+  }
+
+  Problem(Trial& t, int64_t rowCount, const kernels::WeightLayout& layout)
+      : rows(rowCount), width(layout.in), vocabulary(layout.out) {
     t.note("rows", rows);
     t.note("width", width);
     t.note("vocabulary", vocabulary);
     inverseTemperature = t.chance(0.5) ? 1.0f : 1.0f / 0.7f;
-    const auto split = t.chance(0.7) ? kernels::Split::kOut : kernels::Split::kNone;
-    w = t.weight(t.dtype(), drawLayout(t, vocabulary, width, split));
+    w = t.weight(t.dtype(), layout);
     hidden = t.matrix(t.dtype(), rows, width, static_cast<float>(t.pick({1, 3, 40})));
     for (int64_t i = 0; i < rows; ++i) {
       targets.push_back(t.chance(0.2) ? -1 : static_cast<int32_t>(t.integer(0, vocabulary - 1)));
@@ -109,8 +112,7 @@ struct Exact {
   }
 };
 
-const Registration kLogprobs("softmaxStatistics", 40, [](Trial& t) {
-  Problem p(t, false);
+void checkStatistics(Trial& t, const Problem& p) {
   const Statistics expected(p.rows);
   p.logprobs(t.reference(), t.referenceQueue(), expected, p.staging(t, false), 0, p.rows);
   t.eachQueue([&](Queue& queue) {
@@ -128,11 +130,22 @@ const Registration kLogprobs("softmaxStatistics", 40, [](Trial& t) {
   expectNear(t, "entropy", exact.entropy, expected.entropies.as<float>()[row], 1e-4);
   const double logprob = p.targets[row] < 0 ? 0 : exact.logp[p.targets[row]];
   expectNear(t, "logprob", logprob, expected.logprobs.as<float>()[row], 1e-4);
-});
+}
+
+// Parts longer than what a block of threads takes of a row at a time.
+Problem longRows(Trial& t) {
+  const int64_t rows = t.pick({2, 4}), width = t.integer(1, 40), part = t.pick({1025, 2048, 2500});
+  const std::vector<int64_t> sizes(static_cast<size_t>(t.pick({1, 2})), part);
+  const auto count = static_cast<int64_t>(sizes.size());
+  return Problem(t, rows, kernels::WeightLayout::make(count * part, width, kernels::Split::kOut, sizes));
+}
+
+const Registration kLogprobs("softmaxStatistics", 40, [](Trial& t) { checkStatistics(t, Problem::draw(t, false)); });
+const Registration kLongRows("softmaxStatistics.longRows", 8, [](Trial& t) { checkStatistics(t, longRows(t)); });
 
 // Each of `groups` ranks has its run of the parts, with memory of its own for it: together they give the bits of one.
 const Registration kGroups("mergeStatistics", 40, [](Trial& t) {
-  Problem p(t, false);
+  const Problem p = Problem::draw(t, false);
   const Statistics expected(p.rows);
   p.logprobs(t.reference(), t.referenceQueue(), expected, p.staging(t, false), 0, p.rows);
   const int64_t parts = static_cast<int64_t>(p.w.layout->parts.size());
@@ -184,8 +197,7 @@ double exactHidden(const Problem& p, int64_t row, int64_t col) {
   return sum;
 }
 
-const Registration kLogprobsBackward("logprobsBackward", 40, [](Trial& t) {
-  Problem p(t, true);
+void checkBackward(Trial& t, const Problem& p) {
   const Statistics forward(p.rows);
   p.logprobs(t.reference(), t.referenceQueue(), forward, p.staging(t, false), 0, p.rows);
   Matrix expected = t.matrix(DType::kFloat32, p.rows, p.width);
@@ -195,14 +207,19 @@ const Registration kLogprobsBackward("logprobsBackward", 40, [](Trial& t) {
   t.eachQueue([&](Queue& queue) {
     Matrix dHidden = blank.clone();
     const WeightMatrix dW = start.clone();
-    p.backward(t.implementation(), queue, forward, dHidden, dW, p.staging(t, true));
+    const Buffer memory = p.staging(t, true);  // until all is computed
+    p.backward(t.implementation(), queue, forward, dHidden, dW, memory);
     t.compare("dHidden", expected, dHidden);
     t.compare("dW", expectedW, dW);
   });
   const int64_t row = t.integer(0, p.rows - 1), col = t.integer(0, p.width - 1);
   expectNear(t, "dHidden", exactHidden(p, row, col), valueAt(expected, row, col),
              t.dtype() == DType::kFloat32 ? 1e-3 : 3e-2);
-});
+}
+
+const Registration kLogprobsBackward("logprobsBackward", 40,
+                                     [](Trial& t) { checkBackward(t, Problem::draw(t, true)); });
+const Registration kLongRowsBackward("logprobsBackward.longRows", 4, [](Trial& t) { checkBackward(t, longRows(t)); });
 
 }  // namespace
 }  // namespace lockstep::contracts
