@@ -3,10 +3,9 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
-import { resolveProcessor } from '../src/engine/native.js';
 import { parseConfig } from '../src/train/config.js';
 import { train } from '../src/train/train.js';
-import { createDevice, randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
+import { randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
 
 export interface Timing {
   seconds: number;
@@ -42,7 +41,6 @@ export async function iterations(
       reward: samples > 1 ? { function: join(folder, 'reward.mjs') } : { model: join(folder, 'reward') },
       data: { train: join(folder, 'prompts.jsonl') },
       batch: { sequences, microTokens },
-      ...(resolveProcessor() === 'cuda' ? { memory: { device: await memoryOfDevice(threads) } } : {}),
       rollout: { maxNewTokens: newTokens, samples },
       steps: runs + 1,
       threads,
@@ -98,11 +96,6 @@ export async function* timedIterations(
     ...{ name: `${name}: outside native calls`, value: round(share.median), unit: 'share of an iteration' },
     ...{ min: round(share.min), max: round(share.max) },
   };
-}
-
-async function memoryOfDevice(threads: number): Promise<number> {
-  await using device = createDevice({ threads });
-  return device.memoryBytes;
 }
 
 /** A number that costs nothing to compute and differs among the answers to a prompt. */

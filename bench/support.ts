@@ -2,8 +2,9 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { saveModel } from '../src/checkpoints/hugging-face.js';
+import { createDevice } from '../src/checkpoints/load-model.js';
 import type { Measurement } from '../src/cli/bench.js';
-import { Device, type DeviceOptions } from '../src/engine/device.js';
+import type { Device } from '../src/engine/device.js';
 import type { Engine } from '../src/engine/engine.js';
 import { loadNative, type NativeBench, resolveProcessor } from '../src/engine/native.js';
 import { NativeEngine } from '../src/engine/native-engine.js';
@@ -105,13 +106,6 @@ export function subject(): Subject {
   if (build === 'emulated') return onEmulation;
   const stated = statedOf.find(([name]) => gpus[0]!.name.includes(name));
   return stated ? { ...onGpu, stated: { flops: stated[1] * 1e12, bytes: stated[2] * 1e9 } } : onGpu;
-}
-
-/** With the memory of the GPU that it is on, less a tenth. */
-export function createDevice(options: DeviceOptions = {}): Device {
-  if (resolveProcessor(options.processor) === 'cpu') return new Device(options);
-  const memory = loadNative().cuda().gpus[options.gpu ?? 0]?.memoryBytes ?? 0;
-  return new Device({ memoryBytes: Math.floor(memory * 0.9), ...options });
 }
 
 /** One operation as a share of its ceiling, run by run in turn. */
@@ -224,3 +218,5 @@ export function randomTokens(count: number, vocabulary: number, seed = 2): Int32
   const random = uniform(seed);
   return Int32Array.from({ length: count }, () => 3 + Math.floor(random() * (vocabulary - 3)));
 }
+
+export { createDevice };

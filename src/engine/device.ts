@@ -15,7 +15,7 @@ import {
 export interface DeviceOptions {
   /** Threads that compute, the rank's own included; default: the cores there are. */
   threads?: number;
-  /** Budget of everything the device holds; default 8 GiB. */
+  /** Budget of everything the device holds; default 8 GiB, of a GPU nine tenths of what it has free. */
   memoryBytes?: number;
   /** Budget of the state that is moved to host memory; default 16 GiB. */
   hostBytes?: number;
@@ -60,6 +60,9 @@ export interface Work extends WorkTimes {
   microBatch?: number;
 }
 
+/** The driver and NCCL take something for themselves. */
+const memoryOfGpu = (gpu: number): number => Math.floor(rethrow(() => loadNative().gpuMemory(gpu)).freeBytes * 0.9);
+
 /** Scratch of one thread inside an operation: packed operands and tiles. Touched as far as an operation needs it. */
 const scratchBytes = 64 << 20;
 
@@ -76,6 +79,8 @@ export class Device implements AsyncDisposable {
   /** The largest workspace that a call has asked for: the native one is never smaller than what it holds. */
   private workspaceSeen = 0;
   private readonly rank: number | undefined;
+  /** What gives more memory: the begin of an advice. */
+  private readonly more: string;
   private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
@@ -85,21 +90,27 @@ export class Device implements AsyncDisposable {
    */
   constructor(options: DeviceOptions = {}) {
     this.threads = options.threads ?? availableParallelism();
-    this.memoryBytes = options.memoryBytes ?? 8 * 2 ** 30;
     this.offloadFolder = options.offloadFolder ?? '.';
     this.rank = options.rank;
     this.onWork = options.onWork;
     if (!Number.isInteger(this.threads) || this.threads < 1 || this.threads > 256) {
       throw new LockstepError('THREADS_INVALID', `threads: expected an integer in 1..256, received ${this.threads}.`);
     }
+    const implementation = options.implementation ?? resolveProcessor(options.processor);
+    const gpu = options.gpu ?? options.rank ?? 0;
+    const isGpuFree = options.memoryBytes === undefined && implementation === 'cuda';
+    this.memoryBytes = options.memoryBytes ?? (isGpuFree ? memoryOfGpu(gpu) : 8 * 2 ** 30);
+    this.more = isGpuFree
+      ? `End what else uses GPU ${gpu} (nvidia-smi shows it), compute over more ranks`
+      : 'Raise memory.device';
     this.native = rethrow(
       () =>
         new (loadNative().Device)({
           threads: this.threads,
           scratchBytes,
-          implementation: options.implementation ?? resolveProcessor(options.processor),
+          implementation,
           isa: requestedInstructionSet(),
-          gpu: options.gpu ?? options.rank ?? 0,
+          gpu,
           poison: options.poison ?? false,
           hostBytes: options.hostBytes ?? 16 * 2 ** 30,
         }),
@@ -138,7 +149,7 @@ export class Device implements AsyncDisposable {
     if (bytes > this.workspaceBytes) {
       throw new LockstepError(
         'MEMORY_BUDGET',
-        `${what} takes ${mebibytes(bytes)}, and ${mebibytes(this.heldBytes)} of the device's ${mebibytes(this.memoryBytes)} are taken. Raise memory.device or use a smaller model.`,
+        `${what} takes ${mebibytes(bytes)}, and ${mebibytes(this.heldBytes)} of the device's ${mebibytes(this.memoryBytes)} are taken. ${this.more} or use a smaller model.`,
         { bytes, held: this.heldBytes, budget: this.memoryBytes },
       );
     }
@@ -162,7 +173,7 @@ export class Device implements AsyncDisposable {
       throw new LockstepError(
         'MEMORY_BUDGET',
         `Moving state to the device would make its models hold ${mebibytes(after)}, more than the device's ${mebibytes(this.memoryBytes)}; ` +
-          `they hold ${mebibytes(before)}. Move other state away first, or raise memory.device.`,
+          `they hold ${mebibytes(before)}. Move other state away first. ${this.more}.`,
         { bytes: after - before, held: before, budget: this.memoryBytes },
       );
     }
@@ -191,7 +202,7 @@ export class Device implements AsyncDisposable {
     }
     throw new LockstepError(
       'MEMORY_BUDGET',
-      `${what} needs ${mebibytes(bytes)} of workspace; the device has ${mebibytes(this.memoryBytes)}, of which its models hold ${mebibytes(this.heldBytes)}. Raise memory.device or lower batch.microTokens.`,
+      `${what} needs ${mebibytes(bytes)} of workspace; the device has ${mebibytes(this.memoryBytes)}, of which its models hold ${mebibytes(this.heldBytes)}. ${this.more} or lower batch.microTokens.`,
       { bytes, held: this.heldBytes, budget: this.memoryBytes },
     );
   }

@@ -12,8 +12,8 @@ export interface DeviceSettings {
   processor?: 'auto' | 'cpu' | 'cuda';
   /** On GPUs that of the first rank, which the others follow. Default 0. */
   firstGpu?: number;
-  /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. */
-  memoryBytes: number;
+  /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. Default: that of `Device`. */
+  memoryBytes?: number;
   /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */
   hostBytes?: number;
   offloadFolder?: string;

@@ -17,7 +17,7 @@ export interface OpenModelOptions {
   parts?: number | 'auto';
   /** Tokens of a forward pass when scoring; a longer row has one to itself. Default 8192. */
   microTokens?: number;
-  /** Of each rank's device. Default 8 GiB. */
+  /** Of each rank's device. Default: that of `Device`. */
   memoryBytes?: number;
   /** Stages of the pipeline, and ranks that share each stage. Default 1. */
   pipeline?: number;
@@ -43,14 +43,17 @@ export async function openModel({
   device: processor = 'auto',
   parts = 'auto',
   microTokens = 8192,
-  memoryBytes = 8 * 2 ** 30,
+  memoryBytes,
   pipeline = 1,
   tensor = 1,
   backend = nativeBackend,
 }: OpenModelOptions): Promise<OpenModel> {
   const checkpoint = await openCheckpoint(model);
   const tokenizer = await loadTokenizerIfPresent(checkpoint.directory);
-  const device = await backend.openDevice({ threads, processor, memoryBytes, layout: { pipeline, tensor } });
+  const device = await backend.openDevice({
+    ...{ threads, processor, layout: { pipeline, tensor } },
+    ...(memoryBytes === undefined ? {} : { memoryBytes }),
+  });
   try {
     const engine = await device.createEngine(checkpoint, { dtype, train: false, parts });
     const close = async () => {

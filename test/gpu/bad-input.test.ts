@@ -32,7 +32,7 @@ describe('generate', () => {
     ['an old driver', { LOCKSTEP_EMULATION_FAULT: 'old-driver' }, [], /driver is for CUDA 12\.8.*needs 13\.0.*580/],
     ['an old GPU', { LOCKSTEP_EMULATION_FAULT: 'old-architecture' }, [], /compute capability 7\.5.*8\.0 or newer/],
     ['a lost GPU', { LOCKSTEP_EMULATION_FAULT: 'lost' }, [], /fallen off the bus.*--resume/s],
-    ['no memory', { LOCKSTEP_EMULATION_MEMORY: '1000' }, [], /refused .* bytes.*memory\.device/],
+    ['no memory', { LOCKSTEP_EMULATION_MEMORY: '1000' }, [], /takes .* MiB.*nvidia-smi/],
     ['more ranks than GPUs', { LOCKSTEP_EMULATION_DEVICES: '1' }, ['--tensor', '2'], /GPU 1 is needed.*shows 1/],
     ['no NCCL', { LOCKSTEP_EMULATION_FAULT: 'no-nccl' }, ['--pipeline', '2'], /NCCL/],
     ['different GPUs', { LOCKSTEP_EMULATION_FAULT: 'mixed' }, ['--pipeline', '2'], /GPU 0.*GPU 1/s],

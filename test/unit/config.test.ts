@@ -62,7 +62,7 @@ describe('defaults', () => {
       },
       parallel: { pipeline: 1, tensor: 1, data: 1, zero: 0, schedule: '1f1b' },
       placement: 'colocated',
-      memory: { device: '8GiB', host: '16GiB', offload: 'none' },
+      memory: { device: 'auto', host: '16GiB', offload: 'none' },
       numerics: { parts: 'auto' },
       checks: { mismatch: 'first' },
       evaluation: { every: 50 },
@@ -82,8 +82,8 @@ describe('defaults', () => {
 });
 
 describe('a resolved configuration', () => {
-  const autoMemory = { ...sft, memory: { device: 'auto' } };
-  it.each([sft, ppo, { ...sft, algorithm: 'reward', memory: { device: 1000 } }, autoMemory])(
+  const givenMemory = { ...sft, memory: { device: '12GiB' } };
+  it.each([sft, ppo, { ...sft, algorithm: 'reward', memory: { device: 1000 } }, givenMemory])(
     'parses to itself: %j',
     (input) => {
       const config = parseConfig(input);
