@@ -1,9 +1,15 @@
 /** What a user is told when GPUs cannot be used, by fault injection into the emulation. */
+import './device.js';
 import { execFile } from 'node:child_process';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { describe, expect, test } from 'vitest';
+import { createDevice } from '../../src/checkpoints/load-model.js';
+import { NativeEngine } from '../../src/engine/native-engine.js';
+import { testWhere } from '../conditions.js';
 import { goldenDirectories, readGolden } from '../native/golden.js';
+import { tinyShape } from '../native/support.js';
+import { emulated } from './device.js';
 
 const model = goldenDirectories().find(({ directory }) => readGolden(directory).kind === 'lm')!.directory;
 
@@ -54,6 +60,22 @@ describe('generate', () => {
     expect(stderr).not.toMatch(/driver/);
     expect(code).toBe(0);
   });
+});
+
+// As when another process has taken memory since the run was planned.
+testWhere(emulated, 'of the emulation')('a GPU that refuses memory that the budget allows is named', async () => {
+  process.env.LOCKSTEP_EMULATION_MEMORY = '1000';
+  try {
+    await using device = createDevice({ threads: 1, memoryBytes: 2 ** 30, processor: 'cuda' });
+    expect(() => new NativeEngine({ shape: tinyShape, device, dtype: 'float32' })).toThrow(
+      expect.objectContaining({
+        code: 'OUT_OF_MEMORY',
+        message: expect.stringMatching(/GPU 0 refused \d+ bytes.*memory\.device/),
+      }),
+    );
+  } finally {
+    delete process.env.LOCKSTEP_EMULATION_MEMORY;
+  }
 });
 
 describe('doctor', () => {
