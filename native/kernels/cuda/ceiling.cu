@@ -1,6 +1,6 @@
 // What a GPU can do at most, measured by the benches in the same call as a kernel: multiply-adds from registers, of
-// bfloat16 by the instruction of the products (mma.sync of sm_80, which on Hopper is about 0.6 of what wgmma gives),
-// and reading memory.
+// bfloat16 by the instruction of the products (mma.sync of sm_80, slower on Hopper than the wgmma that data sheets
+// count), and reading memory.
 #include "kernels/cuda/cuda.h"
 
 #include "cuda/backend.h"
