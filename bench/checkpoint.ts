@@ -9,7 +9,7 @@ import { beginSavingModel } from '../src/checkpoints/hugging-face.js';
 import { beginSavingOptimizerState, loadOptimizerState } from '../src/checkpoints/state.js';
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import type { NativeEngine } from '../src/engine/native-engine.js';
-import { configOf, createDevice, randomEngine, round, shapeOf, spread } from './support.js';
+import { configOf, createDevice, measured, randomEngine, round, shapeOf } from './support.js';
 import { trainingStep } from './training-step.js';
 
 /** Begins both parts; returns how to wait for them. */
@@ -31,11 +31,6 @@ const seconds = async (work: () => Promise<unknown>): Promise<number> => {
   const start = performance.now();
   await work();
   return (performance.now() - start) / 1000;
-};
-
-const line = (name: string, values: readonly number[], unit: string): Measurement => {
-  const { median, min, max } = spread(values);
-  return { name, value: round(median), unit, min: round(min), max: round(max) };
 };
 
 export async function* measure({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
@@ -68,21 +63,21 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
   } finally {
     await rm(folder, { recursive: true, force: true });
   }
-  yield { ...line('save', times.whole!, 's'), megabytes: round(bytes / 1e6) };
-  yield line(
+  yield measured('save', times.whole!, 's', { megabytes: round(bytes / 1e6) });
+  yield measured(
     'save, rate',
     times.whole!.map((each) => bytes / 1e6 / each),
     'MB/s',
   );
-  yield line('save behind a step, until training goes on', times.waited!, 's');
-  yield line('save behind a step, until it is in place', times.behind!, 's');
-  yield line(
+  yield measured('save behind a step, until training goes on', times.waited!, 's');
+  yield measured('save behind a step, until it is in place', times.behind!, 's');
+  yield measured(
     'the step meanwhile, longer than a quiet one by',
     times.busy!.map((each, i) => each - times.quiet![i]!),
     's',
   );
-  yield line('training step', times.quiet!, 's');
-  yield line('load the optimizer state', times.load!, 's');
+  yield measured('training step', times.quiet!, 's');
+  yield measured('load the optimizer state', times.load!, 's');
 }
 
 const product = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);

@@ -6,7 +6,7 @@
  */
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import type { NativeBench } from '../src/engine/native.js';
-import { createDevice, round, shareOfCeiling, spread } from './support.js';
+import { createDevice, measured, shareOfCeiling } from './support.js';
 
 type Collective = Extract<NativeBench, { what: 'collective' }>;
 
@@ -33,7 +33,7 @@ export async function* measure({ runs, signal, note }: BenchOptions): AsyncGener
     const { verified, seconds, work } = value;
     if (!verified) throw new Error(`${name}: the sums are wrong; nothing was measured`);
     const calls = work / ((2 * call.bytes * (call.ranks - 1)) / call.ranks);
-    const micros = spread(seconds.map((each) => (each / calls) * 1e6));
-    return { name, value: round(micros.median), unit: 'µs', min: round(micros.min), max: round(micros.max) };
+    const micros = seconds.map((each) => (each / calls) * 1e6);
+    return measured(name, micros, 'µs');
   }
 }

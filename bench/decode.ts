@@ -5,6 +5,7 @@ import { bytesOf } from '../src/layout/memory-plan.js';
 import {
   ceilingOf,
   createDevice,
+  measured,
   randomEngine,
   randomTokens,
   round,
@@ -49,13 +50,8 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
         const all = await secondsOf(runs, () => generate(engine, sequences, 1 + newTokens));
         const steps = all.map((seconds, i) => newTokens / (seconds - prefill[i]!));
         const label = `B=${sequences}, ${dtype}, ${used} thread${used === 1 ? '' : 's'}`;
-        const line = (name: string, values: number[], unit: string, more = {}): Measurement => {
-          const of = spread(values);
-          return {
-            ...{ name: `${name} ${label}`, value: round(of.median), unit },
-            ...{ min: round(of.min), max: round(of.max), model, ...more },
-          };
-        };
+        const line = (name: string, values: number[], unit: string, more = {}): Measurement =>
+          measured(`${name} ${label}`, values, unit, { model, ...more });
         const rates = steps.map((perSecond) => perSecond * sequences);
         yield line('decode', rates, 'tokens/s');
         const bytes = stepBytes(engine, sequences);

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import { parseConfig } from '../src/train/config.js';
 import { train } from '../src/train/train.js';
-import { randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
+import { measured, randomTokens, shapeOf, subject, writeModel } from './support.js';
 
 export interface Timing {
   seconds: number;
@@ -79,23 +79,14 @@ export async function* timedIterations(
   samples: number,
 ): AsyncGenerator<Measurement> {
   const timings = await iterations(options, settings, { samples });
-  const seconds = spread(timings.map((timing) => timing.seconds));
-  yield {
-    ...{ name: `${name} iteration`, value: round(seconds.median), unit: 's' },
-    ...{ min: round(seconds.min), max: round(seconds.max) },
-  };
+  const seconds = timings.map((timing) => timing.seconds);
+  yield measured(`${name} iteration`, seconds, 's');
   for (const phase of Object.keys(timings[0]?.phases ?? {})) {
-    const inPhase = spread(timings.map(({ phases }) => phases[phase] ?? 0));
-    yield {
-      ...{ name: `${name} iteration: ${phase}`, value: round(inPhase.median), unit: 's' },
-      ...{ min: round(inPhase.min), max: round(inPhase.max) },
-    };
+    const inPhase = timings.map(({ phases }) => phases[phase] ?? 0);
+    yield measured(`${name} iteration: ${phase}`, inPhase, 's');
   }
-  const share = spread(timings.map(({ outside }) => outside));
-  yield {
-    ...{ name: `${name}: outside native calls`, value: round(share.median), unit: 'share of an iteration' },
-    ...{ min: round(share.min), max: round(share.max) },
-  };
+  const outside = timings.map((timing) => timing.outside);
+  yield measured(`${name}: outside native calls`, outside, 'share of an iteration');
 }
 
 /** A number that costs nothing to compute and differs among the answers to a prompt. */

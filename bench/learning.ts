@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
 import { type Example, learn, prepare, statedExamples } from './examples.js';
-import { round, spread } from './support.js';
+import { measured, round } from './support.js';
 
 export async function* measure({ runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
   const examples = await statedExamples();
@@ -26,11 +26,11 @@ export async function* measure({ runs, signal, note }: BenchOptions): AsyncGener
     }
   }
   for (const [{ config, measure: name, margin }, pairs] of changes) {
-    const of = spread(pairs.map(({ before, after }) => after - before));
-    yield {
-      ...{ name: `${config}: ${name}`, value: round(of.median), unit: 'change on held-out prompts' },
-      ...{ min: round(of.min), max: round(of.max), margin },
-      ...{ before: pairs.map(({ before }) => round(before)), after: pairs.map(({ after }) => round(after)) },
-    };
+    const change = pairs.map(({ before, after }) => after - before);
+    yield measured(`${config}: ${name}`, change, 'change on held-out prompts', {
+      margin,
+      before: pairs.map(({ before }) => round(before)),
+      after: pairs.map(({ after }) => round(after)),
+    });
   }
 }

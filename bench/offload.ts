@@ -14,7 +14,7 @@ import type { MetricsRow, TrainEvent } from '../src/train/events.js';
 import { preflight } from '../src/train/preflight.js';
 import { rolesOf } from '../src/train/roles.js';
 import { train } from '../src/train/train.js';
-import { createDevice, randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
+import { createDevice, measured, randomTokens, round, shapeOf, spread, subject, writeModel } from './support.js';
 
 /** One rank whose device can be asked what it held. */
 function watched(): { backend: Backend; devices: Device[] } {
@@ -117,17 +117,13 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
       rate.push((inTurn['bytes.offload']! + inTurn['bytes.restore']!) / transfer! / 1e9);
     }
     const { device, host } = watch.devices[0]!.spaces();
-    const line = (name: string, values: number[], unit: string, more = {}): Measurement => {
-      const of = spread(values);
-      return { name, value: round(of.median), unit, min: round(of.min), max: round(of.max), ...more };
-    };
-    yield line('waiting for moves', share, 'share of an iteration', {
+    yield measured('waiting for moves', share, 'share of an iteration', {
       movedBytes: roundBytes.offload + roundBytes.restore,
     });
-    yield line('against room for all models', slower, 'share of an iteration');
-    yield line('transfer thread, both directions', rate, 'GB/s');
-    yield line(
-      'transfer thread, both directions',
+    yield measured('against room for all models', slower, 'share of an iteration');
+    yield measured('transfer thread, both directions', rate, 'GB/s');
+    yield measured(
+      'transfer thread beside pinned copies',
       rate.map((of) => of / pinned),
       'share of pinned copies',
       { ceiling: round(pinned) },

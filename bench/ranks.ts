@@ -25,7 +25,7 @@ import {
   type ScheduleName,
   simulateSchedule,
 } from '../src/layout/pipeline-schedule.js';
-import { createDevice, randomEngine, randomTokens, round, shapeOf, spread } from './support.js';
+import { createDevice, measured, randomEngine, randomTokens, round, shapeOf, spread } from './support.js';
 
 const sequences = 8;
 const length = 256;
@@ -178,20 +178,15 @@ async function* trainingSteps(
   const base = engines.get('one rank')!;
   for (const [name, { engine, seconds, processorSeconds, communication, idle }] of engines) {
     const rate = spread(seconds.map((each) => tokens.length / each));
-    const ratio = spread(seconds.map((each, i) => base.seconds[i]! / each));
+    const ratios = seconds.map((each, i) => base.seconds[i]! / each);
     const processor = spread(processorSeconds.map((each, i) => each / base.processorSeconds[i]!));
-    yield {
-      name: `training step 8 x 256, ${name}, ${dtype}`,
-      value: round(ratio.median),
-      unit: 'x one rank',
-      min: round(ratio.min),
-      max: round(ratio.max),
+    yield measured(`training step 8 x 256, ${name}, ${dtype}`, ratios, 'x one rank', {
       tokensPerSecond: round(rate.median),
       processorTime: round(processor.median),
       communication: round(spread(communication).median),
       idle: round(spread(idle).median),
       ranks: engine.ranks.length,
-    };
+    });
   }
 }
 
@@ -295,14 +290,7 @@ async function* scoring({ threads, runs, signal, note }: BenchOptions): AsyncGen
       if (distance(logprobs!, inTurn[k]!.logprobs!) !== 0) throw new Error('scoring: forwardEach gives other bits');
     }
   }
-  const ratio = spread(ratios);
-  yield {
-    name: `scoring ${sequences} micro-batches together, 2 stages`,
-    value: round(ratio.median),
-    unit: 'x one after the other',
-    min: round(ratio.min),
-    max: round(ratio.max),
-  };
+  yield measured(`scoring ${sequences} micro-batches together, 2 stages`, ratios, 'x one after the other');
 }
 
 export async function* measure(options: BenchOptions): AsyncGenerator<Measurement> {

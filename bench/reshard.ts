@@ -10,7 +10,7 @@ import { type Degrees, type GenerationDegrees, microReplicas, worldSize } from '
 import { addBytes, type ByteCount, placeShard, tensorBytes } from '../src/layout/placed.js';
 import { shardTable } from '../src/layout/shards.js';
 import { type TransitionBytes, transitionBytes } from '../src/layout/transition-plan.js';
-import { createDevice, fillEngine, randomTokens, round, shapeOf, spread, uniform } from './support.js';
+import { createDevice, fillEngine, measured, randomTokens, round, shapeOf, spread, uniform } from './support.js';
 
 export const engines: readonly TransitionEngine[] = ['ds-chat', 'hybridflow-v', 'hybridflow'];
 
@@ -154,12 +154,10 @@ export function verify({ engine, layout, receive, peak, redundant, planned, stag
 const largest = (values: readonly number[]): number => Math.max(...values);
 
 function measurementOf({ engine, layout, receive, peak, redundant, planned, formula, reports }: Row): Measurement {
-  const seconds = spread(reports.map((report) => report.seconds));
+  const seconds = reports.map((report) => report.seconds);
   const moving = spread(reports.map((report) => report.moveSeconds));
   const checking = spread(reports.map((report) => report.checkSeconds));
-  return {
-    name: `${layoutName(layout)}, ${engine}`,
-    ...{ value: round(seconds.median), unit: 's', min: round(seconds.min), max: round(seconds.max) },
+  return measured(`${layoutName(layout)}, ${engine}`, seconds, 's', {
     ...{ moveSeconds: round(moving.median), checkSeconds: round(checking.median) },
     ...{ receivedBytes: largest(receive), peakBytes: largest(peak), redundantBytes: largest(redundant) },
     formula,
@@ -168,19 +166,16 @@ function measurementOf({ engine, layout, receive, peak, redundant, planned, form
       peak: largest(planned.map((bytes) => bytes.peak.replicated)),
       redundant: largest(planned.map((bytes) => bytes.redundant.replicated)),
     },
-  };
+  });
 }
 
 /** Time ratio hybridflow / ds-chat over the ratio of their bytes, run by run. */
 function timeOverBytes(rows: readonly Row[]): Measurement {
   const [chat, , flow] = rows as [Row, Row, Row];
   const bytes = largest(flow.receive) / largest(chat.receive);
-  const ratios = spread(flow.reports.map(({ seconds }, run) => seconds / chat.reports[run]!.seconds / bytes));
-  return {
-    name: `${layoutName(flow.layout)}, hybridflow / ds-chat`,
-    ...{ value: round(ratios.median), unit: 'time ratio / byte ratio', min: round(ratios.min), max: round(ratios.max) },
-    ...{ floor: 1.3, byteRatio: round(bytes) },
-  };
+  const ratios = flow.reports.map(({ seconds }, run) => seconds / chat.reports[run]!.seconds / bytes);
+  const name = `${layoutName(flow.layout)}, hybridflow / ds-chat`;
+  return measured(name, ratios, 'time ratio / byte ratio', { floor: 1.3, byteRatio: round(bytes) });
 }
 
 /** What the checksums of a transition take of the rollout that it serves, itself a part of an iteration. */
@@ -208,12 +203,7 @@ async function checksumShare({ runs, signal }: BenchOptions): Promise<Measuremen
       if (texts.some(({ tokens }) => tokens.length !== 128)) throw new Error('reshard: tokens are missing');
       shares.push(engine.hybrid!.lastTransition!.checkSeconds / ((performance.now() - start) / 1000));
     }
-    const share = spread(shares);
-    return {
-      name: 'checksums, 2-2-1 to 1-1-4-1, 32 x (64 + 128)',
-      ...{ value: round(share.median), unit: 'share of a rollout', min: round(share.min), max: round(share.max) },
-      floor: 0.01,
-    };
+    return measured('checksums, 2-2-1 to 1-1-4-1, 32 x (64 + 128)', shares, 'share of a rollout', { floor: 0.01 });
   } finally {
     for (const device of devices) await device.close();
   }

@@ -27,6 +27,17 @@ export function spread(values: readonly number[]): Spread {
 
 export const round = (x: number, digits = 4): number => Number(x.toPrecision(digits));
 
+/** A line: the median of what was measured, with its least and most, and what else is known. */
+export function measured(
+  name: string,
+  values: readonly number[],
+  unit: string,
+  more: Record<string, unknown> = {},
+): Measurement {
+  const { median, min, max } = spread(values);
+  return { name, value: round(median), unit, min: round(min), max: round(max), ...more };
+}
+
 /** Seconds of `run`, `runs` times after one that is not counted. */
 export async function secondsOf(runs: number, run: () => Promise<unknown>): Promise<number[]> {
   const seconds: number[] = [];
@@ -113,25 +124,18 @@ export async function shareOfCeiling(device: Device, name: string, call: NativeB
   const { ceilingBytes, stated } = subject();
   const { value: result } = await device.native.bench({ ceilingBytes, ...call });
   if (!result.verified) throw new Error(`${name}: the result differs from the reference; nothing was measured`);
-  const share = spread(
-    result.seconds.map(
-      (seconds, i) => result.work / seconds / (result.ceilingWork / (result.ceilingSeconds[i] ?? Number.NaN)),
-    ),
+  const shares = result.seconds.map(
+    (seconds, i) => result.work / seconds / (result.ceilingWork / (result.ceilingSeconds[i] ?? Number.NaN)),
   );
   const rate = result.work / spread(result.seconds).median;
   const inProducts = (call.what === 'gemm' && !call.cold) || call.what === 'attention';
   const peak = inProducts ? stated && stated.flops / 2 : stated?.bytes;
   const isOfPeak = peak !== undefined && !(inProducts && call.dtype === 'float32');
-  return {
-    name,
-    value: round(share.median),
-    unit: 'share of ceiling',
-    min: round(share.min),
-    max: round(share.max),
+  return measured(name, shares, 'share of ceiling', {
     rate: round(rate),
     ceiling: round(result.ceilingWork / spread(result.ceilingSeconds).median),
     ...(isOfPeak ? { ofStated: round(rate / peak) } : {}),
-  };
+  });
 }
 
 /** A ceiling of the device, in multiply-adds or bytes read, per second. */

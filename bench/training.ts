@@ -1,6 +1,6 @@
 /** One training step: forward, backward, clip, AdamW; its share of the multiply-add peak, and what the parts tree costs. */
 import type { BenchOptions, Measurement } from '../src/cli/bench.js';
-import { ceilingOf, createDevice, randomEngine, round, shapeOf, spread, subject } from './support.js';
+import { ceilingOf, createDevice, measured, randomEngine, round, shapeOf, spread, subject } from './support.js';
 import { stepMultiplyAdds, stepTokens, trainingStep } from './training-step.js';
 
 export async function* measure({ threads, runs, signal, note }: BenchOptions): AsyncGenerator<Measurement> {
@@ -19,34 +19,19 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
         if (i > 0) times[which]!.push(seconds);
       }
     }
-    const rate = spread(times[0].map((seconds) => stepTokens() / seconds));
-    yield {
-      name: `training step ${sequences} x ${length}, ${dtype}`,
-      value: round(rate.median),
-      unit: 'tokens/s',
-      min: round(rate.min),
-      max: round(rate.max),
-      kernels: device.kernels,
-      model,
-    };
+    const name = `training step ${sequences} x ${length}, ${dtype}`;
+    const rates = times[0].map((seconds) => stepTokens() / seconds);
+    yield measured(name, rates, 'tokens/s', { kernels: device.kernels, model });
     const work = stepMultiplyAdds(split);
     const ceiling = await ceilingOf(device, 'products', dtype);
-    const utilization = spread(times[0].map((seconds) => work / seconds / ceiling));
-    yield {
-      ...{ name: `training step ${sequences} x ${length}, ${dtype}`, value: round(utilization.median) },
-      ...{ unit: 'share of the multiply-add peak', min: round(utilization.min), max: round(utilization.max) },
-      ...{ multiplyAdds: work, ceiling: round(ceiling) },
-      ...(stated && dtype === 'bfloat16'
-        ? { ofStated: round((2 * work) / spread(times[0]).median / stated.flops) }
-        : {}),
-    };
-    const tree = spread(times[0].map((seconds, i) => seconds / times[1][i]! - 1));
-    yield {
-      name: `parts ${split.parts} against 1, ${dtype}`,
-      value: round(tree.median),
-      unit: 'share of a training step',
-      min: round(tree.min),
-      max: round(tree.max),
-    };
+    const ofStated = stated && dtype === 'bfloat16' && round((2 * work) / spread(times[0]).median / stated.flops);
+    yield measured(
+      `utilization, ${name}`,
+      times[0].map((seconds) => work / seconds / ceiling),
+      'share of the multiply-add peak',
+      { multiplyAdds: work, ceiling: round(ceiling), ...(ofStated ? { ofStated } : {}) },
+    );
+    const tree = times[0].map((seconds, i) => seconds / times[1][i]! - 1);
+    yield measured(`parts ${split.parts} against 1, ${dtype}`, tree, 'share of a training step');
   }
 }

@@ -30,5 +30,7 @@ for (const [name, { load, units }] of Object.entries(benches)) {
     const lines = await measured(await load());
     for (const unit of units) expect(lines.map((line) => line.unit)).toContain(unit);
     for (const { value } of lines) expect(Number.isFinite(value)).toBe(true);
+    // A name tells one line of a bench from the others: bench/peers/compare.py looks them up by it.
+    expect(new Set(lines.map((line) => line.name)).size).toBe(lines.length);
   });
 }

@@ -1,8 +1,7 @@
 /** Where the models of a run lie changes when they run, and nothing else; a cancelled run goes on as if it had not been. */
-import { createHash } from 'node:crypto';
 import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, relative } from 'node:path';
+import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import type { Backend, DeviceSettings } from '../../src/inference/backend.js';
 import { parseConfig } from '../../src/train/config.js';
@@ -11,6 +10,7 @@ import { type Placement, poolsOf } from '../../src/train/placement.js';
 import { preflight } from '../../src/train/preflight.js';
 import { rolesOf } from '../../src/train/roles.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
+import { digests } from '../digests.js';
 import { TableEngine, tableBackend, writeTableModel } from './train-fake-engine.js';
 
 let model: string;
@@ -51,17 +51,7 @@ async function run(config: Run, options: TrainOptions = {}): Promise<TrainEvent[
   return events;
 }
 
-async function checkpoints({ output }: Run): Promise<Record<string, string>> {
-  const root = join(output, 'checkpoints');
-  const entries = await readdir(root, { withFileTypes: true, recursive: true });
-  const files = entries.filter((entry) => entry.isFile()).map((entry) => join(entry.parentPath, entry.name));
-  const digest = async (file: string) =>
-    createHash('sha256')
-      .update(await readFile(file))
-      .digest('hex');
-  const pairs = await Promise.all(files.map(async (file) => [relative(root, file), await digest(file)] as const));
-  return Object.fromEntries(pairs.sort(([a], [b]) => (a < b ? -1 : 1)));
-}
+const checkpoints = ({ output }: Run) => digests(join(output, 'checkpoints'));
 
 async function metrics({ output }: Run): Promise<MetricsRow[]> {
   const rows = (await readFile(join(output, 'metrics.jsonl'), 'utf8')).trimEnd().split('\n');
