@@ -115,7 +115,7 @@ export function subject(): Subject {
   if (resolveProcessor('auto') === 'cpu') return onCpu;
   const { build, gpus } = loadNative().cuda();
   if (build === 'emulated') return onEmulation;
-  const stated = statedOf.find(([name]) => gpus[0]!.name.includes(name));
+  const stated = statedOf.find(([name]) => gpus[0]?.name.includes(name));
   return stated ? { ...onGpu, stated: { flops: stated[1] * 1e12, bytes: stated[2] * 1e9 } } : onGpu;
 }
 

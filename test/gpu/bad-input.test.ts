@@ -78,6 +78,13 @@ testWhere(emulated, 'of the emulation')('a GPU that refuses memory that the budg
   }
 });
 
+test('a bench with no driver says so and what to do', async () => {
+  const { code, stderr } = await lockstep(['bench', 'decode'], { LOCKSTEP_EMULATION_FAULT: 'no-driver' });
+  expect(stderr).toMatch(/no NVIDIA driver.*branch 580/);
+  expect(stderr).not.toMatch(/defect/);
+  expect(code).toBe(1);
+});
+
 describe('doctor', () => {
   test('shows the GPUs', async () => {
     const { stdout } = await lockstep(['doctor', '--json']);

@@ -34,3 +34,21 @@ for (const [name, { load, units }] of Object.entries(benches)) {
     expect(new Set(lines.map((line) => line.name)).size).toBe(lines.length);
   });
 }
+
+// The shape tiny, by hand: two layers of qkv, output, gate and up, down; the tied vocabulary once.
+const matrices = 2 * ((4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 128 * 64 + 128 * 64) + 320 * 64;
+
+slow('a training step counts three times the multiply-adds of its 2 x 32 tokens', async () => {
+  const lines = await measured(await import('../../bench/training.js'));
+  const attention = 2 * 4 * 16 * 2 * ((32 * 33) / 2); // layers, heads, their width, two products, pairs
+  const utilization = lines.filter(({ name }) => name.startsWith('utilization'));
+  expect(utilization).toHaveLength(2);
+  for (const line of utilization) expect(line.multiplyAdds).toBe(3 * 2 * (32 * matrices + attention));
+});
+
+slow('a decode step counts its matrices, and keys and values of contexts of 8 + 2 tokens', async () => {
+  const lines = await measured(await import('../../bench/decode.js'));
+  const bytes = (sequences: number) => matrices + sequences * (8 + 2) * 2 * 2 * 2 * 16; // keys and values, layers, heads, width
+  const counted = lines.filter(({ name }) => name.startsWith('decode reads')).map(({ stepBytes }) => stepBytes);
+  expect(counted).toEqual([2 * bytes(1), 2 * bytes(2), 4 * bytes(1), 4 * bytes(2)]);
+});
