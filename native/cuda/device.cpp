@@ -10,6 +10,7 @@
 #include "build.h"
 #include "pages.h"
 #include "cuda/queue.h"
+#include "cuda/stream_timer.h"
 
 namespace lockstep::cuda {
 

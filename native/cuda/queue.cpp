@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "cuda/stream_timer.h"
 
 namespace lockstep::cuda {
 
@@ -97,6 +98,10 @@ void Queue::fillRows(void* at, size_t stride, int byte, size_t bytes, int64_t ro
 void Queue::synchronize() {
   refuseWaiting();
   wait("working");
+}
+
+void Queue::launching() const {
+  if (timer_ != nullptr && repeating_ == nullptr) timer_->begin(stream_);
 }
 
 void Queue::wait(const char* what) {

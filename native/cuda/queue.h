@@ -11,9 +11,10 @@
 
 #include "core/queue.h"
 #include "cuda/recording.h"
-#include "cuda/stream_timer.h"
 
 namespace lockstep::cuda {
+
+class StreamTimer;
 
 // Throws Error(code) unless `error` is cudaSuccess: CUDA_OUT_OF_MEMORY, CUDA_DEVICE_LOST or CUDA_FAILED. `what` says
 // what was being done.
@@ -88,9 +89,7 @@ class Queue final : public lockstep::Queue {
   void record(Repeated&, const std::function<void()>& work);
   bool replay(Repeated&, const std::function<void()>& work);
   // Before something is launched that is not only recorded.
-  void launching() const {
-    if (timer_ != nullptr && repeating_ == nullptr) timer_->begin(stream_);
-  }
+  void launching() const;
   void wait(const char* what);
   // Throws where the device cannot be waited for.
   void refuseWaiting() const;

@@ -1,9 +1,10 @@
 /** One rank's device: its threads, kernels and the workspace that its models use in turn. */
 import { availableParallelism } from 'node:os';
 import { type ErrorDetails, LockstepError } from '../errors.js';
-import { cpuLogits, gpuLogits, type LogitBlock } from '../layout/memory-plan.js';
+import type { LogitBlock } from '../layout/memory-plan.js';
 import {
   loadNative,
+  logitBlockOf,
   type NativeDevice,
   type Processor,
   requestedInstructionSet,
@@ -115,7 +116,7 @@ export class Device implements AsyncDisposable {
           hostBytes: options.hostBytes ?? 16 * 2 ** 30,
         }),
     );
-    this.logits = options.logits ?? (this.kernels === 'cuda' ? gpuLogits : cpuLogits);
+    this.logits = options.logits ?? logitBlockOf(implementation === 'cuda' ? 'cuda' : 'cpu');
   }
 
   /** "reference", "avx2", "avx512", "avx512-bf16" or "cuda". */
