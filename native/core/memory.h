@@ -19,6 +19,7 @@ class Memory {
 
   // In whole grains. Zeroed; null when there is no room.
   virtual char* map(size_t bytes) = 0;
+  // A block, or its end, of which some addresses may stay taken until the block goes.
   virtual void unmap(char* at, size_t bytes) = 0;
   // Gives the memory behind a range back; its addresses stay.
   virtual void giveBack(char* at, size_t bytes) = 0;

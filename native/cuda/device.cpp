@@ -22,22 +22,34 @@ std::string versionText(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// Empty where the kernels were compiled for it.
+std::string architectureProblem(int gpu, const Gpu& g) {
+  if (g.major >= kLeastMajor) return "";
+  return "GPU " + std::to_string(gpu) + " (" + g.name + ") has compute capability " + std::to_string(g.major) + "." +
+         std::to_string(g.minor) +
+         "; expected 8.0 or newer (A100, H100, RTX 30 and later). Choose another with CUDA_VISIBLE_DEVICES, or compute "
+         "on the CPU (device: cpu)";
+}
+
 std::string problemOf(cudaError_t error, const Status& s) {
   std::ostringstream text;
   if (s.driver == 0) {
     text << "there is no NVIDIA driver here; install one of branch 580 or newer, or compute on the CPU (device: cpu)";
-  } else if (error == cudaErrorInsufficientDriver || s.driver < s.runtime) {
+  } else if (error == cudaErrorInsufficientDriver || s.driver / 1000 < s.runtime / 1000) {
     text << "the NVIDIA driver is for CUDA " << versionText(s.driver) << ", and this addon needs "
          << versionText(s.runtime) << "; install a driver of branch 580 or newer";
+  } else if (error == cudaErrorNoDevice || (error == cudaSuccess && s.gpus.empty())) {
+    text << "the driver shows no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES";
   } else if (error != cudaSuccess) {
     text << cudaGetErrorString(error) << "; look at what nvidia-smi says";
-  } else if (s.gpus.empty()) {
-    text << "the driver shows no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES";
+  } else {
+    text << architectureProblem(0, s.gpus.front());
   }
   return text.str();
 }
 
-// Pages of a GPU; a set bit is a grain that has memory.
+// Blocks of addresses of a GPU. Behind them memory comes and goes in units, each an allocation of the driver that stays
+// as long as one of its grains is wanted.
 class GpuMemory final : public Memory {
  public:
   explicit GpuMemory(int gpu) : gpu_(gpu), name_("GPU " + std::to_string(gpu)) {
@@ -59,65 +71,78 @@ class GpuMemory final : public Memory {
     if (pages::reserve(&at, bytes) != cudaSuccess) return nullptr;
     {
       const std::lock_guard lock(mutex_);
-      blocks_[at] = std::vector<bool>(bytes / grain_, false);
+      const size_t grains = bytes / grain_, unit = grains < kManyUnits * kUnitGrains ? 1 : kUnitGrains;
+      blocks_[at] = {unit, std::vector<bool>(grains), std::vector<bool>((grains + unit - 1) / unit)};
     }
     if (restore(at, bytes)) return at;
     unmap(at, bytes);
     return nullptr;
   }
 
-  // The rest of a block, or all of it.
+  // Addresses go with the block. What a GPU that was lost answers is not asked: destructors call this.
   void unmap(char* at, size_t bytes) override {
-    giveBack(at, bytes);
+    cudaSetDevice(gpu_);
+    {
+      const std::lock_guard lock(capturing(gpu_));
+      cudaDeviceSynchronize();  // a call that has failed may have left work behind that uses it
+    }
     const std::lock_guard lock(mutex_);
     const auto block = blockOf(at);
-    const auto first = static_cast<size_t>(at - block->first) / grain_;
-    check(pages::release(at, bytes), "giving addresses back");
-    block->second.resize(first);
-    if (first == 0) blocks_.erase(block);
+    if (at != block->first) return static_cast<void>(drop(*block, at, bytes));
+    const size_t all = block->second.wanted.size() * grain_;
+    drop(*block, at, all);
+    pages::release(at, all);
+    blocks_.erase(block);
   }
 
   void giveBack(char* at, size_t bytes) override {
+    if (bytes == 0) return;
     use();
-    each(at, bytes, [&](char* grain, auto mapped) {
-      if (mapped) check(pages::unmap(grain, grain_), "giving memory back");
-      mapped = false;
-      return true;
-    });
+    const std::lock_guard lock(mutex_);
+    check(drop(*blockOf(at), at, bytes), "giving memory back");
   }
 
   bool restore(char* at, size_t bytes) override {
+    if (bytes == 0) return true;
     use();
-    std::vector<char*> added;
-    const bool all = each(at, bytes, [&](char* grain, auto mapped) {
-      if (mapped) return true;
-      const cudaError_t error = pages::map(gpu_, grain, grain_);
-      if (error == cudaErrorMemoryAllocation) return false;
-      check(error, "taking memory");
-      mapped = true;
-      added.push_back(grain);
-      return true;
-    });
+    const std::lock_guard lock(mutex_);
+    auto& of = *blockOf(at);
+    auto& [begin, block] = of;
+    const size_t first = static_cast<size_t>(at - begin) / grain_, end = first + bytes / grain_;
+    std::vector<size_t> added;
+    for (size_t i = first; i < end; ++i) {
+      if (block.wanted[i]) continue;
+      const size_t unit = i / block.unit;
+      if (!block.mapped[unit]) {
+        const cudaError_t error = pages::map(gpu_, begin + unit * block.unit * grain_, bytesOf(block, unit));
+        if (error == cudaErrorMemoryAllocation) {
+          cudaGetLastError();
+          for (const size_t grain : added) drop(of, begin + grain * grain_, grain_);
+          return false;
+        }
+        check(error, "taking memory");
+        block.mapped[unit] = true;
+      }
+      block.wanted[i] = true;
+      added.push_back(i);
+    }
+    const std::lock_guard way(in_.mutex);
     for (size_t i = 0; i < added.size();) {  // neighbours together
       size_t n = 1;
-      while (i + n < added.size() && added[i + n] == added[i] + n * grain_) ++n;
-      if (all) {
-        check(pages::clear(added[i], n * grain_), "clearing memory");
-      } else {
-        giveBack(added[i], n * grain_);
-      }
+      while (i + n < added.size() && added[i + n] == added[i] + n) ++n;
+      check(pages::clear(begin + added[i] * grain_, n * grain_, in_.stream), "clearing memory");
       i += n;
     }
-    return all;
+    return true;
   }
 
   size_t resident(const char* at, size_t bytes) const override {
     const std::lock_guard lock(mutex_);
     size_t count = 0;
-    for (const auto& [begin, mapped] : blocks_) {
-      for (size_t i = 0; i < mapped.size(); ++i) {
+    for (const auto& [begin, block] : blocks_) {
+      for (size_t i = 0; i < block.wanted.size(); ++i) {
         const char* const grain = begin + i * grain_;
-        count += mapped[i] && grain >= at && grain < at + bytes ? 1 : 0;
+        count += block.mapped[i / block.unit] && grain >= at && grain < at + bytes ? 1 : 0;
       }
     }
     return count * grain_;
@@ -138,7 +163,10 @@ class GpuMemory final : public Memory {
     use();
     check(cudaHostRegister(at, bytes, cudaHostRegisterPortable), "pinning host memory");
   }
-  void unpin(void* at) override { cudaHostUnregister(at); }
+  void unpin(void* at) override {
+    const std::lock_guard lock(capturing(gpu_));
+    cudaHostUnregister(at);
+  }
 
  private:
   void use() const { check(cudaSetDevice(gpu_), "choosing the GPU"); }
@@ -160,23 +188,40 @@ class GpuMemory final : public Memory {
     way.timer.wait(way.stream, "copying between host and GPU", bytes);
   }
 
-  std::map<char*, std::vector<bool>>::iterator blockOf(const char* at) {
+  // An allocation costs the driver tens of microseconds whatever its size: those of large blocks have 32 MiB.
+  static constexpr size_t kUnitGrains = 16, kManyUnits = 16;
+  struct Block {
+    size_t unit;               // grains
+    std::vector<bool> wanted;  // grains
+    std::vector<bool> mapped;  // units
+  };
+
+  std::map<char*, Block>::iterator blockOf(const char* at) {
     auto next = blocks_.upper_bound(const_cast<char*>(at));
     if (next == blocks_.begin()) throw Error("INTERNAL", "memory of " + name_ + " that was not taken");
     return std::prev(next);
   }
 
-  // visit(grain, mapped) until it says false.
-  template <class Visit>
-  bool each(char* at, size_t bytes, const Visit& visit) {
-    const std::lock_guard lock(mutex_);
-    if (bytes == 0) return true;
-    const auto block = blockOf(at);
-    const size_t first = static_cast<size_t>(at - block->first) / grain_;
-    for (size_t i = 0; i < bytes / grain_; ++i) {
-      if (!visit(at + i * grain_, block->second[first + i])) return false;
+  // The last unit of a block ends with it.
+  size_t bytesOf(const Block& block, size_t unit) const {
+    return std::min(block.unit, block.wanted.size() - unit * block.unit) * grain_;
+  }
+
+  // Of the block that begins at `of.first`; the first error.
+  cudaError_t drop(std::pair<char* const, Block>& of, char* at, size_t bytes) {
+    auto& [begin, block] = of;
+    const size_t first = static_cast<size_t>(at - begin) / grain_, end = first + bytes / grain_;
+    for (size_t i = first; i < end; ++i) block.wanted[i] = false;
+    cudaError_t all = cudaSuccess;
+    for (size_t unit = first / block.unit; unit * block.unit < end; ++unit) {
+      const auto from = block.wanted.begin() + static_cast<std::ptrdiff_t>(unit * block.unit);
+      const auto to = from + static_cast<std::ptrdiff_t>(bytesOf(block, unit) / grain_);
+      if (!block.mapped[unit] || std::find(from, to, true) != to) continue;
+      const cudaError_t error = pages::unmap(begin + unit * block.unit * grain_, bytesOf(block, unit));
+      if (all == cudaSuccess) all = error;
+      block.mapped[unit] = false;
     }
-    return true;
+    return all;
   }
 
   const int gpu_;
@@ -184,7 +229,7 @@ class GpuMemory final : public Memory {
   size_t grain_ = 0;
   Way in_{StreamWork::Stream::kFromHost}, out_{StreamWork::Stream::kToHost};
   mutable std::mutex mutex_;
-  std::map<char*, std::vector<bool>> blocks_;
+  std::map<char*, Block> blocks_;
 };
 
 }  // namespace
@@ -206,17 +251,14 @@ Status status() {
 
 void requireGpu(int gpu) {
   static const Status s = status();
+  const bool exists = gpu >= 0 && gpu < static_cast<int>(s.gpus.size());
+  const std::string architecture = exists ? architectureProblem(gpu, s.gpus[static_cast<size_t>(gpu)]) : "";
+  if (!architecture.empty()) throw Error("CUDA_ARCHITECTURE", architecture);
   if (!s.problem.empty()) throw Error("CUDA_UNAVAILABLE", s.problem);
-  if (gpu < 0 || gpu >= static_cast<int>(s.gpus.size())) {
+  if (!exists) {
     throw Error("CUDA_DEVICE", "GPU " + std::to_string(gpu) + " is needed, and this machine shows " +
                                    std::to_string(s.gpus.size()) + " (0.." + std::to_string(s.gpus.size() - 1) +
                                    "); use fewer ranks (parallel), or look at CUDA_VISIBLE_DEVICES");
-  }
-  const Gpu& g = s.gpus[static_cast<size_t>(gpu)];
-  if (g.major < kLeastMajor) {
-    throw Error("CUDA_ARCHITECTURE", "GPU " + std::to_string(gpu) + " (" + g.name + ") has compute capability " +
-                                         std::to_string(g.major) + "." + std::to_string(g.minor) +
-                                         "; expected 8.0 or newer (A100, H100, RTX 30 and later)");
   }
 }
 

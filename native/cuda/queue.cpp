@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 
 #include "core/error.h"
 #include "cuda/stream_timer.h"
@@ -23,6 +24,7 @@ size_t aligned(size_t bytes) {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would find it
   const std::string text = std::string(what) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorMemoryAllocation)
     throw Error("CUDA_OUT_OF_MEMORY", text + "; lower memory.device, or end what else uses this GPU (nvidia-smi)");
@@ -31,12 +33,20 @@ void check(cudaError_t error, const char* what) {
                                  "on from the last checkpoint, and look at the kernel log if it comes back");
 }
 
+std::mutex& capturing(int gpu) {
+  static std::mutex gpus[64];
+  return gpus[gpu % 64];
+}
+
 Queue::Queue(int gpu, int threads, size_t hostScratchBytes, bool timed)
     : lockstep::Queue(threads, hostScratchBytes),
       gpu_(gpu),
       timer_(timed ? std::make_unique<StreamTimer>(StreamWork::Stream::kCompute) : nullptr) {
   check(cudaSetDevice(gpu), "choosing the GPU");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, gpu), "asking for the GPU's properties");
+  multiprocessors_ = static_cast<unsigned>(properties.multiProcessorCount);
 }
 
 Queue::~Queue() {
@@ -49,7 +59,8 @@ void Queue::close() {
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
     timer_.reset();
-    forget();
+    const std::lock_guard lock(capturing(gpu_));
+    forgetGraphs();
     for (Region& region : regions_) release(region);
     cudaFree(scratch_);
   }
@@ -110,6 +121,13 @@ void Queue::wait(const char* what) {
   check(cudaStreamSynchronize(stream_), what);
 }
 
+cudaError_t Queue::take(Region& region, size_t bytes) {
+  cudaError_t error = cudaHostAlloc(reinterpret_cast<void**>(&region.pinned), bytes, cudaHostAllocPortable);
+  if (error == cudaSuccess) error = cudaMalloc(reinterpret_cast<void**>(&region.device), bytes);
+  region.bytes = error == cudaSuccess ? bytes : 0;
+  return error;
+}
+
 void Queue::release(Region& region) {
   if (region.pinned != nullptr) cudaFreeHost(region.pinned);
   cudaFree(region.device);
@@ -124,12 +142,9 @@ void Queue::nextRegion(size_t bytes) {
   Region& region = regions_[region_];
   region.end = 0;
   if (bytes <= region.bytes) return;
+  const std::lock_guard lock(capturing(gpu_));
   release(region);
-  const size_t size = std::max(kFirstStaging, 2 * aligned(bytes));
-  check(cudaHostAlloc(reinterpret_cast<void**>(&region.pinned), size, cudaHostAllocPortable),
-        "pinned memory for index arrays");
-  check(cudaMalloc(reinterpret_cast<void**>(&region.device), size), "memory for index arrays");
-  region.bytes = size;
+  check(take(region, std::max(kFirstStaging, 2 * aligned(bytes))), "memory for index arrays");
 }
 
 const void* Queue::stageBytes(const void* host, size_t bytes) {
@@ -152,9 +167,13 @@ const void* Queue::stageBytes(const void* host, size_t bytes) {
   return region.device + offset;
 }
 
-// Each array has a place of its own, in the order in which they are staged.
+// Each array has a place of its own, in the order in which they are first staged.
 const void* Queue::stageRepeated(const void* host, size_t bytes) {
   Region& arrays = repeating_->arrays;
+  for (const Staged& s : repeating_->staged) {
+    if (s.host == host && s.bytes == bytes && std::memcmp(arrays.pinned + s.offset, host, bytes) == 0)
+      return arrays.device + s.offset;
+  }
   const size_t offset = arrays.end;
   if (offset + bytes > arrays.bytes) throw CannotRepeat{};
   arrays.end += aligned(bytes);
@@ -163,6 +182,7 @@ const void* Queue::stageRepeated(const void* host, size_t bytes) {
     check(cudaMemcpyAsync(arrays.device + offset, arrays.pinned + offset, bytes, cudaMemcpyHostToDevice, stream()),
           "sending index arrays");
   }
+  repeating_->staged.push_back({host, offset, bytes});
   return arrays.device + offset;
 }
 
@@ -181,36 +201,41 @@ void Queue::repeat(const std::string& key, const std::function<void()>& work) {
   repeat(key, work);
 }
 
-void Queue::record(Repeated& r, const std::function<void()>& work) {
-  ++graphs_;
-  check(cudaHostAlloc(reinterpret_cast<void**>(&r.arrays.pinned), kGraphArrays, cudaHostAllocPortable),
-        "pinned memory for index arrays");
-  check(cudaMalloc(reinterpret_cast<void**>(&r.arrays.device), kGraphArrays), "memory for index arrays");
-  r.arrays.bytes = kGraphArrays;
-  cudaGraph_t graph = nullptr;
-  bool whole = true;
+// False: it cannot be recorded, and nothing was done.
+bool Queue::capture(Repeated& r, const std::function<void()>& work) {
+  const std::lock_guard lock(capturing(gpu_));
+  if (take(r.arrays, kGraphArrays) != cudaSuccess) return release(r.arrays), false;
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
   repeating_ = &r;
   recording = &r.recording;
+  bool whole = true;
+  std::exception_ptr failure;
   try {
     work();
   } catch (const CannotRepeat&) {
     whole = false;
   } catch (...) {
-    repeating_ = nullptr;
-    recording = nullptr;
-    cudaStreamEndCapture(stream_, &graph);
-    r.state = Repeated::State::kRefused;
-    throw;
+    failure = std::current_exception();
   }
   repeating_ = nullptr;
   recording = nullptr;
+  cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
-  if (whole) check(ended, "recording a graph");
-  if (whole) check(cudaGraphInstantiate(&r.graph, graph, 0), "making a graph");
+  // Of a capture that was spoilt, operations fail, too.
+  if (failure && ended == cudaSuccess) std::rethrow_exception(failure);
+  whole = whole && ended == cudaSuccess && cudaGraphInstantiate(&r.graph, graph, 0) == cudaSuccess;
   if (graph != nullptr) cudaGraphDestroy(graph);
-  r.state = whole ? Repeated::State::kRecorded : Repeated::State::kRefused;
-  if (!whole) return work();
+  return whole;
+}
+
+void Queue::record(Repeated& r, const std::function<void()>& work) {
+  ++graphs_;
+  r.state = Repeated::State::kRefused;
+  if (!capture(r, work)) {
+    cudaGetLastError();
+    return work();
+  }
+  r.state = Repeated::State::kRecorded;
   launching();
   check(cudaGraphLaunch(r.graph, stream_), "launching a graph");
 }
@@ -219,6 +244,7 @@ void Queue::record(Repeated& r, const std::function<void()>& work) {
 bool Queue::replay(Repeated& r, const std::function<void()>& work) {
   wait("working");  // the last run has read its arrays
   r.arrays.end = 0;
+  r.staged.clear();
   r.recording.comparing = true;
   r.recording.at = 0;
   repeating_ = &r;
@@ -245,6 +271,11 @@ bool Queue::replay(Repeated& r, const std::function<void()>& work) {
 }
 
 void Queue::forget() {
+  const std::lock_guard lock(capturing(gpu_));
+  forgetGraphs();
+}
+
+void Queue::forgetGraphs() {
   for (auto& [key, r] : repeated_) {
     if (r.graph != nullptr) cudaGraphExecDestroy(r.graph);
     release(r.arrays);
@@ -257,6 +288,7 @@ void* Queue::scratch(size_t bytes) {
   if (bytes <= scratchSize_) return scratch_;
   synchronize();
   forget();  // graphs have its address
+  const std::lock_guard lock(capturing(gpu_));
   cudaFree(scratch_);
   scratch_ = nullptr;
   scratchSize_ = 0;

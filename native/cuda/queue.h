@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -19,6 +20,10 @@ class StreamTimer;
 // Throws Error(code) unless `error` is cudaSuccess: CUDA_OUT_OF_MEMORY, CUDA_DEVICE_LOST or CUDA_FAILED. `what` says
 // what was being done.
 void check(cudaError_t error, const char* what);
+
+// Held while a stream of the GPU is captured into a graph, and by whoever waits for the whole GPU or gives its memory
+// back: that would spoil the capture, whichever thread makes it.
+std::mutex& capturing(int gpu);
 
 class Queue final : public lockstep::Queue {
  public:
@@ -39,11 +44,13 @@ class Queue final : public lockstep::Queue {
   void synchronize() override;
   // The first run is made as it comes, the second is recorded into a CUDA graph, of later ones only the arrays that
   // they stage are renewed. A run that takes other steps than the one recorded, or that waits for the device, is made
-  // as it comes. When there are kMostGraphs, all are forgotten.
+  // as it comes, and so is one that cannot be recorded for want of memory. When there are kMostGraphs, all are
+  // forgotten.
   void repeat(const std::string& key, const std::function<void()>& work) override;
   void forget() override;
 
   int gpu() const { return gpu_; }
+  unsigned multiprocessors() const { return multiprocessors_; }
   // The stream of the calling thread's operations; makes the GPU the thread's current one.
   cudaStream_t stream() const;
 
@@ -74,19 +81,21 @@ class Queue final : public lockstep::Queue {
     char *pinned = nullptr, *device = nullptr;
     size_t bytes = 0, end = 0;
   };
-  struct Repeated {
-    enum class State : uint8_t { kSeen, kRecorded, kRefused } state = State::kSeen;
-    Recording recording;
-    Region arrays;
-    cudaGraphExec_t graph = nullptr;
-  };
   struct Staged {
     const void* host;
     size_t offset, bytes;
   };
+  struct Repeated {
+    enum class State : uint8_t { kSeen, kRecorded, kRefused } state = State::kSeen;
+    Recording recording;
+    Region arrays;
+    std::vector<Staged> staged;  // in arrays, by the run that is made
+    cudaGraphExec_t graph = nullptr;
+  };
   const void* stageBytes(const void* host, size_t bytes);
   const void* stageRepeated(const void* host, size_t bytes);
   void record(Repeated&, const std::function<void()>& work);
+  bool capture(Repeated&, const std::function<void()>& work);
   bool replay(Repeated&, const std::function<void()>& work);
   // Before something is launched that is not only recorded.
   void launching() const;
@@ -94,9 +103,13 @@ class Queue final : public lockstep::Queue {
   // Throws where the device cannot be waited for.
   void refuseWaiting() const;
   void nextRegion(size_t bytes);
+  // Pinned memory and as much of the device's, or the error.
+  static cudaError_t take(Region&, size_t bytes);
   void release(Region&);
+  void forgetGraphs();
 
   int gpu_;
+  unsigned multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<StreamTimer> timer_;
   Region regions_[2];  // filled in turn, so that what an operation has staged outlives its next stage()

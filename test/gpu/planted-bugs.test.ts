@@ -17,6 +17,7 @@ const faults: Readonly<Record<string, RegExp>> = {
   'overwritten-before-read-on-the-right': /a wrong result/,
   'copy-read-too-early': /a wrong result/,
   'copy-overwrites-too-early': /a wrong result/,
+  'blocks-share-scratch': /a wrong result/,
   'barriers-of-two-lines': /divergent __syncthreads, others at line \d+\n.*thread_faults\.cpp:\d+/,
   'barrier-of-some-threads': /threads wait for ever:\n.*__syncthreads at .*thread_faults\.cpp:\d+/,
   'lane-outside-its-mask': /a lane is not in its own mask:\n.*thread_faults\.cpp:\d+/,
@@ -28,6 +29,8 @@ const faults: Readonly<Record<string, RegExp>> = {
   'misaligned-copy': /misaligned address/,
   'too-much-shared-memory': /invalid configuration/,
   'too-many-threads': /invalid configuration/,
+  'pages-given-back-in-part': /invalid argument/,
+  'addresses-given-back-in-part': /invalid argument/,
   'host-reads-device-memory': /SIGSEGV/,
   'host-writes-device-memory': /SIGSEGV/,
   'write-out-of-bounds': /heap-buffer-overflow/,
@@ -38,6 +41,7 @@ const faults: Readonly<Record<string, RegExp>> = {
   'overwritten-by-another-stream': /lazy: a wrong result/,
   'host-does-not-wait': /lazy: a wrong result/,
   'source-changed-too-early': /lazy: a wrong result/,
+  'waits-for-the-gpu-while-capturing': /previous error during capture/,
 };
 
 function run(...args: string[]) {

@@ -24,6 +24,7 @@
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidPitchValue = 12,
   cudaErrorInsufficientDriver = 35,
@@ -32,6 +33,8 @@ enum cudaError_t {
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorNotReady = 600,
   cudaErrorLaunchFailure = 719,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
@@ -62,6 +65,8 @@ struct Stream {
   std::deque<std::function<bool()>> queue;  // false: not yet, ask again (what other ranks have to join, say)
   std::uint64_t queued = 0, done = 0;
   std::vector<std::function<void()>>* capturing = nullptr;  // a graph in the making
+  bool spoilt = false;                                      // it
+  int device = 0;
 };
 struct Event {  // the stream's first `at` operations
   Stream* stream;
@@ -75,11 +80,11 @@ inline std::string failure;    // sticks, as it does on a GPU
 inline Stream default_stream;  // a stream like any other
 inline std::vector<Stream*> streams{&default_stream};
 inline thread_local int device = 0;
-struct Block {
+struct Taken {
   std::size_t bytes;
   int device;
 };
-inline std::map<const char*, Block> device_memory;  // what is taken of it, by its first byte
+inline std::map<const char*, Taken> device_memory;  // what is taken of it, by its first byte
 inline std::map<int, std::size_t> used_memory;      // of each GPU
 
 inline std::size_t total_memory() {
@@ -135,6 +140,7 @@ inline cudaError_t finish(Stream& stream, std::uint64_t at) {
 inline cudaError_t enqueue_until(Stream* stream, std::function<bool()> operation) {
   std::lock_guard lock(machine.mutex);
   if (!stream) stream = &default_stream;
+  if (stream->spoilt) return cudaErrorStreamCaptureInvalidated;
   if (stream->capturing) return stream->capturing->push_back(std::move(operation)), cudaSuccess;
   stream->queue.push_back(std::move(operation)), stream->queued++;
   const cudaError_t error = run_until(*stream, timing == Timing::eager ? stream->queued : 0);
@@ -142,6 +148,12 @@ inline cudaError_t enqueue_until(Stream* stream, std::function<bool()> operation
 }
 inline cudaError_t enqueue(Stream* stream, std::function<void()> operation) {
   return enqueue_until(stream, [operation = std::move(operation)] { return operation(), true; });
+}
+
+// What must not wait for a stream that is captured, and does, whichever thread it is of, spoils the capture.
+inline bool spoils(Stream* stream) {
+  std::lock_guard lock(machine.mutex);
+  return stream && stream->capturing && (stream->spoilt = true);
 }
 
 inline void copy_rows(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width,
@@ -160,10 +172,14 @@ using cudaGraphExec_t = std::vector<std::function<void()>>*;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  std::lock_guard lock(emulated::machine.mutex);
   return stream->capturing = new std::vector<std::function<void()>>, cudaSuccess;
 }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  return *graph = std::exchange(stream->capturing, nullptr), cudaSuccess;
+  std::lock_guard lock(emulated::machine.mutex);
+  *graph = std::exchange(stream->capturing, nullptr);
+  if (!std::exchange(stream->spoilt, false)) return cudaSuccess;
+  return delete std::exchange(*graph, nullptr), cudaErrorStreamCaptureInvalidated;
 }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
   return *exec = new std::vector<std::function<void()>>(*graph), cudaSuccess;
@@ -233,12 +249,19 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid resource handle";
     case cudaErrorNotReady:
       return "device not ready";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
     default:
       return emulated::failure.c_str();
   }
 }
 
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (emulated::spoils(stream)) return cudaErrorStreamCaptureUnsupported;
   return emulated::finish(stream ? *stream : emulated::default_stream, ~0ull);
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -252,6 +275,8 @@ inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
 // Of all devices, and all that does not wait for other ranks.
 inline cudaError_t cudaDeviceSynchronize() {
   std::lock_guard lock(emulated::machine.mutex);
+  for (auto* stream : emulated::streams)
+    if (stream->device == emulated::device && emulated::spoils(stream)) return cudaErrorStreamCaptureUnsupported;
   for (auto* stream : emulated::streams) emulated::run_until(*stream, ~0ull);
   return cudaGetLastError();
 }
@@ -329,7 +354,8 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaS
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   std::lock_guard lock(emulated::machine.mutex);
-  return emulated::streams.push_back(*stream = new emulated::Stream), cudaSuccess;
+  emulated::streams.push_back(*stream = new emulated::Stream);
+  return (*stream)->device = emulated::device, cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   std::lock_guard lock(emulated::machine.mutex);

@@ -11,13 +11,12 @@
 // Shared memory: `__shared__ Shared<float[32]> partial;`, or the launch's dynamic bytes as T.
 template <class T>
 struct Shared {
-  T& value = *static_cast<T*>(emulated::allocate(sizeof(T)));
-  Shared() { emulated::machine.static_shared.emplace_back(&value, sizeof(T)); }
-  operator T&() const { return value; }
+  const std::size_t number = emulated::machine.static_shared++;
+  operator T&() const { return *static_cast<T*>(emulated::static_shared(number, sizeof(T))); }
 };
 template <class T>
 T* shared_memory() {
-  return static_cast<T*>(emulated::machine.shared);
+  return static_cast<T*>(emulated::machine.now->shared.data.get());
 }
 
 // Copies 16 bytes from global to shared memory, or zeros when not `valid`; both aligned to 16. The hardware may do so

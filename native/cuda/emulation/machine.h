@@ -1,10 +1,11 @@
 // Runs CUDA kernel sources on the host (x86-64), for tests on machines without a GPU. Every CUDA thread of a block is a
-// fiber with its own stack; one block runs at a time. A fiber runs until it has to wait: at a barrier, or in an
-// operation of its warp (shuffle, vote, mma), which the last lane to arrive computes for all. Runnable fibers and
-// blocks go in forward, reverse or seeded random order. Found out: accesses out of bounds (AddressSanitizer; each
-// allocation is exact), uninitialised shared memory (it is NaN), missing barriers and waits (results differ between
-// schedules), divergent barriers, wrong lane masks, waiting for ever (an error that names the source lines), and host
-// code that touches device memory (protection keys, where the CPU has them).
+// fiber with its own stack. A fiber runs until it has to wait: at a barrier, or in an operation of its warp (shuffle,
+// vote, mma), which the last lane to arrive computes for all. Two blocks run at a time: at every barrier one gives way
+// to the other. Runnable fibers and blocks go in forward, reverse or seeded random order. Found out: accesses out of
+// bounds (AddressSanitizer; each allocation is exact), uninitialised shared memory (it is NaN), missing barriers and
+// waits (results differ between schedules), divergent barriers, wrong lane masks, waiting for ever (an error that names
+// the source lines), blocks that take each other's memory (where they have barriers), and host code that touches device
+// memory (protection keys, where the CPU has them).
 #pragma once
 
 #include <immintrin.h>
@@ -39,9 +40,9 @@ inline void __asan_unpoison_memory_region(const void*, std::size_t) {}
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time; `__shared__ Shared<float[32]> x;` is checked, a bare array is not
+#define __shared__ static  // only `__shared__ Shared<float[32]> x;` is each block's own, and checked
 #define threadIdx (::emulated::machine.self->thread)
-#define blockIdx (::emulated::machine.block)
+#define blockIdx (::emulated::machine.now->index)
 #define blockDim (::emulated::machine.block_size)
 #define gridDim (::emulated::machine.grid_size)
 #define CALL_SITE std::source_location where = std::source_location::current()
@@ -97,21 +98,30 @@ struct Meeting {  // the lanes of one mask, on their way into one operation of t
   const char* name = nullptr;
   void* records[kWarp] = {};  // each lane's operands and result, on that lane's stack
 };
+struct Memory {
+  std::shared_ptr<void> data;
+  std::size_t bytes = 0;
+};
+struct Block {
+  uint3 index{};
+  std::deque<Fiber> fibers;
+  std::vector<Fiber*> ready;  // a stack: the last is the next to run
+  unsigned alive = 0, at_barrier = 0;
+  std::source_location barrier;  // of the first thread there
+  std::vector<Meeting> warps[kMaxThreads / kWarp];
+  Memory shared;
+  std::vector<Memory> static_shared;  // by the number of the `Shared` object
+};
 struct Machine {
   Schedule schedule = Schedule::forward;
   std::minstd_rand random{1};
   std::recursive_mutex mutex;
   Fiber host, *self = &host, *previous = nullptr;
-  std::deque<Fiber> fibers;
-  std::vector<Fiber*> ready;  // a stack: the last is the next to run
+  Block blocks[2], *now = blocks;
   dim3 grid_size, block_size;
-  uint3 block{};
-  unsigned threads = 0, alive = 0, at_barrier = 0;
-  std::source_location barrier;  // of the first thread there
-  std::vector<Meeting> warps[kMaxThreads / kWarp];
+  unsigned threads = 0;
   const std::function<void()>* kernel = nullptr;
-  void* shared = nullptr;
-  std::vector<std::pair<void*, std::size_t>> static_shared;
+  std::size_t static_shared = 0;  // `Shared` objects
   std::string error;
 
   Machine() {
@@ -130,6 +140,16 @@ inline void* allocate(std::size_t bytes) {  // 128-byte aligned, nothing spare a
 }
 inline unsigned lane() {
   return machine.self->index % kWarp;
+}
+inline Memory take(std::size_t bytes) {
+  return {{allocate(bytes), std::free}, bytes};
+}
+// Of the running block.
+inline void* static_shared(std::size_t number, std::size_t bytes) {
+  auto& all = machine.now->static_shared;
+  if (number >= all.size()) all.resize(number + 1);
+  if (!all[number].data) all[number] = take(bytes);
+  return all[number].data.get();
 }
 inline bool chance(unsigned n) {
   return machine.schedule == Schedule::random && machine.random() % n == 0;
@@ -191,12 +211,19 @@ inline std::string describe(const Fiber& f) {
   return "\n  thread " + std::to_string(f.index) + " in " + f.waits_in + " at " + place;
 }
 
+// To the other block, where it has something to do.
+inline void give_way() {
+  Block& other = machine.blocks[machine.now == machine.blocks ? 1 : 0];
+  if (other.alive > 0) machine.now = &other;
+}
+
 inline Fiber& next_fiber() {
-  auto& ready = machine.ready;
-  if (ready.empty() && machine.alive > 0) {
-    machine.error = std::to_string(machine.alive) + " threads wait for ever:";
+  if (machine.now->alive == 0) give_way();
+  auto& ready = machine.now->ready;
+  if (ready.empty() && machine.now->alive > 0) {
+    machine.error = std::to_string(machine.now->alive) + " threads wait for ever:";
     unsigned line = 0;  // of the thread described last: neighbours that wait in the same place are left out
-    for (const Fiber& f : machine.fibers)
+    for (const Fiber& f : machine.now->fibers)
       if (f.waits_in && std::exchange(line, f.where.line()) != f.where.line()) machine.error += describe(f);
   }
   if (ready.empty()) return machine.host;
@@ -210,7 +237,7 @@ inline void wake(unsigned first, unsigned count, unsigned mask) {
   const bool reverse = machine.schedule == Schedule::reverse || chance(2);
   for (unsigned n = 0; n < count; n++) {
     const unsigned i = first + (reverse ? n : count - 1 - n);
-    if (mask >> i % kWarp & 1) machine.ready.push_back(&machine.fibers[i]);
+    if (mask >> i % kWarp & 1) machine.now->ready.push_back(&machine.now->fibers[i]);
   }
 }
 
@@ -221,21 +248,23 @@ inline void wait() {
 inline void fiber_main() {
   arrived_on_stack();
   (*machine.kernel)();
-  machine.alive--, switch_to(next_fiber(), true), std::abort();
+  machine.now->alive--, switch_to(next_fiber(), true), std::abort();
 }
 
-inline void start_fibers() {
-  while (machine.fibers.size() < machine.threads) {
+// The running block is that of the grid's `index`; its threads wait to begin.
+inline void start(Block& block, uint3 index, std::size_t shared_bytes) {
+  machine.now = &block, block.index = index;
+  while (block.fibers.size() < machine.threads) {
     void* base = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED || mprotect(base, kGuardBytes, PROT_NONE) != 0) throw std::bad_alloc();
-    Fiber& fiber = machine.fibers.emplace_back();
-    fiber.index = static_cast<unsigned>(machine.fibers.size() - 1);
+    Fiber& fiber = block.fibers.emplace_back();
+    fiber.index = static_cast<unsigned>(block.fibers.size() - 1);
     fiber.stack = static_cast<unsigned char*>(base) + kGuardBytes;
     fiber.stack_bytes = kStackBytes - fiber.index % 61 * 192;  // staggered: tops fall into different cache sets
   }
-  for (Fiber& f : machine.fibers) f.waits_in = nullptr, f.sanitizer_stack = nullptr, f.copies.clear(), f.copy_group = 0;
+  for (Fiber& f : block.fibers) f.waits_in = nullptr, f.sanitizer_stack = nullptr, f.copies.clear(), f.copy_group = 0;
   for (unsigned i = 0; i < machine.threads; i++) {
-    Fiber& fiber = machine.fibers[i];
+    Fiber& fiber = block.fibers[i];
     const dim3 size = machine.block_size;
     fiber.thread = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);  // what the last block left there
@@ -244,7 +273,12 @@ inline void start_fibers() {
     top[-2] = reinterpret_cast<void*>(fiber_main);
     fiber.stack_pointer = top - 8;
   }
-  machine.alive = machine.threads, machine.ready.clear(), wake(0, machine.threads, ~0u);
+  if (block.shared.bytes != shared_bytes || !block.shared.data) block.shared = take(shared_bytes);
+  std::memset(block.shared.data.get(), kPoison, shared_bytes);
+  for (auto& [data, bytes] : block.static_shared)
+    if (data) std::memset(data.get(), kPoison, bytes);
+  for (auto& warp : block.warps) warp.clear();
+  block.at_barrier = 0, block.alive = machine.threads, block.ready.clear(), wake(0, machine.threads, ~0u);
 }
 
 // Runs `kernel` once per thread of every block. Throws std::runtime_error when it breaks a rule.
@@ -260,13 +294,13 @@ inline void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std:
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; i++) order[i] = machine.schedule == Schedule::reverse ? blocks - 1 - i : i;
   if (machine.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), machine.random);
-  const std::shared_ptr<void> shared(machine.shared = allocate(shared_bytes), std::free);
-  for (unsigned i : order) {
-    machine.block = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-    std::memset(machine.shared, kPoison, shared_bytes);
-    for (auto [data, bytes] : machine.static_shared) std::memset(data, kPoison, bytes);
-    for (auto& warp : machine.warps) warp.clear();
-    machine.at_barrier = 0, start_fibers(), switch_to(next_fiber());
+  for (std::size_t first = 0; first < order.size(); first += 2) {
+    for (std::size_t n = std::min<std::size_t>(2, order.size() - first); n-- > 0;) {
+      const unsigned i = order[first + n];
+      start(machine.blocks[n], {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, shared_bytes);
+    }
+    switch_to(next_fiber());
+    for (Block& b : machine.blocks) b.alive = 0;  // of one that broke
     if (!machine.error.empty()) throw std::runtime_error("emulated kernel: " + std::exchange(machine.error, {}));
   }
 }
@@ -277,7 +311,7 @@ void meet(unsigned mask, Record& mine, Perform perform, const char* name, std::s
   const unsigned warp = machine.self->index / kWarp, present = std::min(machine.threads - warp * kWarp, kWarp);
   if (present < kWarp) mask &= (1u << present) - 1;
   machine.self->waits_in = name, machine.self->where = where;
-  auto& meetings = machine.warps[warp];
+  auto& meetings = machine.now->warps[warp];
   auto it = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.mask == mask; });
   if (it == meetings.end()) it = meetings.insert(it, {mask, 0, name, {}});
   if (!(mask >> lane() & 1)) fail("a lane is not in its own mask:" + describe(*machine.self));
@@ -356,11 +390,12 @@ inline void __syncwarp(unsigned mask = ~0u, CALL_SITE) {
 }
 inline void __syncthreads(CALL_SITE) {
   using namespace emulated;
+  Block& block = *machine.now;
   machine.self->waits_in = "__syncthreads", machine.self->where = where;
-  if (machine.at_barrier++ == 0) machine.barrier = where;
-  if (machine.barrier.line() != where.line())
-    fail("divergent __syncthreads, others at line " + std::to_string(machine.barrier.line()) + describe(*machine.self));
-  if (machine.at_barrier == machine.threads) machine.at_barrier = 0, wake(0, machine.threads, ~0u);
+  if (block.at_barrier++ == 0) block.barrier = where;
+  if (block.barrier.line() != where.line())
+    fail("divergent __syncthreads, others at line " + std::to_string(block.barrier.line()) + describe(*machine.self));
+  if (block.at_barrier == machine.threads) block.at_barrier = 0, wake(0, machine.threads, ~0u), give_way();
   wait();
 }
 

@@ -6,6 +6,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "core/dtype.h"
 #include "core/error.h"
@@ -40,6 +43,22 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Lets a kernel have so much dynamic shared memory. Above 48 KiB, static shared memory included, it must be asked for;
+// it is never lowered, since another rank may be about to launch with more.
+inline void allowShared(const void* kernel, size_t bytes) {
+  constexpr size_t kAlways = 32 << 10;
+  if (bytes <= kAlways) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // of a GPU
+  int gpu = 0;
+  cudaGetDevice(&gpu);
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{kernel, gpu}];
+  if (bytes <= most) return;
+  most = bytes;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... arguments) {
   if (!lockstep::cuda::admit({reinterpret_cast<const void*>(kernel),
@@ -47,8 +66,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
                               uint64_t{block.x} * block.y * block.z,
                               shared_bytes}))
     return;
-  if (shared_bytes > 48 * 1024)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  allowShared(reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(arguments)...);
   if (const auto error = cudaGetLastError(); error != cudaSuccess)
     throw lockstep::Error("CUDA_FAILED", cudaGetErrorString(error));

@@ -81,15 +81,15 @@ inline cudaError_t map(int device, char* at, size_t bytes) {
   if (error == CUDA_SUCCESS) error = driver.access(address, bytes, &access, 1);
   return result(error);
 }
-inline cudaError_t clear(char* at, size_t bytes) {
-  const cudaError_t error = cudaMemset(at, 0, bytes);
-  return error == cudaSuccess ? cudaDeviceSynchronize() : error;
+inline cudaError_t clear(char* at, size_t bytes, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(at, 0, bytes, stream);
+  return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
 }
-// What one map() has made.
+// What one map() has made. Nothing in flight uses it.
 inline cudaError_t unmap(char* at, size_t bytes) {
-  cudaDeviceSynchronize();
   return result(Driver::get().unmap(reinterpret_cast<CUdeviceptr>(at), bytes));
 }
+// All of what reserve() has given.
 inline cudaError_t release(char* at, size_t bytes) {
   return result(Driver::get().release(reinterpret_cast<CUdeviceptr>(at), bytes));
 }

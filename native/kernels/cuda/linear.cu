@@ -136,11 +136,12 @@ __device__ __forceinline__ void finishTile(const Finish& f, const Grid& grid, co
 // --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 // With Then::kPart blockIdx.y is the part that a block multiplies; otherwise it multiplies all of a weight split along
-// in, and `pending` has room for what waits to be joined.
+// in, and `pending` has room for what waits to be joined, of each block its own.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
-    productKernel(Product product, Grid grid, Finish f, float4* pending) {
+    productKernel(Product product, Grid grid, Finish f, float4* pending, size_t pendingOfBlock) {
   const bool apart = f.then == Then::kPart;
+  pending += blockIdx.x * pendingOfBlock;
   for (unsigned tile = blockIdx.x; tile < grid.count(); tile += gridDim.x) {
     const Place place = placeOf(grid, product.parts, tile);
     const Part part = product.parts[place.part];
@@ -275,12 +276,12 @@ void runTiles(Queue& queue, const Product& product, const WeightLayout& layout, 
   const Grid grid = Grid::make(layout, product.x.rows, T::kRows, T::kTokens, f.then == Then::kSwiGlu);
   const bool apart = f.then == Then::kPart, joins = grid.splitIn && !apart && product.parts.count > 1;
   // What waits to be joined should stay in the cache: as many blocks as run at a time.
-  const unsigned blocks = joins ? std::min<unsigned>(grid.count(), 2 * kMultiprocessors) : grid.count();
-  float4* pending = nullptr;
-  if (joins) pending = static_cast<float4*>(onGpu(queue).scratch(blocks * pendingBytes<T>(product.parts.count)));
+  const unsigned blocks = joins ? std::min(grid.count(), joiningBlocks(queue)) : grid.count();
   if (blocks == 0) return;
+  const size_t pendingOfBlock = joins ? pendingBytes<T>(product.parts.count) : 0;
+  auto* const pending = joins ? static_cast<float4*>(onGpu(queue).scratch(blocks * pendingOfBlock)) : nullptr;
   launch(productKernel<T>, dim3(blocks, apart ? product.parts.count : 1), T::kThreads, T::kSharedBytes,
-         onGpu(queue).stream(), product, grid, f, pending);
+         onGpu(queue).stream(), product, grid, f, pending, pendingOfBlock / sizeof(float4));
 }
 
 // Whether tiles of 128 x 128 keep the GPU busy.

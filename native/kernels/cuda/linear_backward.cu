@@ -589,7 +589,7 @@ void linearBackwardInput(Queue& queue, Operand dy, const Weight& w, Output dx) {
   float4* pending = nullptr;
   size_t pendingOfBlock = 0;
   if (!splitIn && product.parts.count > 1) {  // as many blocks as run at a time, so that what they keep is little
-    blocks = std::min<unsigned>(blocks, 2 * kMultiprocessors);
+    blocks = std::min(blocks, joiningBlocks(queue));
     pendingOfBlock = (isFloat ? pendingBytes<FloatSums> : pendingBytes<BFloat16Sums>)(product.parts.count);
     pending = static_cast<float4*>(onGpu(queue).scratch(blocks * pendingOfBlock));
   }

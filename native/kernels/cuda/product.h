@@ -11,6 +11,8 @@
 // there reaches only elements that nobody reads.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/cuda.h"
 
 namespace lockstep::kernels::cuda {
@@ -229,6 +231,10 @@ __device__ __forceinline__ void joinPart(typename T::Sums& sums, int p, int part
       for (int i = 0; i < 4; ++i) sum[i] = 0;
     }
   }
+}
+// So many blocks run at a time, two on each multiprocessor, and join what they keep in the cache.
+inline unsigned joiningBlocks(Queue& queue) {
+  return 2 * std::min(kMultiprocessors, onGpu(queue).multiprocessors());
 }
 template <class T>
 constexpr size_t pendingBytes(int parts) {

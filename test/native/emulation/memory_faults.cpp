@@ -1,5 +1,6 @@
 // Memory that is not what, or where, the program takes it for.
 #include "faults.h"
+#include "pages.h"
 
 namespace lockstep::emulation {
 
@@ -71,6 +72,27 @@ bool hostWrites(bool broken) {
   return out.fetch()[0] == 3.0f;
 }
 
+// Neither addresses nor what lies behind them are given back in part.
+bool partOfPages(bool broken) {
+  size_t grain = 0;
+  char* at = nullptr;
+  check(cuda::pages::grain(0, &grain));
+  check(cuda::pages::reserve(&at, 2 * grain));
+  check(cuda::pages::map(0, at, 2 * grain));
+  check(cuda::pages::unmap(at, (broken ? 1 : 2) * grain));
+  check(cuda::pages::release(at, 2 * grain));
+  return true;
+}
+
+bool partOfAddresses(bool broken) {
+  size_t grain = 0;
+  char* at = nullptr;
+  check(cuda::pages::grain(0, &grain));
+  check(cuda::pages::reserve(&at, 2 * grain));
+  check(cuda::pages::release(at, (broken ? 1 : 2) * grain));
+  return true;
+}
+
 }  // namespace
 
 std::vector<Fault> memoryFaults() {
@@ -79,6 +101,8 @@ std::vector<Fault> memoryFaults() {
       {"misaligned-copy", Found::kError, "misaligned address", misaligned},
       {"too-much-shared-memory", Found::kError, "invalid configuration", tooMuchShared},
       {"too-many-threads", Found::kError, "invalid configuration", tooManyThreads},
+      {"pages-given-back-in-part", Found::kError, "invalid argument", partOfPages},
+      {"addresses-given-back-in-part", Found::kError, "invalid argument", partOfAddresses},
       {"host-reads-device-memory", Found::kSignal, "", hostReads},
       {"host-writes-device-memory", Found::kSignal, "", hostWrites},
       // In a program of its own, out_of_bounds.cpp, which AddressSanitizer watches.

@@ -1,4 +1,6 @@
 // Streams and the host that do not wait for each other. The emulation finds them when streams work as late as they may.
+#include <thread>
+
 #include "faults.h"
 
 namespace lockstep::emulation {
@@ -109,6 +111,24 @@ bool sourceChangedTooEarly(bool broken) {
   return right;
 }
 
+// Whoever waits for the whole GPU while a stream of it is captured spoils the capture.
+bool waitsWhileCapturing(bool broken) {
+  const Stream stream;
+  const DeviceFloats x(std::vector<float>(kCount, 1.0f));
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t made = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  launch(fill, 1, kCount, 0, stream, x.data(), 7.0f);
+  if (broken) std::thread([] { cudaDeviceSynchronize(); }).join();
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&made, graph, 0));
+  check(cudaGraphLaunch(made, stream));
+  const bool right = copyOut(x, stream)[0] == 7.0f;
+  check(cudaGraphExecDestroy(made));
+  check(cudaGraphDestroy(graph));
+  return right;
+}
+
 }  // namespace
 
 std::vector<Fault> streamFaults() {
@@ -118,6 +138,7 @@ std::vector<Fault> streamFaults() {
       {"overwritten-by-another-stream", Found::kWrongResult, "", overwrittenByAnotherStream},
       {"host-does-not-wait", Found::kWrongResult, "", hostDoesNotWait},
       {"source-changed-too-early", Found::kWrongResult, "", sourceChangedTooEarly},
+      {"waits-for-the-gpu-while-capturing", Found::kError, "previous error during capture", waitsWhileCapturing},
   };
 }
 

@@ -33,6 +33,22 @@ __global__ void overwriteRow(float* out) {
   out[t - 1] = sum;
 }
 
+// Blocks that run at the same time and use one place of global memory.
+template <bool kBroken>
+__global__ void shareScratch(float* scratch, float* out) {
+  float* const own = scratch + (kBroken ? 0 : blockIdx.x * kThreads);
+  own[threadIdx.x] = static_cast<float>(blockIdx.x);
+  __syncthreads();
+  out[blockIdx.x * kThreads + threadIdx.x] = own[(threadIdx.x + 1) % kThreads];
+}
+
+bool runShareScratch(bool broken) {
+  constexpr size_t kBlocks = 3;
+  const DeviceFloats scratch(kBlocks * kThreads), out(kBlocks * kThreads);
+  launch(broken ? shareScratch<true> : shareScratch<false>, kBlocks, kThreads, 0, nullptr, scratch.data(), out.data());
+  return holds(out, kBlocks * kThreads, [](int i) { return static_cast<float>(i / kThreads); });
+}
+
 // A ring of kStages tiles, filled ahead. Thread t reads what the next thread has copied.
 template <int kLeft, bool kBarrier>
 __global__ void pipeline(const float* in, float* out) {
@@ -189,6 +205,7 @@ std::vector<Fault> threadFaults() {
        [](bool broken) { return broken ? runPipeline<2, true>() : runPipeline<1, true>(); }},
       {"copy-overwrites-too-early", Found::kWrongResult, "",
        [](bool broken) { return broken ? runPipeline<1, false>() : runPipeline<1, true>(); }},
+      {"blocks-share-scratch", Found::kWrongResult, "", runShareScratch},
       {"barriers-of-two-lines", Found::kError, "divergent __syncthreads, others at line",
        [](bool broken) {
          return runKernel(broken ? barrierInBranches<true> : barrierInBranches<false>, kThreads, kThreads, same);
