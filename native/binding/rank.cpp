@@ -70,8 +70,8 @@ Rank::Rank(Napi::Env env, const RankOptions& options)
       kernels_(kernelsOf(options)),
       poison_(options.poison),
       memory_("memory.device", MemorySpace::kUnbounded),
-      host_("memory.host", options.hostBytes),
-      workspace_("workspace", 0, &memory_, gpu() < 0 ? hostMemory() : cuda::memoryOf(gpu())),
+      host_("memory.host", options.hostBytes, deviceMemory()),
+      workspace_("workspace", 0, &memory_, deviceMemory()),
       queue_(gpu() < 0 ? std::make_unique<Queue>(options.threads, options.scratchBytes)
                        : cuda::makeQueue(gpu(), options.threads, 0)),
       env_(env),
@@ -80,6 +80,10 @@ Rank::Rank(Napi::Env env, const RankOptions& options)
   // An idle rank does not keep the process alive.
   door_.Unref(env);
   napi_add_env_cleanup_hook(env_, &Rank::atExit, this);
+}
+
+Memory& Rank::deviceMemory() const {
+  return gpu() < 0 ? hostMemory() : cuda::memoryOf(gpu());
 }
 
 Rank::~Rank() {
@@ -107,6 +111,7 @@ void Rank::close() {
   }
   queue_->close();
   workspace_.release();
+  host_.close();
   door_.Release();
 }
 

@@ -18,6 +18,7 @@
 #include "core/memory_space.h"
 #include "kernels/kernels.h"
 #include "model/model.h"
+#include "transfer/host_room.h"
 
 namespace lockstep::binding {
 
@@ -68,7 +69,7 @@ class Rank : public std::enable_shared_from_this<Rank> {
   Arena& workspace() { return workspace_; }
   // What the arenas of all models and the workspace hold, and what host memory holds for them.
   const MemorySpace& memory() const { return memory_; }
-  MemorySpace& host() { return host_; }
+  transfer::HostRoom& host() { return host_; }
   const std::atomic<bool>& cancelled() const { return thread_.cancelled(); }
   bool poison() const { return poison_; }
   // The communicator for what lies on the rank's device, over one of the process: of a GPU NCCL, for which all ranks of
@@ -82,13 +83,15 @@ class Rank : public std::enable_shared_from_this<Rank> {
   Napi::Promise callOn(RankThread&, Napi::Env, std::function<void()> work,
                        std::function<Napi::Value(Napi::Env)> finish);
   static void complete(Napi::Env, Call*);
+  Memory& deviceMemory() const;
   static void atExit(void* rank);
 
   const RankOptions options_;
   const kernels::Kernels* kernels_;
   bool poison_;
   int64_t workspaceUse_ = 0;
-  MemorySpace memory_, host_;
+  MemorySpace memory_;
+  transfer::HostRoom host_;
   Arena workspace_;
   std::unique_ptr<Queue> queue_;
   napi_env env_;

@@ -150,7 +150,7 @@ Napi::Value DeviceWrap::spaces(const Napi::CallbackInfo& info) {
     out.Set(name, o);
   };
   give("device", rank_->memory());
-  give("host", rank_->host());
+  give("host", rank_->host().space());
   return out;
 }
 

@@ -14,7 +14,7 @@ namespace lockstep::binding {
 constexpr unsigned kParameters = 1, kGradients = 2, kOptimizer = 4;
 
 struct ModelState {
-  ModelState(std::shared_ptr<model::Model> owner, MemorySpace& host)
+  ModelState(std::shared_ptr<model::Model> owner, transfer::HostRoom& host)
       : model(std::move(owner)),
         parameters("parameters", model->parameters().weights(), host),
         gradients("gradients", model->parameters().gradients(), host, &model->parameters().gradientsLive()),

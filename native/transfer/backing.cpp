@@ -7,9 +7,9 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <map>
 #include <vector>
 
-#include "core/arena.h"
 #include "core/error.h"
 
 namespace lockstep::transfer {
@@ -18,34 +18,36 @@ namespace {
 
 class HostBacking final : public Backing {
  public:
-  HostBacking(const std::string& name, size_t bytes, MemorySpace& host, Memory& device)
-      : name_(name), memory_(name, bytes), host_(host), device_(device) {
-    if (bytes > 0) device_.pin(memory_.data(), bytes);
-  }
+  HostBacking(const std::string& name, HostRoom& host, Memory& device) : name_(name), host_(host), device_(device) {}
   ~HostBacking() override {
-    if (memory_.planned() > 0) device_.unpin(memory_.data());
-    host_.give(held_);
+    for (auto& [offset, chunk] : chunks_) host_.give(std::move(chunk));
   }
 
   void put(size_t offset, const char* from, size_t bytes) override {
-    host_.take(bytes, "keeping '" + name_ + "' in host memory");
-    held_ += bytes;
-    device_.toHost(memory_.data() + offset, from, bytes);
+    HostRoom::Chunk chunk = host_.take(bytes, "keeping '" + name_ + "' in host memory");
+    try {
+      device_.toHost(chunk->data(), from, bytes);
+    } catch (...) {
+      host_.give(std::move(chunk));
+      throw;
+    }
+    chunks_.insert_or_assign(offset, std::move(chunk));
   }
 
   void take(size_t offset, char* to, size_t bytes) override {
-    device_.fromHost(to, memory_.data() + offset, bytes);
-    if (device_.isHost()) memory_.discard(offset, bytes);
-    host_.give(bytes);
-    held_ -= bytes;
+    const auto at = chunks_.find(offset);
+    if (at == chunks_.end() || at->second->planned() != bytes)
+      throw Error("INTERNAL", "'" + name_ + "' is taken back by other chunks than it was given in");
+    device_.fromHost(to, at->second->data(), bytes);
+    host_.give(std::move(at->second));
+    chunks_.erase(at);
   }
 
  private:
   std::string name_;
-  Arena memory_;
-  MemorySpace& host_;
+  HostRoom& host_;
   Memory& device_;
-  size_t held_ = 0;
+  std::map<size_t, HostRoom::Chunk> chunks_;  // by offset
 };
 
 class FileBacking final : public Backing {
@@ -111,8 +113,8 @@ class FileBacking final : public Backing {
 
 }  // namespace
 
-std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host, Memory& device) {
-  return std::make_unique<HostBacking>(name, bytes, host, device);
+std::unique_ptr<Backing> hostBacking(const std::string& name, HostRoom& host, Memory& device) {
+  return std::make_unique<HostBacking>(name, host, device);
 }
 
 std::unique_ptr<Backing> fileBacking(const std::string& name, size_t bytes, const std::string& folder, Memory& device) {

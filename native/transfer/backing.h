@@ -1,5 +1,5 @@
 // Where the bytes of an arena are kept while they are away from the device: in host memory within a budget, or in a
-// file. Bytes are given in chunks and taken back in any order of chunks.
+// file. Bytes are given in chunks and taken back by the same chunks, in any order.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/memory.h"
-#include "core/memory_space.h"
+#include "transfer/host_room.h"
 
 namespace lockstep::transfer {
 
@@ -20,9 +20,8 @@ class Backing {
   virtual void take(size_t offset, char* to, size_t bytes) = 0;
 };
 
-// Host memory for `bytes` bytes, counted in `host` chunk by chunk. put() throws Error("MEMORY_BUDGET"); the
-// constructor Error("OUT_OF_MEMORY"). Pinned for `device`.
-std::unique_ptr<Backing> hostBacking(const std::string& name, size_t bytes, MemorySpace& host, Memory& device);
+// Host memory, taken and given chunk by chunk. put() throws what HostRoom::take throws.
+std::unique_ptr<Backing> hostBacking(const std::string& name, HostRoom& host, Memory& device);
 
 // A file of `bytes` bytes in `folder`. It has no name once it is open, so nothing is left of it however the process
 // ends. Throws Error("OFFLOAD_FILE") with the path and the system's reason; the constructor already when there is no

@@ -310,28 +310,34 @@ void Transfer::copyLocal(Queue& queue) {
 
 // Slices of several runs are packed on one side and unpacked on the other.
 void Transfer::exchange(Queue& queue) {
+  const auto isPacked = [&](const Slice& s, int end) { return s.from != s.to && end == rank_ && s.count > 1; };
+  const auto room = [](const Slice& s) { return (static_cast<size_t>(s.total()) + 255) / 256 * 256; };
+  size_t sending = 0, receiving = 0;
+  for (const Slice& s : slices_) {
+    sending += isPacked(s, s.from) ? room(s) : 0;
+    receiving += isPacked(s, s.to) ? room(s) : 0;
+  }
+  Arena sent("packed slices", sending, nullptr, sending > 0 ? source_->memory() : hostMemory());
+  Arena received("packed slices", receiving, nullptr, receiving > 0 ? destination_->memory() : hostMemory());
+  char *nextSent = sent.data(), *nextReceived = received.data();
   std::vector<comm::Outgoing> outgoing;
   std::vector<comm::Incoming> incoming;
-  std::vector<std::unique_ptr<Arena>> packed;
-  const auto packing = [&](const Slice& s, Memory& memory) {
-    packed.push_back(std::make_unique<Arena>("packed slices", static_cast<size_t>(s.total()), nullptr, memory));
-    return packed.back()->data();
-  };
   std::vector<std::pair<const Slice*, const char*>> unpack;
   for (const Slice& s : slices_) {
     if (s.from == s.to) continue;
     if (s.from == rank_) {
       const char* data = source() + s.sourceOffset;
       if (s.count > 1) {
-        char* const dense = packing(s, source_->memory());
-        copyRuns(queue, data, s.sourceStride, dense, s.bytes, s.bytes, s.count);
-        data = dense;
+        copyRuns(queue, data, s.sourceStride, nextSent, s.bytes, s.bytes, s.count);
+        data = nextSent;
+        nextSent += room(s);
       }
       outgoing.push_back({s.to, data, s.total(), Element::kByte});
     } else if (s.to == rank_) {
       char* data = destination() + s.destinationOffset;
       if (s.count > 1) {
-        data = packing(s, destination_->memory());
+        data = nextReceived;
+        nextReceived += room(s);
         unpack.emplace_back(&s, data);
       }
       incoming.push_back({s.from, data, s.total(), Element::kByte});
@@ -342,6 +348,7 @@ void Transfer::exchange(Queue& queue) {
   for (const auto& [s, data] : unpack) {
     copyRuns(queue, data, s->bytes, destination() + s->destinationOffset, s->destinationStride, s->bytes, s->count);
   }
+  queue.synchronize();  // before `received` goes
 }
 
 }  // namespace lockstep::transfer

@@ -16,7 +16,7 @@ double secondsSince(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-StateGroup::StateGroup(std::string name, Arena& arena, MemorySpace& host, const std::atomic<bool>* live)
+StateGroup::StateGroup(std::string name, Arena& arena, HostRoom& host, const std::atomic<bool>* live)
     : name_(std::move(name)), arena_(arena), host_(host), live_(live) {}
 
 uint64_t StateGroup::issue(Kind kind) {
@@ -55,7 +55,7 @@ void StateGroup::aim(Place to, const std::string& folder) {
                 "the gradients have not been used by a step, so dropping them would lose them; step first, or move "
                 "them to the host");
   }
-  if (to == Place::kHost) backing_ = hostBacking(name_, arena_.planned(), host_, arena_.memory());
+  if (to == Place::kHost) backing_ = hostBacking(name_, host_, arena_.memory());
   if (to == Place::kFile) backing_ = fileBacking(name_, arena_.planned(), folder, arena_.memory());
   aim_ = to;
   place_ = to;

@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "core/arena.h"
-#include "core/memory_space.h"
 #include "transfer/backing.h"
 
 namespace lockstep::transfer {
@@ -38,7 +37,7 @@ class StateGroup {
  public:
   // Keeps references. `live`: whether the contents may be other than zero; while they are not they may be given up.
   // Null: they never are.
-  StateGroup(std::string name, Arena& arena, MemorySpace& host, const std::atomic<bool>* live = nullptr);
+  StateGroup(std::string name, Arena& arena, HostRoom& host, const std::atomic<bool>* live = nullptr);
 
   // --- order of uses and moves; tickets are issued on the JavaScript thread ---
   enum class Kind : uint8_t { kUse, kMove };
@@ -70,7 +69,7 @@ class StateGroup {
  private:
   const std::string name_;
   Arena& arena_;
-  MemorySpace& host_;
+  HostRoom& host_;
   const std::atomic<bool>* const live_;
 
   std::mutex order_;
