@@ -313,7 +313,9 @@ BenchResult Bench::adamw(int64_t count) {
   kernels::referenceKernels().adamw(host_, settings, small.elements, expected[0].data(), expected[1].data(),
                                     expected[2].data(), expected[3].data(), &small, published.data());
   const auto update = [&] {
-    k_.sumOfSquares(queue_, at(3), layout.elements);
+    const kernels::Run gradient{at(3), layout.elements};
+    double sum = 0;
+    k_.sumsOfSquares(queue_, &gradient, 1, &sum);
     k_.adamw(queue_, settings, layout.elements, at(0), at(1), at(2), at(3), &layout, weights->data());
   };
   update();

@@ -166,6 +166,11 @@ struct AdamW {  // each constant of the formula is computed in float64 and round
   double gradientScale;                                     // clip factor min(1, clipNorm / (norm + 1e-6))
 };
 
+struct Run {
+  const float* data;
+  int64_t count;
+};
+
 struct Sampling {
   float temperature;  // 0: argmax, ties to the lowest id
   float topP;         // 1 or more: off; 0 or less keeps one token
@@ -317,9 +322,9 @@ struct Kernels {
 
   // dst += src; src = 0. Joins the two accumulators of a tied embedding.
   void (*accumulate)(Queue&, int64_t count, float* src, float* dst);
-  // Sum of squares of count float32: leaves of 4096 elements, each a lanes sum in float32; a balanced tree in float64
-  // over leaves.
-  double (*sumOfSquares)(Queue&, const float* gradient, int64_t count);
+  // sums[i] = sum of squares of runs[i]: leaves of 4096 elements, each a lanes sum in float32; a balanced tree in
+  // float64 over leaves.
+  void (*sumsOfSquares)(Queue&, const Run* runs, int64_t count, double* sums);
   // g = gradient * gradientScale; m = fma(beta1, m, (1 - beta1) g); v = fma(beta2, v, (1 - beta2) (g g));
   // p = p (1 - lr wd) - (lr / correction1) m / fma(sqrt(v), 1 / sqrt(correction2), epsilon); gradient = 0. For a matrix
   // in bfloat16 `weights` is published in the same pass (layout and weights null otherwise).

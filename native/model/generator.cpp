@@ -309,9 +309,12 @@ void Generator::sampleRows(Operand hidden, const std::vector<int64_t>& rows,
                            const std::vector<kernels::Sampling>& settings) {
   const int64_t count = static_cast<int64_t>(rows.size()), vocabulary = spec_.shape.vocabulary;
   const Operand gathered = workspace_.operand("sampledHidden", kAbsent, spec_.dtype, count, hidden.cols);
-  for (int64_t i = 0; i < count; ++i) {
-    queue_.copy(gathered.rowBytes(i), hidden.rowBytes(rows[static_cast<size_t>(i)]),
-                static_cast<size_t>(hidden.cols) * bytesOf(spec_.dtype));
+  const auto bytes = [&](int64_t elements) { return static_cast<size_t>(elements) * bytesOf(spec_.dtype); };
+  for (int64_t i = 0, n = 0; i < count; i += n) {  // neighbours together
+    const int64_t row = rows[static_cast<size_t>(i)];
+    for (n = 1; i + n < count && rows[static_cast<size_t>(i + n)] == row + n;) ++n;
+    queue_.copyRows(gathered.rowBytes(i), bytes(gathered.stride), hidden.rowBytes(row), bytes(hidden.stride),
+                    bytes(hidden.cols), n);
   }
   const View<float> logits = workspace_.f32("logits", kAbsent, count, vocabulary);
   transformer_.logits(gathered, logits);

@@ -227,6 +227,7 @@ void Model::clearGradients() {
   kept_.clear();
   gradients_.clear();
   parameters_.clearGradients();
+  device_.queue.synchronize();
 }
 
 std::vector<Generated> Model::generate(const GeneratePlans& plans, const GenerateSettings& settings,

@@ -368,8 +368,8 @@ void Parameters::sumShared(const TensorSpec& t) {
   writeRows(index, Space::kGradients, t.summedBegin, rows, some.data());
 }
 
-// Appends the sums of squares of the parts that the rank has, of each data-parallel rank's piece its own.
-void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector<double>& sums) const {
+// Appends the parts that the rank has, of each data-parallel rank's piece its own, whose squares are to be summed.
+void Parameters::addRuns(Queue& queue, const TensorSpec& t, GradientRuns& gradient) const {
   const Stored own = stored(find(t.name), Space::kGradients);
   const float* const data = static_cast<const float*>(own.data) - own.begin;
   int64_t begin = 0, end = t.layout.elements;
@@ -380,7 +380,7 @@ void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector
   const auto add = [&](int64_t first, int64_t last) {
     first = std::max(first, begin);
     last = std::min(last, end);
-    sums.push_back(first < last ? kernels_.sumOfSquares(queue, data + first, last - first) : 0);
+    gradient.runs.push_back({data + first, std::max<int64_t>(0, last - first)});
   };
   for (const Part& part : t.layout.parts) {
     const bool copies = t.summed == Summed::kKeyValue && !t.owner && &part == t.layout.parts.data();
@@ -398,18 +398,21 @@ void Parameters::addSumsOfSquares(Queue& queue, const TensorSpec& t, std::vector
                   [&](int64_t i, int64_t k) { packed[static_cast<size_t>(i)] = row[static_cast<size_t>(k)]; });
     }
     const size_t size = packed.size() * sizeof(float);
-    Arena onDevice("rows that are copied", size, nullptr, gradients_.memory());
-    queue.fromHost(onDevice.data(), packed.data(), size);
-    sums.push_back(kernels_.sumOfSquares(queue, reinterpret_cast<float*>(onDevice.data()), own.elements));
+    auto copy = std::make_unique<Arena>("rows that are copied", size, nullptr, gradients_.memory());
+    queue.fromHost(copy->data(), packed.data(), size);
+    gradient.runs.push_back({reinterpret_cast<const float*>(copy->data()), own.elements});
+    gradient.copies.push_back(std::move(copy));
   }
 }
 
 double Parameters::finishGradients(Queue& queue) {
-  std::vector<double> sums;
+  GradientRuns gradient;
   for (const TensorSpec& t : spec_.tensors) {
     if (t.summed != Summed::kKeyValue) sumShared(t);
-    addSumsOfSquares(queue, t, sums);
+    addRuns(queue, t, gradient);
   }
+  std::vector<double> sums(gradient.runs.size());
+  kernels_.sumsOfSquares(queue, gradient.runs.data(), static_cast<int64_t>(sums.size()), sums.data());
   for (const TensorSpec& t : spec_.tensors) {
     if (t.summed == Summed::kKeyValue) sumShared(t);
   }

@@ -130,7 +130,11 @@ class Parameters {
   void gatherWeights();
   void sumShared(const TensorSpec&);
   double globalNorm(std::vector<double> sums);
-  void addSumsOfSquares(Queue&, const TensorSpec&, std::vector<double>& sums) const;
+  struct GradientRuns {
+    std::vector<kernels::Run> runs;
+    std::vector<std::unique_ptr<Arena>> copies;  // in which some of them lie
+  };
+  void addRuns(Queue&, const TensorSpec&, GradientRuns&) const;
 
   const Spec& spec_;
   const Parallel& parallel_;

@@ -17,6 +17,8 @@ const fewScratchBytes = 128 * MiB;
 /** cuda.h and product.h: blocks that join parts at the same time, and the side of a block. */
 const joiningBlocks = 2 * 132;
 const tileSide = 128;
+/** optimizer.cu, kMostBlocks. */
+const squaresBytes = 2 ** 19;
 /** attention.h, kFewRows. */
 const fewRows = 16;
 /** queue.h. */
@@ -62,8 +64,8 @@ export function gpuScratchBytes(share: GpuShare, call: GpuCall): number {
   const backward = [
     rows * s.heads * 4 + 256 + (parts > s.keyValueHeads ? rows * parts * 2 * s.headWidth * 4 : 0),
     s.headNorm ? rows * (s.heads + s.keyValueHeads) * 4 : 0,
-    // Of sumOfSquares: a float64 for 4096 elements, at the most.
-    Math.ceil(largest / 4096) * 8,
+    // Of sumsOfSquares: a float64 for 4096 elements, at the most, and for many runs together.
+    Math.max(Math.ceil(largest / 4096) * 8, squaresBytes),
   ];
   const all = [joining, inTurn(parts * s.width * 4), inTurn(up * 4), statistics, sampling, ...(train ? backward : [])];
   return inPages(Math.max(...all, dtype === 'bfloat16' ? fewBytes(s, sequences) : 0));

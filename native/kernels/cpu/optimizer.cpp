@@ -74,7 +74,7 @@ void accumulate(Queue& queue, int64_t count, float* src, float* dst) {
   });
 }
 
-double sumOfSquares(Queue& queue, const float* gradient, int64_t count) {
+static double sumOfSquares(Queue& queue, const float* gradient, int64_t count) {
   const int64_t leaves = (count + kSquaresLeaf - 1) / kSquaresLeaf;
   const int64_t tasks = (leaves + kSquaresTaskLeaves - 1) / kSquaresTaskLeaves;
   double* sums = static_cast<double*>(queue.scratch(0, static_cast<size_t>(sumOfSquaresScratchBytes(count))));
@@ -95,6 +95,10 @@ double sumOfSquares(Queue& queue, const float* gradient, int64_t count) {
   TreeSum tree;
   for (int64_t task = 0; task < tasks; ++task) tree.add(sums[task]);
   return tree.total();
+}
+
+void sumsOfSquares(Queue& queue, const Run* runs, int64_t count, double* sums) {
+  for (int64_t r = 0; r < count; ++r) sums[r] = sumOfSquares(queue, runs[r].data, runs[r].count);
 }
 
 void adamw(Queue& queue, const AdamW& a, int64_t count, float* parameter, float* m, float* v, float* gradient,

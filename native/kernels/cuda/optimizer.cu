@@ -14,6 +14,7 @@ namespace {
 constexpr int kThreads = 256, kEach = 4;     // a block updates kThreads * kEach elements
 constexpr int kBlockLeaves = kThreads / 16;  // a power of two: a whole subtree
 constexpr int kAhead = 8;                    // loads in flight of a thread
+constexpr int64_t kMostBlocks = 1 << 16;     // whose sums lie in scratch memory, if not of one run
 
 __global__ void accumulateKernel(int64_t count, float* src, float* dst) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads * kEach + threadIdx.x;
@@ -119,17 +120,33 @@ void accumulate(Queue& queue, int64_t count, float* src, float* dst) {
   launch(accumulateKernel, blocksFor(count, kThreads * kEach), kThreads, 0, onGpu(queue).stream(), count, src, dst);
 }
 
-double sumOfSquares(Queue& queue, const float* gradient, int64_t count) {
-  if (count == 0) return 0;
-  const unsigned blocks = blocksFor(count, kSquaresLeaf * kBlockLeaves);
-  double* const partial = onGpu(queue).scratchOf<double>(blocks);
-  launch(sumOfSquaresKernel, blocks, kThreads, 0, onGpu(queue).stream(), gradient, count, partial);
-  std::vector<double> sums(blocks);
-  onGpu(queue).give(sums.data(), partial, blocks);
-  for (size_t n = blocks; n > 1; n = (n + 1) / 2) {
-    for (size_t i = 0; i < n; i += 2) sums[i / 2] = i + 1 < n ? sums[i] + sums[i + 1] : sums[i];
+// Sums of blocks come to the host for many runs at a time: for each one to be waited for would cost more than its sum.
+void sumsOfSquares(Queue& queue, const Run* runs, int64_t count, double* sums) {
+  lockstep::cuda::Queue& gpu = onGpu(queue);
+  const auto blocksOf = [](const Run& run) { return int64_t{blocksFor(run.count, kSquaresLeaf * kBlockLeaves)}; };
+  std::vector<double> partial;
+  for (int64_t first = 0, end = 0; first < count; first = end) {
+    int64_t blocks = 0;
+    while (end < count && (end == first || blocks + blocksOf(runs[end]) <= kMostBlocks))
+      blocks += blocksOf(runs[end++]);
+    double* const device = gpu.scratchOf<double>(blocks);
+    for (int64_t r = first, at = 0; r < end; at += blocksOf(runs[r++])) {
+      if (runs[r].count == 0) continue;
+      launch(sumOfSquaresKernel, static_cast<unsigned>(blocksOf(runs[r])), kThreads, 0, gpu.stream(), runs[r].data,
+             runs[r].count, device + at);
+    }
+    partial.resize(static_cast<size_t>(blocks));
+    if (blocks > 0) gpu.give(partial.data(), device, blocks);
+    double* at = partial.data();
+    for (int64_t r = first; r < end; ++r) {
+      const int64_t own = blocksOf(runs[r]);
+      for (int64_t n = own; n > 1; n = (n + 1) / 2) {
+        for (int64_t i = 0; i < n; i += 2) at[i / 2] = i + 1 < n ? at[i] + at[i + 1] : at[i];
+      }
+      sums[r] = own == 0 ? 0 : at[0];
+      at += own;
+    }
   }
-  return sums[0];
 }
 
 void adamw(Queue& queue, const AdamW& a, int64_t count, float* parameter, float* m, float* v, float* gradient,

@@ -14,19 +14,22 @@ void accumulate(Queue&, int64_t count, float* src, float* dst) {
   }
 }
 
-double sumOfSquares(Queue&, const float* gradient, int64_t count) {
-  std::vector<double> sums;
-  for (int64_t begin = 0; begin < count; begin += 4096) {
-    const float* leaf = gradient + begin;
-    const int64_t size = count - begin < 4096 ? count - begin : 4096;
-    sums.push_back(lanesSum(size, [&](float acc, int64_t i) { return fma(leaf[i], leaf[i], acc); }));
+void sumsOfSquares(Queue&, const Run* runs, int64_t count, double* sums) {
+  for (int64_t r = 0; r < count; ++r) {
+    std::vector<double> leaves;
+    for (int64_t begin = 0; begin < runs[r].count; begin += 4096) {
+      const float* leaf = runs[r].data + begin;
+      const int64_t size = runs[r].count - begin < 4096 ? runs[r].count - begin : 4096;
+      leaves.push_back(lanesSum(size, [&](float acc, int64_t i) { return fma(leaf[i], leaf[i], acc); }));
+    }
+    while (leaves.size() > 1) {
+      std::vector<double> next;
+      for (size_t i = 0; i < leaves.size(); i += 2)
+        next.push_back(i + 1 < leaves.size() ? leaves[i] + leaves[i + 1] : leaves[i]);
+      leaves = next;
+    }
+    sums[r] = leaves.empty() ? 0 : leaves[0];
   }
-  while (sums.size() > 1) {
-    std::vector<double> next;
-    for (size_t i = 0; i < sums.size(); i += 2) next.push_back(i + 1 < sums.size() ? sums[i] + sums[i + 1] : sums[i]);
-    sums = next;
-  }
-  return sums.empty() ? 0 : sums[0];
 }
 
 void adamw(Queue& queue, const AdamW& a, int64_t count, float* parameter, float* m, float* v, float* gradient,

@@ -1,6 +1,8 @@
 // Contracts of AdamW, of the sum of squares and of joining accumulators.
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <numeric>
 
 #include "rows.h"
 
@@ -70,10 +72,16 @@ const Registration kAdamW("adamw", 60, [](Trial& t) {
   expectFormula(t, settings, start, expected, t.integer(0, count - 1));
 });
 
-const Registration kSumOfSquares("sumOfSquares", DType::kFloat32, 24, [](Trial& t) {
+const Registration kSumsOfSquares("sumsOfSquares", DType::kFloat32, 24, [](Trial& t) {
   const int64_t task = 64 * 4096;
-  const int64_t count = t.chance(0.7) ? t.pick({0, 1, 15, 17, 4095, 4096, 4097, 3 * 4096, 5 * 4096 + 3, 40000})
-                                      : t.pick({task - 1, task, task + 1, 2 * task + 4097, 3 * task});
+  const auto drawCount = [&] {
+    return t.chance(0.7) ? t.pick({0, 1, 15, 17, 4095, 4096, 4097, 3 * 4096, 5 * 4096 + 3, 40000})
+                         : t.pick({task - 1, task, task + 1, 2 * task + 4097, 3 * task});
+  };
+  std::vector<int64_t> counts;
+  for (int64_t n = t.chance(0.1) ? 0 : t.integer(1, 3); n > 0; --n) counts.push_back(drawCount());
+  const int64_t count = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  t.note("runs", static_cast<int64_t>(counts.size()));
   t.note("count", count);
   const Buffer gradient = t.floats(count);
   // Leaves of very different size: sums of like ones are exact in float64 whatever their order.
@@ -83,16 +91,29 @@ const Registration kSumOfSquares("sumOfSquares", DType::kFloat32, 24, [](Trial& 
       gradient.as<float>()[i] = std::ldexp(gradient.as<float>()[i], exponent);
     }
   }
-  const double expected = t.reference().sumOfSquares(t.referenceQueue(), gradient.as<float>(), count);
+  std::vector<kernels::Run> runs;
+  for (int64_t i = 0, at = 0; i < static_cast<int64_t>(counts.size()); at += counts[static_cast<size_t>(i++)]) {
+    runs.push_back({gradient.as<float>() + at, counts[static_cast<size_t>(i)]});
+  }
+  const auto sums = [&](const kernels::Kernels& k, Queue& queue) {
+    std::vector<double> out(runs.size(), std::nan(""));
+    k.sumsOfSquares(queue, runs.data(), static_cast<int64_t>(runs.size()), out.data());
+    return out;
+  };
+  const std::vector<double> expected = sums(t.reference(), t.referenceQueue());
   t.eachQueue([&](Queue& queue) {
-    const double actual = t.implementation().sumOfSquares(queue, gradient.as<float>(), count);
-    if (std::bit_cast<uint64_t>(actual) != std::bit_cast<uint64_t>(expected)) {
-      t.fail("expected " + std::to_string(expected) + ", got " + std::to_string(actual));
+    const std::vector<double> actual = sums(t.implementation(), queue);
+    for (size_t i = 0; i < runs.size(); ++i) {
+      if (std::bit_cast<uint64_t>(actual[i]) != std::bit_cast<uint64_t>(expected[i]))
+        t.fail("run " + std::to_string(i) + ": expected " + std::to_string(expected[i]) + ", got " +
+               std::to_string(actual[i]));
     }
   });
-  double plain = 0;
-  for (int64_t i = 0; i < count; ++i) plain += static_cast<double>(gradient.as<float>()[i]) * gradient.as<float>()[i];
-  expectNear(t, "sum", plain, expected, 1e-5);
+  for (size_t r = 0; r < runs.size(); ++r) {
+    double plain = 0;
+    for (int64_t i = 0; i < runs[r].count; ++i) plain += static_cast<double>(runs[r].data[i]) * runs[r].data[i];
+    expectNear(t, "sum", plain, expected[r], 1e-5);
+  }
 });
 
 const Registration kAccumulate("accumulate", DType::kFloat32, 24, [](Trial& t) {
