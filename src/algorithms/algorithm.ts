@@ -51,6 +51,8 @@ export interface UpdateOptions {
 export interface Addition {
   readonly experience: Experience;
   readonly loss: Loss;
+  /** Of its log-probs; default 1, whatever the rollout's is. */
+  readonly temperature?: number | undefined;
 }
 
 /** Means over the optimizer steps of one update, each measured at the weights before its step. */

@@ -24,6 +24,8 @@ export interface LearningBatch extends LossBatch {
 export interface Addition {
   readonly experience: LearningBatch;
   readonly loss: Loss;
+  /** Of its log-probs; default 1, whatever the main batch's is. */
+  readonly temperature?: number | undefined;
 }
 
 export interface LearnOptions extends ForwardSettings {
@@ -66,7 +68,7 @@ export async function learn(
     for (const [m, rows] of miniBatches.entries()) {
       const canary = results.length === 0 ? options.canary : undefined;
       const also = sharesOf(options.also ?? [], m, miniBatches.length);
-      const main = { experience: takeRows(batch, rows), loss };
+      const main = { experience: takeRows(batch, rows), loss, temperature: options.temperature };
       const parts: LossValue[] = [];
       for (const [i, part] of [main, ...also].entries()) {
         const check = canary && i === 0 ? { canary, rows } : undefined;
@@ -121,8 +123,8 @@ function sharesOf(also: readonly Addition[], m: number, count: number): Addition
 /** Adds the gradients of one mini-batch to the engine's accumulators; after the `final` one comes the step. */
 async function accumulate(
   engine: Engine,
-  { experience: batch, loss }: Addition,
-  { microTokens, temperature = 1 }: LearnOptions,
+  { experience: batch, loss, temperature = 1 }: Addition,
+  { microTokens }: LearnOptions,
   check: { canary: Canary; rows: Int32Array } | undefined,
   final: boolean,
 ): Promise<LossValue> {

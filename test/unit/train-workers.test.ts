@@ -185,6 +185,26 @@ describe('learn', () => {
     }
   });
 
+  it('an addition has the temperature of its own, 1 unless given, beside a batch of another', async () => {
+    const experience = takeRows(batch, Int32Array.of(2, 4));
+    const gradientOf = async (given: Parameters<typeof learn>[1], loss: Loss, options: object) => {
+      const { engine: fake, steps } = recording(engine());
+      const settings = { microTokens: 100, epochs: 1, miniBatches: 1, optimizer };
+      const result = await learn(fake, given, loss, { ...settings, ...options });
+      return { ...result, gradients: steps[0]!.gradients };
+    };
+    const main = await gradientOf(batch, crossEntropy(), { temperature: 0.5 });
+    for (const temperature of [undefined, 2]) {
+      const alone = await gradientOf(experience, pretrainingLoss(1), temperature ? { temperature } : {});
+      const addition = { experience, loss: pretrainingLoss(1), temperature };
+      const both = await gradientOf(batch, crossEntropy(), { temperature: 0.5, also: [addition] });
+      expect(both.statistics.pretrainingLoss).toBeCloseTo(alone.statistics.pretrainingLoss!, 12);
+      both.gradients.forEach((g, i) => {
+        expect(g).toBeCloseTo(main.gradients[i]! + alone.gradients[i]!, 5);
+      });
+    }
+  });
+
   it('more mini-batches than rows make one of each row', async () => {
     const { engine: fake, steps } = recording(engine());
     await learn(fake, batch, crossEntropy(), { microTokens: 9, epochs: 1, miniBatches: 9, optimizer });
