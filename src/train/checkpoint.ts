@@ -4,7 +4,6 @@
  */
 import { readFile, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
-import { parse as parseYaml } from 'yaml';
 import type { AlgorithmState } from '../algorithms/algorithm.js';
 import { beginSavingModel, openCheckpoint } from '../checkpoints/hugging-face.js';
 import { beginSavingOptimizerState, loadOptimizerState } from '../checkpoints/state.js';
@@ -94,7 +93,7 @@ export async function checkResumable(
   directory: string,
   config: Config,
   roles: readonly Role[],
-  earlier: string | undefined,
+  earlier: Config | undefined,
 ): Promise<void> {
   const { settings } = await readState(directory);
   const difference = firstDifference(settings, settingsOf(config)) ?? earlierDifference(earlier, config);
@@ -180,16 +179,9 @@ function sectionOf(config: Config): Settings {
   return section === undefined ? {} : { [config.algorithm]: section };
 }
 
-/** The layout of a run, as its folder's config.yaml names it: a checkpoint's own bytes are those of any layout. */
-export function layoutOf(earlier: string | undefined): Config['parallel'] | undefined {
-  return earlier === undefined ? undefined : (parseYaml(earlier) as Config).parallel;
-}
-
 /** Models, data and reward as the run folder's config.yaml names them; relative paths are relative to here. */
-function earlierDifference(earlier: string | undefined, config: Config): Difference | undefined {
-  if (earlier === undefined) return undefined;
-  const before = parseYaml(earlier) as Config;
-  return firstDifference(pathsOf(before), pathsOf(config));
+function earlierDifference(earlier: Config | undefined, config: Config): Difference | undefined {
+  return earlier && firstDifference(pathsOf(earlier), pathsOf(config));
 }
 
 function pathsOf(config: Config): Settings {

@@ -5,6 +5,7 @@
 import { link, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
+import { readTextIfPresent } from '../checkpoints/files.js';
 import { LockstepError } from '../errors.js';
 
 interface Holder {
@@ -35,7 +36,7 @@ export async function lockRun(folder: string): Promise<RunLock> {
 async function acquire(path: string, own: string): Promise<Holder | undefined> {
   for (;;) {
     if (await create(path, own)) return undefined;
-    const found = await readFile(path, 'utf8').catch(() => undefined);
+    const found = await readTextIfPresent(path);
     if (found === undefined) continue; // released since
     const holder = parseHolder(found);
     if (holder && (await isAlive(holder))) return holder;
@@ -45,7 +46,7 @@ async function acquire(path: string, own: string): Promise<Holder | undefined> {
       continue;
     }
     try {
-      if ((await readFile(path, 'utf8').catch(() => undefined)) === found) {
+      if ((await readTextIfPresent(path)) === found) {
         await rename(await written(path, own), path);
         return undefined;
       }

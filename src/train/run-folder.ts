@@ -3,10 +3,13 @@
  * rollouts/, trace.json.
  * Nothing here knows what is trained.
  */
-import { type FileHandle, mkdir, open, readdir, readFile, rename, rm, rmdir, writeFile } from 'node:fs/promises';
+import { type FileHandle, mkdir, open, readdir, rename, rm, rmdir, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
+import { parse as parseYaml } from 'yaml';
+import { isSystemError, readTextIfPresent } from '../checkpoints/files.js';
 import { awaitedLater } from '../engine/device.js';
 import { LockstepError } from '../errors.js';
+import type { Config } from './config.js';
 import type { MetricsRow, Sample } from './events.js';
 import type { Architecture } from './gpus.js';
 import { lockRun, type RunLock } from './lock.js';
@@ -27,7 +30,7 @@ export class RunFolder {
    * Makes the folder if need be and takes its lock.
    *
    * @throws LockstepError RUN_LOCKED; RUN_EXISTS when it holds a run and `resume` is not set; RUN_FOLDER when it cannot be
-   * made or written.
+   * made, read or written.
    */
   static async open(output: string, { resume }: { resume: boolean }): Promise<RunFolder> {
     const path = resolve(output);
@@ -44,7 +47,7 @@ export class RunFolder {
           { output: path },
         );
       }
-      if (resume) await folder.removeLeftovers();
+      if (resume) await guard(path, () => folder.removeLeftovers());
       return folder;
     } catch (error) {
       await folder.close();
@@ -54,19 +57,18 @@ export class RunFolder {
 
   /** Whether a run has begun here: its configuration is the first file a run writes. */
   async holdsRun(): Promise<boolean> {
-    const names = await readdir(this.path);
+    const names = await readable(this.path, () => readdir(this.path));
     return names.some((name) => ['config.yaml', 'metrics.jsonl', 'checkpoints'].includes(name));
   }
 
-  /** The resolved configuration of the run that is here. */
-  async config(): Promise<string | undefined> {
-    return readFile(join(this.path, 'config.yaml'), 'utf8').catch(() => undefined);
+  /** The resolved configuration of the run that is here. @throws LockstepError RUN_FOLDER */
+  config(): Promise<Config | undefined> {
+    return this.#read('config.yaml', (text) => parseYaml(text) as Config);
   }
 
-  /** What computed the run that is here; undefined when it does not say. */
-  async architecture(): Promise<Architecture | undefined> {
-    const text = await readFile(join(this.path, 'device.json'), 'utf8').catch(() => undefined);
-    return text === undefined ? undefined : (JSON.parse(text) as Architecture);
+  /** What computed the run that is here; undefined when it does not say. @throws LockstepError RUN_FOLDER */
+  architecture(): Promise<Architecture | undefined> {
+    return this.#read('device.json', (text) => JSON.parse(text) as Architecture);
   }
 
   /** Writes the configuration and what computes, drops rows and texts past `step`, and opens metrics.jsonl. */
@@ -92,13 +94,14 @@ export class RunFolder {
     await guard(this.path, () => this.#replace(join('rollouts', `${kind}-${digits(step)}.jsonl`), lines));
   }
 
-  /** Complete checkpoints, oldest first. */
+  /** Complete checkpoints, oldest first. @throws LockstepError RUN_FOLDER */
   async checkpoints(): Promise<{ step: number; directory: string }[]> {
-    const names = await readdir(join(this.path, 'checkpoints')).catch(() => []);
+    const directory = join(this.path, 'checkpoints');
+    const names = await readable(directory, () => readdir(directory).catch(noneIfAbsent));
     return names
       .flatMap((name) => {
         const match = stepPattern.exec(name);
-        return match ? [{ step: Number(match[1]), directory: join(this.path, 'checkpoints', name) }] : [];
+        return match ? [{ step: Number(match[1]), directory: join(directory, name) }] : [];
       })
       .sort((a, b) => a.step - b.step);
   }
@@ -159,8 +162,8 @@ export class RunFolder {
   }
 
   async #dropRowsPast(step: number): Promise<void> {
-    const text = await readFile(join(this.path, 'metrics.jsonl'), 'utf8').catch(() => '');
-    const rows = text.split('\n').filter((line) => {
+    const text = await this.#read('metrics.jsonl', (rows) => rows);
+    const rows = (text ?? '').split('\n').filter((line) => {
       const row = parseRow(line);
       return row !== undefined && row.step <= step && step > 0;
     });
@@ -172,6 +175,15 @@ export class RunFolder {
       const match = /^(?:step|eval)-(\d+)\.jsonl$/.exec(name);
       if (match && (step === 0 || Number(match[1]) > step)) await rm(join(this.path, 'rollouts', name));
     }
+  }
+
+  /** What a file of the folder says; undefined when there is none. */
+  #read<T>(name: string, parse: (text: string) => T): Promise<T | undefined> {
+    const path = join(this.path, name);
+    return readable(path, async () => {
+      const text = await readTextIfPresent(path);
+      return text === undefined ? undefined : parse(text);
+    });
   }
 
   /** Readers see the old text or the new, never a part. */
@@ -207,6 +219,26 @@ async function guard<T>(path: string, write: () => Promise<T>): Promise<T> {
       { cause: error },
     );
   }
+}
+
+/** A file or folder that cannot be read is not one that is absent: what was there would be taken for lost, and dropped. */
+async function readable<T>(path: string, read: () => Promise<T>): Promise<T> {
+  try {
+    return await read();
+  } catch (error) {
+    const advice = isSystemError(error) ? 'make it readable' : 'restore it, or remove it to continue without it';
+    throw new LockstepError(
+      'RUN_FOLDER',
+      `cannot read ${path} of the run: ${(error as Error).message}; ${advice}`,
+      { path },
+      { cause: error },
+    );
+  }
+}
+
+function noneIfAbsent(error: unknown): string[] {
+  if (isSystemError(error) && error.code === 'ENOENT') return [];
+  throw error;
 }
 
 /** Runs `work`, which fills `saving` or puts it in place as `directory`; when it fails nothing of it stays. */

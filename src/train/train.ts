@@ -4,7 +4,7 @@ import { loadTokenizerIfPresent } from '../data/tokenizer.js';
 import { type Backend, nativeBackend } from '../inference/backend.js';
 import { endTokensOf } from '../inference/open-model.js';
 import { learnsFromRollouts } from './algorithms.js';
-import { checkResumable, layoutOf, restoreCheckpoint } from './checkpoint.js';
+import { checkResumable, restoreCheckpoint } from './checkpoint.js';
 import { Closing } from './closing.js';
 import { type Config, type ConfigInput, parseConfig, printConfig } from './config.js';
 import type { TrainEvent } from './events.js';
@@ -89,7 +89,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       memory,
     };
     const resumed = latest && [
-      layoutWarning(layoutOf(earlier), config.parallel, trainedShapes(roles)),
+      layoutWarning(earlier?.parallel, config.parallel, trainedShapes(roles)),
       architectureWarning(earlierArchitecture, architecture, config.dtype),
     ];
     const differing = (resumed ?? []).filter((warning) => warning !== undefined);

@@ -123,6 +123,42 @@ describe('a run folder', () => {
     expect(await readdir(root)).toEqual([]);
   });
 
+  it('of which something cannot be read is an error with the path, and left as it is', async () => {
+    const folder = await RunFolder.open(root, { resume: false });
+    await folder.begin('x', cpu, 0);
+    await folder.close();
+    const again = await RunFolder.open(root, { resume: true });
+    const unreadable = async (
+      name: string,
+      read: () => Promise<unknown>,
+      damage: (path: string) => Promise<unknown>,
+    ) => {
+      const path = join(root, name);
+      await rm(path, { recursive: true });
+      await damage(path);
+      await expect(read()).rejects.toMatchObject({ code: 'RUN_FOLDER', message: expect.stringContaining(path) });
+    };
+    // A folder in the place of a file, and a file in that of a folder, fail as a disk that gives errors does.
+    await unreadable(
+      'checkpoints',
+      () => again.checkpoints(),
+      (path) => writeFile(path, ''),
+    );
+    await rm(join(root, 'checkpoints'));
+    await unreadable('metrics.jsonl', () => again.begin('x', cpu, 1), mkdir);
+    expect(await readdir(root)).toContain('metrics.jsonl');
+    await unreadable('config.yaml', () => again.config(), mkdir);
+    await unreadable('device.json', () => again.architecture(), mkdir);
+    await unreadable(
+      'device.json',
+      () => again.architecture(),
+      (path) => writeFile(path, '{"gpus":'),
+    );
+    await rm(join(root, 'device.json'), { recursive: true });
+    expect([await again.checkpoints(), await again.architecture()]).toEqual([[], undefined]);
+    await again.close();
+  });
+
   it('that cannot be made is an error with the path', async () => {
     await writeFile(join(root, 'file'), '');
     await expect(RunFolder.open(join(root, 'file', 'run'), { resume: false })).rejects.toMatchObject({
@@ -166,6 +202,11 @@ describe('the lock', () => {
     await writeFile(join(root, '.lock'), '');
     await (await lockRun(root)).release();
     expect(await readdir(root)).toEqual([]);
+  });
+
+  it('that cannot be read is an error', async () => {
+    await mkdir(join(root, '.lock'));
+    await expect(lockRun(root)).rejects.toMatchObject({ code: 'EISDIR' });
   });
 
   it('goes to exactly one of many that find it stale', async () => {
