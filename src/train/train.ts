@@ -54,6 +54,11 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
   closing.own(folder);
   closing.own(recorder);
   let pools: RunPools | undefined;
+  // What runs on engines and devices ends before they are closed.
+  const close = async () => {
+    await pools?.close();
+    await closing.close();
+  };
   let latest: { step: number; directory: string } | undefined;
   try {
     latest = (await folder.checkpoints()).at(-1);
@@ -98,12 +103,14 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     }
     yield* loop(run, step);
   } catch (error) {
-    if (!cameOf(error, cancel)) throw error;
+    if (!cameOf(error, cancel)) {
+      // Closing may fail for the same reason; what ended the run is what to tell.
+      await close().catch(() => undefined);
+      throw error;
+    }
     yield interrupted(latest?.step ?? 0, latest?.directory, folder.path);
   } finally {
-    // What runs on engines and devices ends before they are closed.
-    await pools?.close();
-    await closing.close();
+    await close();
   }
 }
 

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { openCheckpoint } from '../../src/checkpoints/hugging-face.js';
+import { awaitedLater } from '../../src/engine/device.js';
 import type { Engine, Saving } from '../../src/engine/engine.js';
 import { LockstepError } from '../../src/errors.js';
 import type { Backend } from '../../src/inference/backend.js';
@@ -46,12 +47,12 @@ async function run(config: ConfigInput, options: TrainOptions = {}, events: Trai
 }
 
 /** The table backend, whose saves and steps are done by way of `hooks`. */
-function backendWith(hooks: { saving?: (saving: Saving) => Saving; step?: () => void }): Backend {
+function backendWith(hooks: { saving?: (saving: Saving) => Saving; step?: () => void; close?: () => void }): Backend {
   return {
     openDevice: async (settings) => {
       const device = await tableBackend.openDevice(settings);
       return {
-        ...device,
+        close: async () => hooks.close?.(),
         createEngine: async (checkpoint, options) => {
           const engine = await device.createEngine(checkpoint, options);
           const [save, step] = [engine.save.bind(engine), engine.step.bind(engine)];
@@ -190,6 +191,23 @@ describe('a checkpoint', () => {
     expect(await readdir(join(config.output, 'checkpoints'))).toEqual(['step-000002']);
     expect((await readdir(config.output)).filter((name) => name.startsWith('.'))).toEqual([]);
     expect(await run(config, { resume: true })).toContainEqual(expect.objectContaining({ type: 'done', step: 40 }));
+  });
+
+  it('that cannot be written is what the run ends with, whatever closing says; closing has its say otherwise', async () => {
+    const full = (code: 'CHECKPOINT_WRITE_FAILED' | 'DEVICE_LOST') => () => {
+      throw new LockstepError(code, 'no more');
+    };
+    const saving = ({ copiedBytes, written }: Saving) => ({
+      copiedBytes,
+      written: awaitedLater(written.then(full('CHECKPOINT_WRITE_FAILED'))),
+    });
+    const close = full('DEVICE_LOST');
+    const config = sft();
+    await expect(run(config, { backend: backendWith({ saving, close }) })).rejects.toMatchObject({
+      code: 'CHECKPOINT_WRITE_FAILED',
+    });
+    await expect(run(sft(), { backend: backendWith({ close }) })).rejects.toMatchObject({ code: 'DEVICE_LOST' });
+    expect(await run(config, { resume: true })).toContainEqual(expect.objectContaining({ type: 'done', step: 6 }));
   });
 
   it('is refused when its copy does not fit into the host memory, unless nothing is copied', async () => {
