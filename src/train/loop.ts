@@ -94,6 +94,7 @@ async function* oneStep(run: Run, step: number): AsyncGenerator<TrainEvent> {
   if (evaluation) await folder.writeSamples('eval', step, evaluation.samples);
   await folder.appendMetrics(metrics);
   await recorder.flush();
+  for (const warning of some(recorder.traceWarning())) yield { type: 'warning', step, ...warning };
   if (skipped > 0) {
     const message = `${task.skipped.count} rows were skipped so far (first: ${task.skipped.first})`;
     yield { type: 'warning', code: 'DATA_SKIPPED', message, step };

@@ -12,6 +12,7 @@
 import type { Materialised } from '../cluster/future.js';
 import type { Work } from '../engine/device.js';
 import type { StreamWork } from '../engine/native.js';
+import type { RunWarning } from './loop.js';
 import { Trace } from './trace.js';
 
 /** Works that move tensors instead of computing. */
@@ -174,6 +175,14 @@ export class Recorder extends Lane {
 
   flush(): Promise<void> {
     return this.trace.flush();
+  }
+
+  /** A warning, once, when the trace has ended before the run. */
+  traceWarning(): RunWarning | undefined {
+    const ended = this.trace.takeEnded();
+    if (ended === undefined) return undefined;
+    const message = `nothing more is drawn in trace.json: ${ended}; the run goes on without`;
+    return { code: 'TRACE_ENDED', message };
   }
 
   close(): Promise<void> {

@@ -1,5 +1,5 @@
 /** A run's trace.json in Chrome's format, for Perfetto and about:tracing: spans on rows, in microseconds. */
-import { type FileHandle, open, readFile } from 'node:fs/promises';
+import { type FileHandle, open, truncate } from 'node:fs/promises';
 import { join } from 'node:path';
 
 interface Span {
@@ -29,6 +29,14 @@ export interface Drawn extends Pick<Span, 'name' | 'cat' | 'tid'> {
   args?: Record<string, unknown>;
 }
 
+/** What opens a trace reads it whole, as one text: Node.js makes none of twice this length. */
+const mostBytes = 256 * 2 ** 20;
+/** The last events of a trace are in so much of its end. */
+const tailBytes = 2 ** 20;
+const opening = '[';
+const ending = '\n]\n';
+
+/** A diagnostic: when it cannot be written, or holds `limitBytes`, it ends, and the run goes on. */
 export class Trace {
   /** Milliseconds of the process clock that are microsecond `#base` of the trace. */
   #origin = performance.now();
@@ -36,24 +44,30 @@ export class Trace {
   #events: (Span | RowName)[] = [];
   readonly #named = new Set<number>();
   #file: FileHandle | undefined;
-  #empty = true;
+  /** Of the file. */
+  #bytes = 0;
+  #ended: string | undefined;
   step = 0;
+
+  constructor(private readonly limitBytes = mostBytes) {}
 
   /** What is drawn before is not in it. */
   get isOpen(): boolean {
     return this.#file !== undefined;
   }
 
-  /** Appends to the trace of an earlier part of the run, after its last event. */
+  /** Goes on behind the last event of an earlier part of the run. */
   async open(folder: string): Promise<void> {
     const path = join(folder, 'trace.json');
-    const earlier = parseTrace(await readFile(path, 'utf8').catch(() => ''));
-    this.#base = earlier.reduce((end, event) => Math.max(end, event.ts + event.dur), 0);
-    this.#origin = performance.now();
-    this.#file = await open(path, 'w');
-    this.#events.unshift(...earlier);
-    await this.#file.writeFile('[');
-    await this.flush();
+    await this.#orEnd(async () => {
+      const { bytes, microseconds } = await lastEvent(path);
+      await truncate(path, bytes);
+      this.#file = await open(path, 'a');
+      this.#bytes = bytes;
+      this.#base = microseconds;
+      this.#origin = performance.now();
+      if (bytes === 0) await this.#append(opening);
+    });
   }
 
   /** Names a row, once. */
@@ -71,31 +85,91 @@ export class Trace {
   }
 
   async flush(): Promise<void> {
-    if (!this.#file || this.#events.length === 0) return;
-    const text = this.#events.map((event) => JSON.stringify(event)).join(',\n');
+    if (!this.isOpen || this.#events.length === 0) return;
+    const events = this.#events.map((event) => JSON.stringify(event)).join(',\n');
     this.#events = [];
-    await this.#file.appendFile((this.#empty ? '\n' : ',\n') + text);
-    this.#empty = false;
+    const text = (this.#bytes === opening.length ? '\n' : ',\n') + events;
+    await this.#orEnd(async () => {
+      if (this.#bytes + Buffer.byteLength(text) > this.limitBytes)
+        throw new Error(`it may hold ${this.limitBytes} bytes and has ${this.#bytes}; move it away to begin another`);
+      await this.#append(text);
+    });
   }
 
   async close(): Promise<void> {
     await this.flush();
-    await this.#file?.appendFile('\n]\n');
-    await this.#file?.close();
+    await this.#orEnd(() => this.#end());
+  }
+
+  /** Why it ended before the run did, said once. */
+  takeEnded(): string | undefined {
+    const ended = this.#ended;
+    this.#ended = undefined;
+    return ended;
+  }
+
+  async #append(text: string): Promise<void> {
+    await this.#file!.appendFile(text);
+    this.#bytes += Buffer.byteLength(text);
+  }
+
+  async #end(): Promise<void> {
+    const file = this.#file;
     this.#file = undefined;
+    this.#events = [];
+    if (!file) return;
+    try {
+      // A write that failed may have left a part of its text.
+      await file.truncate(this.#bytes);
+      await file.appendFile(ending);
+    } finally {
+      await file.close();
+    }
+  }
+
+  async #orEnd(work: () => Promise<void>): Promise<void> {
+    try {
+      await work();
+    } catch (error) {
+      this.#ended ??= (error as Error).message;
+      await this.#end().catch(() => undefined);
+    }
   }
 }
 
-/** Spans of a trace file, which may lack its end when the process was killed. */
-function parseTrace(text: string): Span[] {
-  return text
-    .split('\n')
-    .flatMap((line) => {
-      try {
-        return [JSON.parse(line.replace(/,$/, '')) as Span];
-      } catch {
-        return [];
-      }
-    })
-    .filter((event) => event !== null && typeof event === 'object' && typeof event.ts === 'number');
+/** Where the last event of a trace ends in its file, and in time; a killed process leaves a part of an event behind it. */
+async function lastEvent(path: string): Promise<{ bytes: number; microseconds: number }> {
+  const { begin, tail } = await readTail(path);
+  let [bytes, microseconds, at] = [0, 0, begin];
+  for (const line of tail.toString('latin1').split('\n')) {
+    const text = line.replace(/,$/, '');
+    const event = parseEvent(text);
+    if (event) bytes = at + text.length;
+    if (event?.ph === 'X') microseconds = Math.max(microseconds, event.ts + event.dur);
+    at += line.length + 1;
+  }
+  if (bytes === 0 && begin > 0)
+    throw new Error(`its last ${tailBytes} bytes hold no event; move it away to begin another`);
+  return { bytes, microseconds };
+}
+
+async function readTail(path: string): Promise<{ begin: number; tail: Buffer }> {
+  const file = await open(path, 'a+');
+  try {
+    const { size } = await file.stat();
+    const begin = Math.max(0, size - tailBytes);
+    const { buffer: tail } = await file.read({ buffer: Buffer.alloc(size - begin), position: begin });
+    return { begin, tail };
+  } finally {
+    await file.close();
+  }
+}
+
+function parseEvent(line: string): Span | RowName | undefined {
+  try {
+    const event = JSON.parse(line) as Partial<Span> | null;
+    return event !== null && typeof event === 'object' && 'ph' in event ? (event as Span) : undefined;
+  } catch {
+    return undefined;
+  }
 }

@@ -1,11 +1,12 @@
 import { spawn } from 'node:child_process';
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { appendFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { beforeEach, describe, expect, it } from 'vitest';
 import { lockRun } from '../../src/train/lock.js';
 import { Recorder } from '../../src/train/recorder.js';
 import { RunFolder } from '../../src/train/run-folder.js';
+import { Trace } from '../../src/train/trace.js';
 
 const cpu = { gpus: [] };
 
@@ -213,6 +214,71 @@ describe('the lock', () => {
     await writeFile(join(root, '.lock'), JSON.stringify({ pid: 2 ** 22 - 1, started: '1', host: hostname() }));
     const results = await Promise.allSettled(Array.from({ length: 8 }, () => lockRun(root)));
     expect(results.filter(({ status }) => status === 'fulfilled')).toHaveLength(1);
+  });
+});
+
+describe('a trace', () => {
+  type Event = { name: string; ts: number; dur: number };
+  const path = () => join(root, 'trace.json');
+  const events = async () => JSON.parse(await readFile(path(), 'utf8')) as Event[];
+  const part = async (names: readonly string[], limitBytes?: number): Promise<Trace> => {
+    const trace = new Trace(limitBytes);
+    await trace.open(root);
+    for (const name of names) {
+      const start = performance.now();
+      trace.draw({ name, cat: 'phase', tid: 1, start, end: start + 5 });
+      await trace.flush();
+    }
+    return trace;
+  };
+
+  it.each([
+    ['ended', (trace: Trace) => trace.close()],
+    ['killed between events', async () => {}],
+    ['killed in an event', () => appendFile(path(), ',\n{"name":"forward","ph":"X","pid":1,"ts')],
+  ])('that was %s goes on behind its last event, and keeps every byte before', async (_, end) => {
+    const long = `é${'x'.repeat(1000)}`;
+    const first = await part(['', ...Array(1500).fill(long)]);
+    const before = await readFile(path());
+    await end(first);
+    await (await part(['later'])).close();
+    const after = await readFile(path());
+    expect(before.length).toBeGreaterThan(2 ** 20);
+    expect(after.subarray(0, before.length).equals(before)).toBe(true);
+    const [last, later] = (await events()).slice(-2) as [Event, Event];
+    expect([last.name, later.name]).toEqual([long, 'later']);
+    expect(later.ts).toBeGreaterThanOrEqual(last.ts + last.dur);
+    expect(await events()).toHaveLength(1502);
+  });
+
+  it.each([
+    ['empty', ''],
+    ['without an event', '[\n'],
+  ])('that is %s begins again', async (_, text) => {
+    await writeFile(path(), text);
+    await (await part(['first'])).close();
+    expect((await events()).map(({ name }) => name)).toEqual(['first']);
+  });
+
+  it('that has as many bytes as it may ends there, says so once, and can be read', async () => {
+    const trace = await part(['one', 'two', 'three', 'four'], 250);
+    expect(trace.isOpen).toBe(false);
+    expect(trace.takeEnded()).toMatch(/it may hold 250 bytes and has \d+/);
+    expect(trace.takeEnded()).toBeUndefined();
+    await trace.close();
+    expect((await events()).map(({ name }) => name)).toEqual(['one', 'two']);
+    const again = await part(['five'], 250);
+    expect(again.takeEnded()).toMatch(/250/);
+    expect((await events()).map(({ name }) => name)).toEqual(['one', 'two']);
+  });
+
+  it('of which no event can be read is left as it is', async () => {
+    const text = 'x'.repeat(2 ** 20 + 1);
+    await writeFile(path(), text);
+    const trace = await part(['lost']);
+    await trace.close();
+    expect(trace.takeEnded()).toMatch(/no event/);
+    expect(await readFile(path(), 'utf8')).toBe(text);
   });
 });
 

@@ -1,5 +1,5 @@
 /** Checkpoints behind the steps: they change no file, are one at a time, and fail no later than the next step boundary. */
-import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
@@ -220,6 +220,16 @@ describe('a checkpoint', () => {
     });
     await run(sft({ memory, checkpoint: { async: false } }));
   });
+});
+
+it('a trace that cannot be written ends no run', async () => {
+  const config = sft();
+  await mkdir(join(config.output, 'trace.json'), { recursive: true });
+  const events = await run(config);
+  expect(events).toContainEqual(expect.objectContaining({ type: 'done', step: 6 }));
+  expect(events.filter(({ type }) => type === 'warning')).toMatchObject([
+    { code: 'TRACE_ENDED', step: 1, message: expect.stringContaining('EISDIR') },
+  ]);
 });
 
 describe('a run that continues in another layout', () => {
