@@ -22,9 +22,13 @@ function sendError(error: unknown): void {
   }
 }
 
-/** Loads no more than the source needs: every thread of a run waits for it. */
+/** Loads no more than the source needs: every thread of a run waits for it. The time of loading is that of the source's own code. */
 async function open(from: ThreadSource): Promise<RewardFunction> {
-  if ('file' in from) return (await import('./load-reward.js')).loadReward(from.file);
+  if ('file' in from) {
+    const { loadReward } = await import('./load-reward.js');
+    send({ kind: 'loading' });
+    return loadReward(from.file);
+  }
   return (await import('./built-in/registry.js')).builtInReward(from.builtIn);
 }
 

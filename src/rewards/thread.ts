@@ -16,8 +16,10 @@ export type ThreadSource = { readonly file: string } | { readonly builtIn: Built
 export interface ThreadOptions {
   /** What errors call the function and its thread. */
   readonly name: string;
-  /** For each call of the function; then the thread is ended. */
+  /** For each call of the function, and for loading it; then the thread is ended. */
   readonly timeoutSeconds: number;
+  /** Ends the thread while it loads. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 export interface RewardThread extends AsyncDisposable {
@@ -50,9 +52,9 @@ export interface ThreadData {
   readonly name: string;
 }
 
-/** What the thread says: that it is ready, that it calls the function, and how a request ended. */
+/** What the thread says: that it loads the function, that it is ready, that it calls it, and how a request ended. */
 export type ThreadMessage =
-  | { readonly kind: 'ready' }
+  | { readonly kind: 'loading' | 'ready' }
   | { readonly kind: 'call' /** Of the first sample. */; readonly begin: number; readonly count: number }
   | { readonly kind: 'rewards'; readonly rewards: Reward[][] }
   | {
@@ -64,13 +66,14 @@ export type ThreadMessage =
 
 /**
  * Starts a thread and loads its function. It does not keep the process alive between calls. Throws what `loadReward` and the
- * built-in rewards do.
+ * built-in rewards do, `REWARD_TIMEOUT`, and the signal's reason.
  */
 export async function openThread(source: ThreadSource, options: ThreadOptions): Promise<RewardThread> {
+  options.signal?.throwIfAborted();
   const worker = startWorker({ source, name: options.name });
   const thread = new Thread(worker, options);
   try {
-    await thread.ready();
+    await thread.ready(options.signal);
   } catch (error) {
     await thread.close();
     throw error;
@@ -104,8 +107,8 @@ class Thread implements RewardThread {
   }
 
   /** Waits for the function to be loaded. */
-  ready(): Promise<ThreadMessage> {
-    return this.#wait(() => {});
+  ready(signal?: AbortSignal): Promise<ThreadMessage> {
+    return this.#wait(() => {}, signal);
   }
 
   async score(batches: readonly Batch[], signal?: AbortSignal): Promise<Reward[][]> {
@@ -113,16 +116,10 @@ class Thread implements RewardThread {
     if (batches.length === 0) return [];
     if (this.#request) throw new Error(`${this.options.name} is asked again before it has answered`);
     if (this.#ended) throw this.#endedError(batches[0]!);
-    const stop = () => this.#fail(signal!.reason);
-    signal?.addEventListener('abort', stop, { once: true });
     this.#batches = batches;
     this.#batch = batches[0]!;
-    try {
-      const answer = await this.#wait(() => this.worker.postMessage(batches));
-      return answer.kind === 'rewards' ? answer.rewards : [];
-    } finally {
-      signal?.removeEventListener('abort', stop);
-    }
+    const answer = await this.#wait(() => this.worker.postMessage(batches), signal);
+    return answer.kind === 'rewards' ? answer.rewards : [];
   }
 
   async close(): Promise<void> {
@@ -135,23 +132,28 @@ class Thread implements RewardThread {
   }
 
   /** One request at a time. */
-  #wait(send: () => void): Promise<ThreadMessage> {
-    return new Promise((resolve, reject) => {
-      this.#request = { resolve, reject };
-      this.worker.ref();
-      send();
-    });
+  async #wait(send: () => void, signal: AbortSignal | undefined): Promise<ThreadMessage> {
+    const stop = () => this.#fail(signal!.reason);
+    signal?.addEventListener('abort', stop, { once: true });
+    try {
+      return await new Promise((resolve, reject) => {
+        this.#request = { resolve, reject };
+        this.worker.ref();
+        send();
+      });
+    } finally {
+      signal?.removeEventListener('abort', stop);
+    }
   }
 
   #receive(message: ThreadMessage): void {
     switch (message.kind) {
+      case 'loading':
+        this.#time(() => loadTimeOut(this.options));
+        return;
       case 'call':
         this.#batch = this.#part(message);
-        clearTimeout(this.#timer);
-        this.#timer = setTimeout(
-          () => this.#fail(timeOut(this.#batch!, this.options)),
-          timerMilliseconds(this.options.timeoutSeconds),
-        );
+        this.#time(() => timeOut(this.#batch!, this.options));
         return;
       case 'error':
         this.#settle((request) => request.reject(revive(message)));
@@ -159,6 +161,12 @@ class Thread implements RewardThread {
       default:
         this.#settle((request) => request.resolve(message));
     }
+  }
+
+  /** From now on what the thread does may take its time, and no longer. */
+  #time(error: () => LockstepError): void {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#fail(error()), timerMilliseconds(this.options.timeoutSeconds));
   }
 
   #part({ begin, count }: { begin: number; count: number }): Batch {
@@ -192,6 +200,15 @@ class Thread implements RewardThread {
     if (batch) return batchFailure('REWARD_THREAD', batch, `has no thread any more: ${why}`, { name, cause });
     return new LockstepError('REWARD_THREAD', `${name} could not be loaded: ${why}.`, {}, { cause });
   }
+}
+
+function loadTimeOut({ name, timeoutSeconds }: ThreadOptions): LockstepError {
+  return new LockstepError(
+    'REWARD_TIMEOUT',
+    `${name} was not ready within ${timeoutSeconds} s while loading. Make what its file does before the first call faster, or raise ` +
+      "the reward's timeoutSeconds.",
+    { timeoutSeconds },
+  );
 }
 
 function revive({ code, message, details }: Extract<ThreadMessage, { kind: 'error' }>): Error {

@@ -15,8 +15,10 @@ export interface RewardThreadsOptions {
   readonly threads: number;
   /** Samples per call; default: all in equal shares, one for each thread. */
   readonly batchSize?: number | undefined;
-  /** For each call; then the thread is ended. */
+  /** For each call, and for loading; then the thread is ended. */
   readonly timeoutSeconds: number;
+  /** Ends the threads while they load. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Scores samples. Aborting the signal ends the threads; later calls then fail. */
@@ -29,10 +31,10 @@ export interface Scorer extends Closable {
  * thread that fails first, which ends those that are still running.
  */
 export async function openRewardThreads(source: ThreadSource, options: RewardThreadsOptions): Promise<Scorer> {
-  const { threads: count, batchSize, timeoutSeconds } = options;
+  const { threads: count, batchSize, timeoutSeconds, signal: loading } = options;
   const opened = await Promise.allSettled(
     Array.from({ length: count }, (_, i) =>
-      openThread(source, { name: `${options.name} (thread ${i + 1} of ${count})`, timeoutSeconds }),
+      openThread(source, { name: `${options.name} (thread ${i + 1} of ${count})`, timeoutSeconds, signal: loading }),
     ),
   );
   const threads = opened.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));

@@ -21,12 +21,12 @@ export async function openJudge(
   reward: readonly RewardTerm[],
   kind: 'reward' | 'cost',
   model: Judge | undefined,
-  { recorder, tokenizer, own }: Pick<Workshop, 'recorder' | 'tokenizer' | 'own'>,
+  { recorder, tokenizer, own, interrupt }: Pick<Workshop, 'recorder' | 'tokenizer' | 'own' | 'interrupt'>,
 ): Promise<Judge> {
   const scorers = new Map<RewardTerm, Scorer>();
   for (const term of reward) {
     if (!tokenizer) checkReadable(term);
-    const scorer = await openScorer(term);
+    const scorer = await openScorer(term, interrupt);
     if (scorer) scorers.set(term, own(scorer));
   }
   const fromScorers = async (rollout: Rollout): Promise<[RewardTerm, Rewards][]> => {
@@ -74,20 +74,24 @@ async function inParallel<T, R>(items: readonly T[], work: (item: T, signal: Abo
   return Promise.all(results);
 }
 
-type Opener<Kind extends RewardKind> = (term: RewardTermOf<Kind>, name: string) => Promise<Scorer> | Scorer | undefined;
+type Opener<Kind extends RewardKind> = (
+  term: RewardTermOf<Kind>,
+  name: string,
+  signal: AbortSignal | undefined,
+) => Promise<Scorer> | Scorer | undefined;
 
 /** How each kind of term is opened. Those that look at every character once run here; what may take long has threads. */
 const openers: { readonly [Kind in RewardKind]: Opener<Kind> } = {
   model: () => undefined,
-  function: (term) => {
+  function: (term, _, signal) => {
     const name = `The reward function of ${term.function}`;
-    return openRewardThreads({ file: term.function }, { ...term, name });
+    return openRewardThreads({ file: term.function }, { ...term, name, signal });
   },
-  regex: (term, name) => openRewardThreads({ builtIn: ['regex', term.regex] }, { ...term, name }),
-  jsonSchema: async (term, name) => {
+  regex: (term, name, signal) => openRewardThreads({ builtIn: ['regex', term.regex] }, { ...term, name, signal }),
+  jsonSchema: async (term, name, signal) => {
     const { extract } = term.jsonSchema;
     const schema = 'file' in term.jsonSchema ? await readSchema(term.jsonSchema.file) : term.jsonSchema.schema;
-    return openRewardThreads({ builtIn: ['jsonSchema', { schema, extract }] }, { ...term, name });
+    return openRewardThreads({ builtIn: ['jsonSchema', { schema, extract }] }, { ...term, name, signal });
   },
   exact: (term, name) => here(['exact', term.exact], name),
   numeric: (term, name) => here(['numeric', term.numeric], name),
@@ -98,10 +102,10 @@ const openers: { readonly [Kind in RewardKind]: Opener<Kind> } = {
   http: (term, name) => here(['http', term.http], name),
 };
 
-function openScorer(term: RewardTerm): ReturnType<Opener<RewardKind>> {
+function openScorer(term: RewardTerm, signal: AbortSignal | undefined): ReturnType<Opener<RewardKind>> {
   // A term is one of its kind; the type of an indexed table does not keep them together.
   const open = openers[kindOf(term)] as Opener<RewardKind>;
-  return open(term as never, `The reward "${term.name}"`);
+  return open(term as never, `The reward "${term.name}"`, signal);
 }
 
 /** A built-in reward in this thread. */

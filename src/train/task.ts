@@ -53,6 +53,8 @@ export interface Workshop extends EngineContext {
   roles: readonly Role[];
   tokenizer: Tokenizer | undefined;
   endTokens: readonly number[];
+  /** Aborted when the run is to end: nobody waits longer for a reward to load. */
+  interrupt?: AbortSignal | undefined;
 }
 
 /** Metrics under the names of an evaluation. */

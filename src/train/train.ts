@@ -78,7 +78,8 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
       offloadFolder: folder.path,
     });
     const own: Workshop['own'] = (resource) => closing.own(resource);
-    const parts = { roles, recorder, pools, own, from: latest?.directory };
+    const interrupt = AbortSignal.any([signal, cancel].filter((given) => given !== undefined));
+    const parts = { roles, recorder, pools, own, from: latest?.directory, interrupt };
     const task = await openTask(config, parts, algorithm);
     if (latest) await restoreCheckpoint(task, latest.directory);
     await folder.begin(printConfig(config), architecture, step);
@@ -103,7 +104,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     }
     yield* loop(run, step);
   } catch (error) {
-    if (!cameOf(error, cancel)) {
+    if (!cameOf(error, cancel) && !cameOf(error, signal)) {
       // Closing may fail for the same reason; what ended the run is what to tell.
       await close().catch(() => undefined);
       throw error;
@@ -123,7 +124,7 @@ const trainedShapes = (roles: readonly Role[]) => roles.filter(({ trained }) => 
 
 async function openTask(
   config: Config,
-  parts: Pick<Workshop, 'roles' | 'recorder' | 'pools' | 'own' | 'from'>,
+  parts: Pick<Workshop, 'roles' | 'recorder' | 'pools' | 'own' | 'from' | 'interrupt'>,
   algorithm: RolloutAlgorithm | undefined,
 ): Promise<Task> {
   const { checkpoint } = parts.roles[0]!;

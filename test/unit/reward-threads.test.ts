@@ -153,6 +153,24 @@ describe('a failure names file, thread and sample', () => {
   });
 });
 
+describe('a file that does not end to load', () => {
+  it.each([
+    ['blocks', 'for (;;);'],
+    ['waits', 'await new Promise((resolve) => setTimeout(resolve, 1e6));'],
+  ])('as it %s, is ended by the time-out, and by the signal', async (name, body) => {
+    const path = join(directory, `load-${name}.mjs`);
+    writeFileSync(path, `${body}\nexport default () => [];`);
+    const error = await failure(scores(path, { timeoutSeconds: 0.5 }));
+    expect(error).toMatchObject({ code: 'REWARD_TIMEOUT', details: { timeoutSeconds: 0.5 } });
+    expect(error.message).toMatch(/\(thread 1 of 2\) was not ready within 0.5 s while loading/);
+    const controller = new AbortController();
+    const loading = scores(path, { timeoutSeconds: 1000, signal: controller.signal });
+    setTimeout(() => controller.abort(new Error('stop')), 500);
+    await expect(loading).rejects.toThrow('stop');
+    await expect(scores(path, { signal: controller.signal })).rejects.toThrow('stop');
+  });
+});
+
 it('an abort ends the threads', async () => {
   const path = file('hangs.mjs', '() => { for (;;); }');
   const controller = new AbortController();

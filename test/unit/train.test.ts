@@ -1,6 +1,6 @@
 import { mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { defineAlgorithm } from '../../src/algorithms/algorithm.js';
 import { sftBatch } from '../../src/algorithms/sft.js';
@@ -439,6 +439,17 @@ describe('a ppo run', () => {
       code: 'REWARD_TOKENIZER',
       details: { reward: kind },
     });
+  });
+
+  it.each(['signal', 'cancel'] as const)('is ended by the %s while a reward loads', async (which) => {
+    const path = join(folder, 'never-loads.mjs');
+    await writeFile(path, 'for (;;);');
+    const controller = new AbortController();
+    setTimeout(() => controller.abort(), 1000);
+    const config = ppo({ reward: { function: path } });
+    const events = await run(config, { [which]: controller.signal });
+    expect(events).toEqual([{ type: 'interrupted', step: 0, output: config.output }]);
+    expect(await readdir(folder)).not.toContain(basename(config.output!));
   });
 
   it('refuses models of another vocabulary, and a reward model without a score head', async () => {
