@@ -41,7 +41,7 @@ export interface UpdateOptions {
   readonly epochs: number;
   /** Optimizer steps per epoch. */
   readonly miniBatches: number;
-  /** Numbers the call, so that the order of rows is a function of it. */
+  /** Of the run, from 1: the learning rate is a function of it. */
   readonly iteration: number;
   /** Batches whose losses are part of the same steps (ptx): one sum of gradients. */
   readonly also?: readonly Addition[] | undefined;

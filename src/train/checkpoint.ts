@@ -11,6 +11,7 @@ import { awaitedLater } from '../engine/device.js';
 import type { Saving } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { UpdateCount } from '../workers/learner.js';
 import { learnsFromRollouts } from './algorithms.js';
 import type { Config, ConfigOf } from './config.js';
 import { rewardIdentity } from './reward-schema.js';
@@ -23,6 +24,8 @@ interface TrainerState {
   algorithm: AlgorithmState;
   /** numerics.parts of each trained model, as it was chosen. */
   parts: Readonly<Record<string, number>>;
+  /** Of trained models whose count is not that of so many steps of the configuration's epochs and mini-batches. */
+  counts?: Readonly<Record<string, UpdateCount>>;
   /** What decides the course of the run. */
   settings: Settings;
 }
@@ -69,19 +72,39 @@ function stateOf(task: Task, config: Config, step: number): TrainerState {
     step,
     algorithm: task.state(),
     parts: partsOf(task),
+    ...countsOf(task, config, step),
     settings: settingsOf(config),
   };
 }
 
 /** Gives a task, whose models were loaded from `directory`, the rest of its state. */
-export async function restoreCheckpoint(task: Task, directory: string): Promise<void> {
+export async function restoreCheckpoint(task: Task, config: Config, directory: string): Promise<void> {
   for (const { role, engine, hold } of task.trained) {
     await hold(() => loadOptimizerState(engine, join(directory, 'trainer', role.name)));
   }
   const state = await readState(directory);
   const difference = firstDifference(state.parts, partsOf(task), 'numerics.parts');
   if (difference) throw configDiffers(directory, difference);
+  for (const { role, count } of task.trained) {
+    Object.assign(count, state.counts?.[role.name] ?? expectedCount(config, state.step));
+  }
   task.restore(state.algorithm);
+}
+
+function countsOf({ trained }: Task, config: Config, step: number): Pick<TrainerState, 'counts'> {
+  const expected = expectedCount(config, step);
+  const others = trained.filter(({ count }) => firstDifference(count, expected));
+  if (others.length === 0) return {};
+  return { counts: Object.fromEntries(others.map(({ role, count }) => [role.name, count])) };
+}
+
+/** After so many steps, each of one update call that made all its mini-batches. */
+function expectedCount(config: Config, step: number): UpdateCount {
+  const { epochs = 1, miniBatches = 1 } = (sectionOf(config)[config.algorithm] ?? {}) as {
+    epochs?: number;
+    miniBatches?: number;
+  };
+  return { updates: step * epochs * miniBatches, passes: step * epochs };
 }
 
 /**

@@ -80,10 +80,11 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
   const { roles, pools, tokenizer, endTokens } = workshop;
   const [policy, reference] = roles as [Role, Role | undefined];
   const engine = await openEngine(policy, workshop);
+  const model = trainedModel(policy, engine, workshop);
   const actor = pools.place(
     policy.name,
     ActorWorker.create(engine, {
-      ...learnerSettings(config),
+      ...learnerSettings(config, model),
       sampling: { ...config.rollout, seed: config.seed, stopTokens: endTokens },
       stop: config.rollout.stop,
       tokenizer,
@@ -105,7 +106,7 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
     actor,
     // Losses without a reference call none.
     workers: { actor, reference: anchor ?? actor } as PreferenceModels,
-    trained: [trainedModel(policy, engine, workshop)],
+    trained: [model],
   };
 }
 

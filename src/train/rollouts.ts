@@ -20,7 +20,15 @@ import { RowSource } from './row-source.js';
 import { samplesOf, unknownMetric } from './samples.js';
 import { evaluation, openSources, type Sources } from './sources.js';
 import { sftItem } from './supervised.js';
-import { learnerSettings, type Outcome, ofEvaluation, type Task, trainedModel, type Workshop } from './task.js';
+import {
+  learnerSettings,
+  type Outcome,
+  ofEvaluation,
+  type Task,
+  type TrainedModel,
+  trainedModel,
+  type Workshop,
+} from './task.js';
 
 /** `algorithm` takes the place of the one that the configuration names. */
 export async function rolloutTask(
@@ -35,11 +43,12 @@ export async function rolloutTask(
   const pretraining = await openPretraining(config, policy, workshop);
   const engines: Engines = {};
   for (const role of roles) engines[role.name] = await openEngine(role, workshop);
-  const models = await openModels(config, engines, workshop);
+  const trained = roles.filter((role) => role.trained).map((role) => trainedModel(role, engines[role.name]!, workshop));
+  const models = await openModels(config, engines, trained, workshop);
   const data = new PromptData(sources, config, workshop);
   return {
     skipped: sources.train.skipped,
-    trained: roles.filter(({ trained }) => trained).map((role) => trainedModel(role, engines[role.name]!, workshop)),
+    trained,
     step: async (iteration): Promise<Outcome> => {
       const prompts = await data.begin(iteration);
       const context = { iteration, pretraining: await pretraining?.(iteration), draw: data.draw };
@@ -72,15 +81,21 @@ type Engines = Partial<Record<RoleName, Engine>>;
 type OpenModels = Awaited<ReturnType<typeof openModels>>;
 
 /** The workers of the roles that a run has, under the names that algorithms know. */
-async function openModels(config: RolloutConfig, engines: Engines, workshop: Workshop) {
+async function openModels(
+  config: RolloutConfig,
+  engines: Engines,
+  trained: readonly TrainedModel[],
+  workshop: Workshop,
+) {
   const { pools, tokenizer, endTokens } = workshop;
   const { rollout, seed, checks, batch } = config;
   const { temperature } = rollout;
   const forward = { microTokens: batch.microTokens, temperature };
+  const modelOf = (name: RoleName) => trained.find(({ role }) => role.name === name)!;
   const actor = pools.place(
     'policy',
     ActorWorker.create(engines.policy!, {
-      ...learnerSettings(config),
+      ...learnerSettings(config, modelOf('policy')),
       temperature,
       sampling: { ...rollout, seed, stopTokens: endTokens },
       stop: rollout.stop,
@@ -97,9 +112,11 @@ async function openModels(config: RolloutConfig, engines: Engines, workshop: Wor
   );
   const critic = (role: 'critic' | 'costCritic', values: string, update: string) => {
     const engine = engines[role];
-    const settings = learnerSettings(config, (config as Partial<ConfigOf<'safe-rlhf'>>)[role]?.optimizer);
+    if (!engine) return undefined;
+    const own = (config as Partial<ConfigOf<'safe-rlhf'>>)[role]?.optimizer;
+    const settings = learnerSettings(config, modelOf(role), own);
     const methods = { computeValues: values, computeLoss: values, update };
-    return engine && pools.place(role, CriticWorker.create(engine, settings), methods);
+    return pools.place(role, CriticWorker.create(engine, settings), methods);
   };
   const frozen = (role: 'reference' | 'teacher') => {
     const engine = engines[role];

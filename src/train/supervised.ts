@@ -34,10 +34,11 @@ export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Prom
   const convert = (row: Row): SftItem => sftItem(row, policy, workshop);
   const sources = await openSources(config, convert, workshop);
   const engine = await openEngine(policy, workshop);
+  const model = trainedModel(policy, engine, workshop);
   const actor = pools.place(
     policy.name,
     ActorWorker.create(engine, {
-      ...learnerSettings(config),
+      ...learnerSettings(config, model),
       sampling: { ...config.rollout, seed: config.seed, stopTokens: workshop.endTokens },
       stop: config.rollout.stop,
       tokenizer,
@@ -47,7 +48,7 @@ export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Prom
   );
   return {
     ...supervised(sources, config, sft(), { actor }, sftBatch, workshop),
-    trained: [trainedModel(policy, engine, workshop)],
+    trained: [model],
     ...evaluation(sources, config, async (items: SftItem[]): Promise<Outcome> => {
       const { loss } = await evaluateSft({ actor }, sftBatch(items));
       const prompts = items.map(({ prompt }) => prompt);
@@ -73,12 +74,13 @@ async function pairTask<P extends Pair>(
   const [role] = roles as [Role];
   const sources = await openSources(config, (row) => convert(row, role, workshop), workshop);
   const engine = await openEngine(role, workshop);
-  const reward = pools.place(role.name, RewardWorker.createLearner(engine, learnerSettings(config)), {
+  const model = trainedModel(role, engine, workshop);
+  const reward = pools.place(role.name, RewardWorker.createLearner(engine, learnerSettings(config, model)), {
     ...{ update: 'update', computeLoss: 'evaluation' },
   });
   return {
     ...supervised(sources, config, algorithm, { reward }, pack, workshop),
-    trained: [trainedModel(role, engine, workshop)],
+    trained: [model],
     ...evaluation(sources, config, async (pairs: P[]) => {
       const { loss, statistics } = await algorithm.evaluate({ reward }, pack(pairs));
       return { metrics: ofEvaluation({ loss, ...pairMetrics(statistics) }), samples: [] };

@@ -2,7 +2,7 @@
 import type { AlgorithmState } from '../algorithms/algorithm.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import type { Engine } from '../engine/engine.js';
-import type { LearnerSettings } from '../workers/learner.js';
+import type { LearnerSettings, UpdateCount } from '../workers/learner.js';
 import type { Config } from './config.js';
 import type { Sample } from './events.js';
 import type { RunPools } from './pools.js';
@@ -19,12 +19,13 @@ export interface Outcome {
 export interface TrainedModel {
   role: Role;
   engine: Engine;
+  count: UpdateCount;
   /** Runs `work` when all that a checkpoint keeps of the model can be read and written. */
   hold<T>(work: () => Promise<T>): Promise<T>;
 }
 
 export function trainedModel(role: Role, engine: Engine, { pools }: Pick<Workshop, 'pools'>): TrainedModel {
-  return { role, engine, hold: (work) => pools.hold(role.name, work) };
+  return { role, engine, count: { updates: 0, passes: 0 }, hold: (work) => pools.hold(role.name, work) };
 }
 
 /** A task whose steps and evaluations end with the first call that fails, or with a cancel. */
@@ -62,9 +63,10 @@ export function ofEvaluation(metrics: Readonly<Record<string, number>>): Record<
   return Object.fromEntries(Object.entries(metrics).map(([name, value]) => [`eval.${name}`, value]));
 }
 
-/** How a worker learns under a configuration. */
+/** How a model's worker learns under a configuration. */
 export function learnerSettings(
   { optimizer, batch, seed, steps }: Config,
+  { count }: Pick<TrainedModel, 'count'>,
   overrides: Partial<{ [Key in keyof Config['optimizer']]: Config['optimizer'][Key] | undefined }> = {},
 ): LearnerSettings {
   const chosen = Object.fromEntries(Object.entries(overrides).filter(([, value]) => value !== undefined));
@@ -75,5 +77,6 @@ export function learnerSettings(
     optimizer: adamw,
     learningRate: (step) => learningRateAt(step, rates, steps),
     seed,
+    count,
   };
 }

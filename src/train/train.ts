@@ -81,7 +81,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const interrupt = AbortSignal.any([signal, cancel].filter((given) => given !== undefined));
     const parts = { roles, recorder, pools, own, from: latest?.directory, interrupt };
     const task = await openTask(config, parts, algorithm);
-    if (latest) await restoreCheckpoint(task, latest.directory);
+    if (latest) await restoreCheckpoint(task, config, latest.directory);
     await folder.begin(printConfig(config), architecture, step);
     await recorder.open(folder.path);
     const run: Run = { config, folder, recorder, task: supervised(task, pools), signal, cancel, started };

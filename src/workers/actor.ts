@@ -8,7 +8,7 @@ import type { Loss } from '../losses/loss.js';
 import { forwardAll } from './batches.js';
 import { Canary, type CanaryReport } from './canary.js';
 import { computeLoss, type LearningBatch } from './learn.js';
-import { type LearnerSettings, learnerProtocols, type UpdateOptions, update } from './learner.js';
+import { counting, type LearnerSettings, learnerProtocols, type UpdateOptions, update } from './learner.js';
 import type { Protocols } from './protocols.js';
 import { cutAtStop, packRollout, stopStrings } from './responses.js';
 
@@ -33,6 +33,7 @@ export type ActorWorker = ReturnType<typeof create>;
 
 /** A worker over an engine with a language-model head. */
 function create(engine: Engine, settings: ActorSettings) {
+  const counted = counting(settings);
   const forward = { microTokens: settings.microTokens, temperature: settings.temperature ?? 1 };
   let report: CanaryReport = { max: 0, tokens: 0 };
 
@@ -79,7 +80,7 @@ function create(engine: Engine, settings: ActorSettings) {
         const rows = Int32Array.from(batch.lengths, (_, row) => row);
         canary.compare(batch, rows, await forwardAll(engine, batch, 'logprobs', forward));
       }
-      const result = await update(engine, batch, loss, options, settings, canary);
+      const result = await update(engine, batch, loss, options, counted, canary);
       if (canary) report = canary.report();
       return result;
     },

@@ -12,27 +12,39 @@ export interface LearnerSettings extends ForwardSettings {
   learningRate(iteration: number): number;
   /** Orders the rows of an update's mini-batches. */
   seed: number;
+  /** What the model has learned so far; updates add to it. Default: nothing. */
+  count?: UpdateCount;
 }
+
+/** What Adam's step and the order of rows are functions of. Who saves the moments saves it with them. */
+export interface UpdateCount {
+  updates: number;
+  /** Over the rows of a batch. */
+  passes: number;
+}
+
+/** Settings that keep a count from one update to the next. */
+export const counting = (settings: LearnerSettings) => ({ count: { updates: 0, passes: 0 }, ...settings });
 
 export interface UpdateOptions {
   epochs: number;
   miniBatches: number;
-  /** From 1; with the settings it decides the order of rows, the learning rate and Adam's step. */
+  /** From 1; with the settings it decides the learning rate. */
   iteration: number;
   /** Batches whose losses are part of the same steps. */
   also?: readonly Addition[] | undefined;
 }
 
 /** Learns from one batch; a canary watches the first mini-batch. */
-export function update(
+export async function update(
   engine: Engine,
   batch: LearningBatch,
   loss: Loss,
   { epochs, miniBatches, iteration, also }: UpdateOptions,
-  { optimizer, learningRate, seed, ...forward }: LearnerSettings,
+  { optimizer, learningRate, seed, count, ...forward }: ReturnType<typeof counting>,
   canary?: Canary,
 ): Promise<LearnResult> {
-  return learn(engine, batch, loss, {
+  const result = await learn(engine, batch, loss, {
     ...forward,
     epochs,
     miniBatches,
@@ -40,19 +52,22 @@ export function update(
     optimizer: {
       ...optimizer,
       learningRate: learningRate(iteration),
-      step: (iteration - 1) * epochs * miniBatches + 1,
+      step: count.updates + 1,
     },
     // One mini-batch has no order to choose, and packed order keeps its sums comparable with any other trainer's.
-    ...(miniBatches > 1 ? { shuffle: { seed, firstPass: (iteration - 1) * epochs } } : {}),
+    ...(miniBatches > 1 ? { shuffle: { seed, firstPass: count.passes } } : {}),
     ...(canary ? { canary } : {}),
   });
+  count.updates += result.updates;
+  count.passes += epochs;
+  return result;
 }
 
 /** The learner's part of a worker. */
 export function learner(engine: Engine, settings: LearnerSettings) {
+  const counted = counting(settings);
   return {
-    update: (batch: LearningBatch, loss: Loss, options: UpdateOptions) =>
-      update(engine, batch, loss, options, settings),
+    update: (batch: LearningBatch, loss: Loss, options: UpdateOptions) => update(engine, batch, loss, options, counted),
     computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
   };
 }

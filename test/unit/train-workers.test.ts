@@ -14,7 +14,7 @@ import { ActorWorker } from '../../src/workers/actor.js';
 import { forwardAll, offsets } from '../../src/workers/batches.js';
 import { Canary } from '../../src/workers/canary.js';
 import { computeLoss, learn, takeRows } from '../../src/workers/learn.js';
-import { update } from '../../src/workers/learner.js';
+import { learner } from '../../src/workers/learner.js';
 import { packRollout } from '../../src/workers/responses.js';
 import { RewardWorker } from '../../src/workers/reward.js';
 import { TableEngine } from './train-fake-engine.js';
@@ -161,13 +161,32 @@ describe('learn', () => {
     expect(steps).toEqual([]);
   });
 
-  it('an update numbers its steps and its rate by the iteration, so that nothing else need be remembered', async () => {
+  it('updates number their steps one after the other, whatever their shape, and have the rate of the iteration', async () => {
     const { engine: fake, steps } = recording(engine());
-    const settings = { microTokens: 9, optimizer, learningRate: (iteration: number) => iteration / 10, seed: 1 };
-    await update(fake, batch, crossEntropy(), { epochs: 2, miniBatches: 2, iteration: 3 }, settings);
-    expect(steps.map(({ options }) => [options.step, options.learningRate])).toEqual(
-      [9, 10, 11, 12].map((n) => [n, 0.3]),
-    );
+    const learningRate = (iteration: number) => iteration / 10;
+    const count = { updates: 8, passes: 4 };
+    const worker = learner(fake, { microTokens: 9, optimizer, learningRate, seed: 1, count });
+    await worker.update(batch, crossEntropy(), { epochs: 2, miniBatches: 2, iteration: 3 });
+    await worker.update(batch, crossEntropy(), { epochs: 1, miniBatches: 2, iteration: 3 });
+    await worker.update(batch, crossEntropy(), { epochs: 1, miniBatches: 9, iteration: 4 });
+    expect(steps.map(({ options }) => [options.step, options.learningRate])).toEqual([
+      ...[9, 10, 11, 12, 13, 14].map((n) => [n, 0.3]),
+      ...[15, 16, 17, 18, 19].map((n) => [n, 0.4]),
+    ]);
+    expect(count).toEqual({ updates: 19, passes: 8 });
+  });
+
+  it('two updates of one iteration take the rows in orders of their own', async () => {
+    const { engine: fake, steps } = recording(engine());
+    const worker = learner(fake, { microTokens: 9, optimizer, learningRate: () => 0, seed: 1 });
+    const order = async () => {
+      steps.length = 0;
+      await worker.update(batch, crossEntropy(), { epochs: 1, miniBatches: 5, iteration: 1 });
+      return steps.map(({ gradients }) => String(gradients));
+    };
+    const [first, second] = [await order(), await order()];
+    expect(first).not.toEqual(second);
+    expect(first.sort()).toEqual(second.sort());
   });
 
   it('an addition of fewer rows than mini-batches reports its mean over those that had one', async () => {

@@ -498,6 +498,31 @@ describe('a program', () => {
   });
 });
 
+it('updates of any shape are counted through a resume; those of the configuration need no count', async () => {
+  const algorithm = defineAlgorithm({
+    models: ['actor'],
+    async iterate({ actor }, prompts, { iteration }) {
+      const batch = sftBatch(prompts.map(({ tokens }) => ({ tokens, mask: Array.from(tokens, () => 1) })));
+      const update = { epochs: iteration === 1 ? 4 : 1, miniBatches: 2, iteration };
+      await actor.update(batch, crossEntropy(), update);
+      if (iteration === 2) await actor.update(batch, crossEntropy(), update);
+      return { metrics: {} };
+    },
+  });
+  const counts = async (config: ConfigInput, step: number) => {
+    const path = join(config.output!, 'checkpoints', `step-00000${step}`, 'trainer', 'state.json');
+    return (JSON.parse(await readFile(path, 'utf8')) as { counts?: unknown }).counts;
+  };
+  const changes = { ppo: { epochs: 4, miniBatches: 2 }, checkpoint: { every: 1, keep: 9 }, steps: 4 };
+  const [whole, parted] = [ppo(changes), ppo(changes)];
+  await run(whole, { algorithm });
+  for (const steps of [1, 2, 4]) await run({ ...parted, steps }, { algorithm, resume: true });
+  expect(await checkpoints(parted)).toEqual(await checkpoints(whole));
+  expect(await counts(whole, 1)).toBeUndefined();
+  expect(await counts(whole, 2)).toEqual({ policy: { updates: 12, passes: 6 } });
+  expect(await counts(whole, 4)).toEqual({ policy: { updates: 16, passes: 8 } });
+});
+
 describe('an algorithm that draws prompts', () => {
   /** Draws one prompt after the batch, and notes the first tokens of all. */
   const drawing = () => {
