@@ -1,6 +1,6 @@
 /** Files that are either complete or absent: written beside, flushed, renamed. */
-import { copyFile, mkdir, open, readFile, rename, rm } from 'node:fs/promises';
-import { dirname, join } from 'node:path';
+import { mkdir, open, readFile, rename, rm } from 'node:fs/promises';
+import { dirname } from 'node:path';
 import { LockstepError } from '../errors.js';
 
 /** A single write of a file descriptor takes less than 2 GiB. */
@@ -128,30 +128,15 @@ export async function removeFile(path: string): Promise<void> {
   await failWith(path, () => rm(path, { force: true }));
 }
 
-/** Copies those of `names` that exist in `from`; a missing one is no error. */
-export async function copyExisting(from: string, to: string, names: readonly string[]): Promise<string[]> {
-  const copied: string[] = [];
-  for (const name of names) {
-    const target = join(to, name);
-    const partial = `${target}.partial`;
-    try {
-      await copyFile(join(from, name), partial);
-    } catch (error) {
-      await rm(partial, { force: true }).catch(() => undefined);
-      if (isSystemError(error) && error.code === 'ENOENT') continue;
-      throw writeFailure(target, error);
-    }
-    await failWith(target, () => rename(partial, target));
-    copied.push(name);
-  }
-  if (copied.length > 0) await failWith(to, () => sync(to));
-  return copied;
-}
-
 /** The text of a file, or undefined when there is none. */
 export async function readTextIfPresent(path: string): Promise<string | undefined> {
+  return (await readIfPresent(path))?.toString('utf8');
+}
+
+/** What a file holds, or undefined when there is none. */
+export async function readIfPresent(path: string): Promise<Buffer | undefined> {
   try {
-    return await readFile(path, 'utf8');
+    return await readFile(path);
   } catch (error) {
     if (isSystemError(error) && (error.code === 'ENOENT' || error.code === 'ENOTDIR')) return undefined;
     throw error;

@@ -7,7 +7,16 @@ import { canonicalName, checkpointNames } from '../layout/checkpoint-names.js';
 import { parseModelConfig } from '../layout/config.js';
 import type { ModelShape } from '../layout/model-shape.js';
 import { type TensorSource, type TensorSpec, tensorTable } from '../layout/tensor-table.js';
-import { copyExisting, makeDirectory, readTextIfPresent, removeFile, sync, writeJson } from './files.js';
+import {
+  isSystemError,
+  makeDirectory,
+  readIfPresent,
+  readTextIfPresent,
+  removeFile,
+  sync,
+  writeAtomically,
+  writeJson,
+} from './files.js';
 import { resolveModelDirectory } from './hub-cache.js';
 import {
   float32Size,
@@ -228,11 +237,29 @@ const tokenizerFiles = [
 const generationFile = 'generation_config.json';
 const defaultShardBytes = 5_000_000_000;
 
+/** Tokenizer files and generation settings, by name. */
+export type Companions = ReadonlyMap<string, Uint8Array>;
+
+/** Those that a folder has. @throws CHECKPOINT_UNREADABLE */
+export async function readCompanions(directory: string): Promise<Companions> {
+  const companions = new Map<string, Uint8Array>();
+  for (const name of [...tokenizerFiles, generationFile]) {
+    const path = join(directory, name);
+    const content = await readIfPresent(path).catch((error: unknown) => {
+      if (!isSystemError(error)) throw error;
+      const message = `Cannot read ${path}: ${error.code}. Make it readable, or remove it if the model has no use for it.`;
+      throw new LockstepError('CHECKPOINT_UNREADABLE', message, { path, cause: error.code }, { cause: error });
+    });
+    if (content !== undefined) companions.set(name, content);
+  }
+  return companions;
+}
+
 export interface SaveOptions extends SaveTiming {
   /** config.json of the checkpoint that the model came from; architecture, labels, dtype and tying are adapted. */
   configJson: Readonly<Record<string, unknown>>;
-  /** Folder whose tokenizer files, and generation settings for a language model, are copied. */
-  tokenizerFrom?: string;
+  /** Files of the checkpoint that the model came from to write beside the weights. */
+  companions?: Companions;
   /** Weights beyond it are cut into several files with an index. Default 5 GB. */
   maxShardBytes?: number;
 }
@@ -257,10 +284,9 @@ export async function beginSavingModel(engine: Engine, directory: string, option
   const finish = async () => {
     await written;
     await writeIndex(directory, shards, names);
-    const { tokenizerFrom } = options;
-    if (tokenizerFrom !== undefined && resolve(tokenizerFrom) !== resolve(directory)) {
-      const generation = engine.shape.head === 'language' ? [generationFile] : [];
-      await copyExisting(tokenizerFrom, directory, [...tokenizerFiles, ...generation]);
+    for (const [name, content] of options.companions ?? []) {
+      const generates = engine.shape.head === 'language';
+      if (generates || name !== generationFile) await writeAtomically(join(directory, name), [content]);
     }
     await writeJson(join(directory, configFile), config);
     await sync(directory);

@@ -40,10 +40,10 @@ export async function beginSaving(task: Task, config: Config, step: number, dire
   const copy = config.checkpoint.async;
   const savings: Saving[] = [];
   const begin = async () => {
-    for (const { role, engine, hold } of task.trained) {
-      const { directory: tokenizerFrom, config: configJson } = role.checkpoint;
+    for (const { role, engine, companions, hold } of task.trained) {
+      const { config: configJson } = role.checkpoint;
       await hold(async () => {
-        savings.push(await beginSavingModel(engine, join(directory, role.folder), { configJson, tokenizerFrom, copy }));
+        savings.push(await beginSavingModel(engine, join(directory, role.folder), { configJson, companions, copy }));
         savings.push(await beginSavingOptimizerState(engine, join(directory, 'trainer', role.name), { copy }));
       });
     }

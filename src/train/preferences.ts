@@ -80,7 +80,7 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
   const { roles, pools, tokenizer, endTokens } = workshop;
   const [policy, reference] = roles as [Role, Role | undefined];
   const engine = await openEngine(policy, workshop);
-  const model = trainedModel(policy, engine, workshop);
+  const model = await trainedModel(policy, engine, workshop);
   const actor = pools.place(
     policy.name,
     ActorWorker.create(engine, {

@@ -22,7 +22,7 @@ export type RoleName = 'policy' | 'critic' | 'costCritic' | 'reference' | 'rewar
 
 export interface Role {
   name: RoleName;
-  /** What it starts from at step 0, and whose files its checkpoints copy. */
+  /** What it starts from at step 0, and whose tokenizer its checkpoints have. */
   checkpoint: Checkpoint;
   head: Head;
   shape: ModelShape;

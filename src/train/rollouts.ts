@@ -43,7 +43,8 @@ export async function rolloutTask(
   const pretraining = await openPretraining(config, policy, workshop);
   const engines: Engines = {};
   for (const role of roles) engines[role.name] = await openEngine(role, workshop);
-  const trained = roles.filter((role) => role.trained).map((role) => trainedModel(role, engines[role.name]!, workshop));
+  const trained: TrainedModel[] = [];
+  for (const role of roles) if (role.trained) trained.push(await trainedModel(role, engines[role.name]!, workshop));
   const models = await openModels(config, engines, trained, workshop);
   const data = new PromptData(sources, config, workshop);
   return {

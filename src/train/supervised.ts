@@ -34,7 +34,7 @@ export async function sftTask(config: ConfigOf<'sft'>, workshop: Workshop): Prom
   const convert = (row: Row): SftItem => sftItem(row, policy, workshop);
   const sources = await openSources(config, convert, workshop);
   const engine = await openEngine(policy, workshop);
-  const model = trainedModel(policy, engine, workshop);
+  const model = await trainedModel(policy, engine, workshop);
   const actor = pools.place(
     policy.name,
     ActorWorker.create(engine, {
@@ -74,7 +74,7 @@ async function pairTask<P extends Pair>(
   const [role] = roles as [Role];
   const sources = await openSources(config, (row) => convert(row, role, workshop), workshop);
   const engine = await openEngine(role, workshop);
-  const model = trainedModel(role, engine, workshop);
+  const model = await trainedModel(role, engine, workshop);
   const reward = pools.place(role.name, RewardWorker.createLearner(engine, learnerSettings(config, model)), {
     ...{ update: 'update', computeLoss: 'evaluation' },
   });

@@ -1,5 +1,6 @@
 /** What the loop knows of training: steps, evaluations, models to save, numbers to carry over. */
 import type { AlgorithmState } from '../algorithms/algorithm.js';
+import { type Companions, readCompanions } from '../checkpoints/hugging-face.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import type { Engine } from '../engine/engine.js';
 import type { LearnerSettings, UpdateCount } from '../workers/learner.js';
@@ -20,12 +21,22 @@ export interface TrainedModel {
   role: Role;
   engine: Engine;
   count: UpdateCount;
+  /** Of the checkpoint that the model starts from, read when the run begins: that folder may go away. */
+  companions: Companions;
   /** Runs `work` when all that a checkpoint keeps of the model can be read and written. */
   hold<T>(work: () => Promise<T>): Promise<T>;
 }
 
-export function trainedModel(role: Role, engine: Engine, { pools }: Pick<Workshop, 'pools'>): TrainedModel {
-  return { role, engine, count: { updates: 0, passes: 0 }, hold: (work) => pools.hold(role.name, work) };
+export async function trainedModel(
+  role: Role,
+  engine: Engine,
+  { pools }: Pick<Workshop, 'pools'>,
+): Promise<TrainedModel> {
+  return {
+    ...{ role, engine, count: { updates: 0, passes: 0 } },
+    companions: await readCompanions(role.checkpoint.directory),
+    hold: (work) => pools.hold(role.name, work),
+  };
 }
 
 /** A task whose steps and evaluations end with the first call that fails, or with a cancel. */

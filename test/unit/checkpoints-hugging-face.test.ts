@@ -13,7 +13,7 @@ import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { writeFailure } from '../../src/checkpoints/files.js';
 import { hubCacheDirectory, resolveModelDirectory } from '../../src/checkpoints/hub-cache.js';
-import { loadPlan, openCheckpoint, saveModel } from '../../src/checkpoints/hugging-face.js';
+import { loadPlan, openCheckpoint, readCompanions, saveModel } from '../../src/checkpoints/hugging-face.js';
 import { loadOptimizerState, saveOptimizerState } from '../../src/checkpoints/state.js';
 import { slicesToLoad } from '../../src/engine/file-slices.js';
 import type { NativeSlice } from '../../src/engine/native.js';
@@ -375,19 +375,24 @@ describe('saving', () => {
     expect(readFileSync(join(first, 'config.json'), 'utf8')).not.toContain('/home/x');
   });
 
-  test('tokenizer files and generation settings are copied, other files are not', async () => {
+  test('tokenizer files and generation settings are carried over, other files are not', async () => {
     const [from, to, critic] = [temporaryDirectory(), temporaryDirectory(), temporaryDirectory()];
     for (const file of ['tokenizer.json', 'chat_template.jinja', 'generation_config.json', 'notes.txt'])
       writeFileSync(join(from, file), file);
-    await saveModel(engineOf(llama).asEngine(), to, { configJson: llama, tokenizerFrom: from });
+    const companions = await readCompanions(from);
+    await saveModel(engineOf(llama).asEngine(), to, { configJson: llama, companions });
     const weights = ['config.json', 'model.safetensors'];
     expect(readdirSync(to).sort()).toEqual(
       ['chat_template.jinja', 'generation_config.json', 'tokenizer.json', ...weights].sort(),
     );
-    await saveModel(engineOf(llama, 'value').asEngine(), critic, { configJson: llama, tokenizerFrom: from });
+    await saveModel(engineOf(llama, 'value').asEngine(), critic, { configJson: llama, companions });
     expect(existsSync(join(critic, 'generation_config.json'))).toBe(false);
-    await saveModel(engineOf(llama).asEngine(), from, { configJson: llama, tokenizerFrom: from });
-    expect(readFileSync(join(from, 'tokenizer.json'), 'utf8')).toBe('tokenizer.json');
+    expect(readFileSync(join(critic, 'tokenizer.json'), 'utf8')).toBe('tokenizer.json');
+    mkdirSync(join(from, 'merges.txt'));
+    expect(await failure(readCompanions(from))).toMatchObject({
+      code: 'CHECKPOINT_UNREADABLE',
+      message: expect.stringContaining(join(from, 'merges.txt')),
+    });
   });
 
   test("another model's config is refused before anything is written", async () => {

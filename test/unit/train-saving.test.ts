@@ -1,5 +1,5 @@
 /** Checkpoints behind the steps: they change no file, are one at a time, and fail no later than the next step boundary. */
-import { mkdir, mkdtemp, readdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
@@ -220,6 +220,16 @@ describe('a checkpoint', () => {
     });
     await run(sft({ memory, checkpoint: { async: false } }));
   });
+});
+
+it('checkpoints have the tokenizer that the model had at the start, also when its folder goes away', async () => {
+  const start = await writeTableModel();
+  await writeFile(join(start, 'special_tokens_map.json'), '{}');
+  const config = sft({ model: start });
+  for await (const { type } of train(config, { backend: tableBackend }))
+    if (type === 'start') await rm(start, { recursive: true });
+  for (const name of await readdir(join(config.output, 'checkpoints')))
+    expect(await readdir(join(config.output, 'checkpoints', name))).toContain('special_tokens_map.json');
 });
 
 it('a trace that cannot be written ends no run', async () => {
