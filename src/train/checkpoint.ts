@@ -28,6 +28,8 @@ interface TrainerState {
   counts?: Readonly<Record<string, UpdateCount>>;
   /** What decides the course of the run. */
   settings: Settings;
+  /** Of the task; checkpoints without it say nothing of their data. */
+  data?: Task['data'];
 }
 
 type Settings = Readonly<Record<string, unknown>>;
@@ -74,11 +76,12 @@ function stateOf(task: Task, config: Config, step: number): TrainerState {
     parts: partsOf(task),
     ...countsOf(task, config, step),
     settings: settingsOf(config),
+    data: task.data,
   };
 }
 
-/** Gives a task, whose models were loaded from `directory`, the rest of its state. */
-export async function restoreCheckpoint(task: Task, config: Config, directory: string): Promise<void> {
+/** Gives a task, whose models were loaded from `directory`, the rest of its state. Returns what the data was. */
+export async function restoreCheckpoint(task: Task, config: Config, directory: string): Promise<Task['data']> {
   for (const { role, engine, hold } of task.trained) {
     await hold(() => loadOptimizerState(engine, join(directory, 'trainer', role.name)));
   }
@@ -89,6 +92,7 @@ export async function restoreCheckpoint(task: Task, config: Config, directory: s
     Object.assign(count, state.counts?.[role.name] ?? expectedCount(config, state.step));
   }
   task.restore(state.algorithm);
+  return state.data ?? {};
 }
 
 function countsOf({ trained }: Task, config: Config, step: number): Pick<TrainerState, 'counts'> {

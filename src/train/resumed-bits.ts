@@ -1,8 +1,9 @@
-/** What it means for a run's bits that it goes on in another layout, or on other processors, than it had. */
+/** What it means for a run's bits that it goes on in another layout, on other processors, or with other data, than it had. */
 import type { ModelShape } from '../layout/model-shape.js';
 import type { Config } from './config.js';
 import type { Architecture } from './gpus.js';
 import type { RunWarning } from './loop.js';
+import type { Task } from './task.js';
 
 /** What of `parallel` decides bits; schedules do not. */
 export type Layout = Omit<Config['parallel'], 'schedule'>;
@@ -51,4 +52,16 @@ export function architectureWarning(
     `the run computed on ${named(before)} and continues on ${named(now)}: in bfloat16 its bits may differ from here on from those of ` +
     'the run never stopped; continue on the same kind of processor to have the same bits';
   return { code: 'ARCHITECTURE_DIFFERS', message };
+}
+
+/** The warnings with which a run continues on files that are not what they were. */
+export function dataWarnings(before: Task['data'], now: Task['data']): RunWarning[] {
+  return Object.entries(now).flatMap(([key, { rows, bytes }]) => {
+    const was = before[key];
+    if (was === undefined || (was.rows === rows && was.bytes === bytes)) return [];
+    const message =
+      `the file of ${key} had ${was.rows} rows in ${was.bytes} bytes and has ${rows} in ${bytes}: the run goes on at its position in the ` +
+      'new order, so some rows may come again and others not at all in this pass; put the file back to have the bits of the run never stopped';
+    return [{ code: 'DATA_DIFFERS', message }];
+  });
 }

@@ -49,10 +49,11 @@ export async function rolloutTask(
   const data = new PromptData(sources, config, workshop);
   return {
     skipped: sources.train.skipped,
+    data: { 'data.train': sources.train.size, ...(pretraining ? { 'ptx.data': pretraining.size } : {}) },
     trained,
     step: async (iteration): Promise<Outcome> => {
       const prompts = await data.begin(iteration);
-      const context = { iteration, pretraining: await pretraining?.(iteration), draw: data.draw };
+      const context = { iteration, pretraining: await pretraining?.batch(iteration), draw: data.draw };
       const { metrics, rollout, rewards } = await algorithm.iterate(models, prompts, context);
       const { max, tokens } = models.actor.mismatch();
       return {
@@ -240,7 +241,10 @@ async function openPretraining(config: RolloutConfig, policy: Role, workshop: Wo
   const convert = (row: Row) => sftItem(row, policy, workshop);
   const source = workshop.own(await RowSource.open(ptx.data, convert, { shuffle, onError, seed: config.seed }));
   const count = ptx.sequences ?? config.batch.sequences;
-  return async (iteration: number) => sftBatch(await source.take((iteration - 1) * count, count));
+  return {
+    size: source.size,
+    batch: async (iteration: number) => sftBatch(await source.take((iteration - 1) * count, count)),
+  };
 }
 
 function promptOf(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop, maxNewTokens: number): Prompt {

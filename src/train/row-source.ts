@@ -1,4 +1,5 @@
 /** Rows of a data file as what an algorithm learns from, in the order of positions. */
+import { stat } from 'node:fs/promises';
 import { type Dataset, openDataset } from '../data/dataset.js';
 import { badRow, type Row } from '../data/rows.js';
 import { type DataOrder, dataOrder } from '../data/sampler.js';
@@ -18,14 +19,28 @@ export interface Skipped {
   first: string | undefined;
 }
 
+/** By which a resume tells that a data file is another than it was. */
+export interface DataSize {
+  /** Good ones. */
+  rows: number;
+  bytes: number;
+}
+
 export class RowSource<Item> {
   readonly #dataset: Dataset;
   readonly #order: DataOrder;
   readonly #convert: (row: Row) => Item;
   readonly #onError: 'stop' | 'skip';
   readonly skipped: Skipped;
+  readonly size: DataSize;
 
-  private constructor(dataset: Dataset, convert: (row: Row) => Item, { onError, shuffle, seed }: RowSourceOptions) {
+  private constructor(
+    dataset: Dataset,
+    bytes: number,
+    convert: (row: Row) => Item,
+    { onError, shuffle, seed }: RowSourceOptions,
+  ) {
+    this.size = { rows: dataset.length, bytes };
     this.#dataset = dataset;
     this.#order = dataOrder({ length: dataset.length, seed, shuffle });
     this.#convert = convert;
@@ -39,7 +54,8 @@ export class RowSource<Item> {
     convert: (row: Row) => Item,
     options: RowSourceOptions,
   ): Promise<RowSource<Item>> {
-    return new RowSource(await openDataset(path, { onError: options.onError }), convert, options);
+    const dataset = await openDataset(path, { onError: options.onError });
+    return new RowSource(dataset, (await stat(path)).size, convert, options);
   }
 
   get length(): number {

@@ -96,10 +96,11 @@ export function supervised<Item, Models, Batch>(
   models: Models,
   pack: (items: readonly Item[]) => Batch & ({ tokens: Int32Array } | { answers: { tokens: Int32Array } }),
   { recorder }: Workshop,
-): Pick<Task, 'skipped' | 'step' | 'state' | 'restore'> {
+): Pick<Task, 'skipped' | 'data' | 'step' | 'state' | 'restore'> {
   const rowsPerStep = config.batch.sequences;
   return {
     skipped: train.skipped,
+    data: { 'data.train': train.size },
     step: async (step) => {
       const batch = await recorder.phase('data', async () =>
         pack(await train.take((step - 1) * rowsPerStep, rowsPerStep)),

@@ -8,7 +8,7 @@ import type { Config } from './config.js';
 import type { Sample } from './events.js';
 import type { RunPools } from './pools.js';
 import type { EngineContext, Role } from './roles.js';
-import type { Skipped } from './row-source.js';
+import type { DataSize, Skipped } from './row-source.js';
 import { learningRateAt, type ScheduleSettings } from './schedule.js';
 
 export interface Outcome {
@@ -52,6 +52,8 @@ export function supervised(task: Task, pools: RunPools): Task {
 export interface Task {
   readonly trained: readonly TrainedModel[];
   readonly skipped: Skipped;
+  /** Files that are trained on, by their keys in the configuration. */
+  readonly data: Readonly<Record<string, DataSize>>;
   /** Step n = 1, 2, ... */
   step(step: number): Promise<Outcome>;
   /** Absent without `data.eval`. */

@@ -15,7 +15,7 @@ import { RunPools } from './pools.js';
 import { ktoTask, preferenceTask } from './preferences.js';
 import { preflight } from './preflight.js';
 import { Recorder } from './recorder.js';
-import { architectureWarning, layoutWarning } from './resumed-bits.js';
+import { architectureWarning, dataWarnings, layoutWarning } from './resumed-bits.js';
 import { foreignTokenizers, type Role, rolesOf } from './roles.js';
 import { rolloutTask } from './rollouts.js';
 import { RunFolder } from './run-folder.js';
@@ -81,7 +81,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const interrupt = AbortSignal.any([signal, cancel].filter((given) => given !== undefined));
     const parts = { roles, recorder, pools, own, from: latest?.directory, interrupt };
     const task = await openTask(config, parts, algorithm);
-    if (latest) await restoreCheckpoint(task, config, latest.directory);
+    const earlierData = latest && (await restoreCheckpoint(task, config, latest.directory));
     await folder.begin(printConfig(config), architecture, step);
     await recorder.open(folder.path);
     const run: Run = { config, folder, recorder, task: supervised(task, pools), signal, cancel, started };
@@ -97,6 +97,7 @@ export async function* train(input: Config | ConfigInput, options: TrainOptions 
     const resumed = latest && [
       layoutWarning(earlier?.parallel, config.parallel, trainedShapes(roles)),
       architectureWarning(earlierArchitecture, architecture, config.dtype),
+      ...dataWarnings(earlierData ?? {}, task.data),
     ];
     const differing = (resumed ?? []).filter((warning) => warning !== undefined);
     for (const warning of [...differing, ...(await warnings(config, roles))]) {

@@ -1,5 +1,5 @@
 /** Checkpoints behind the steps: they change no file, are one at a time, and fail no later than the next step boundary. */
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { appendFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
@@ -10,7 +10,7 @@ import { LockstepError } from '../../src/errors.js';
 import type { Backend } from '../../src/inference/backend.js';
 import type { ConfigInput } from '../../src/train/config.js';
 import type { TrainEvent } from '../../src/train/events.js';
-import { architectureWarning, layoutWarning, sameBits } from '../../src/train/resumed-bits.js';
+import { architectureWarning, dataWarnings, layoutWarning, sameBits } from '../../src/train/resumed-bits.js';
 import { type TrainOptions, train } from '../../src/train/train.js';
 import { digests } from '../digests.js';
 import { tableBackend, writeTableModel } from './train-fake-engine.js';
@@ -273,6 +273,30 @@ describe('a run that continues in another layout', () => {
       { code: 'LAYOUT_DIFFERS', message: expect.stringMatching(/tensor 1, data 2, zero 0 and continues in .* data 1/) },
     ]);
     expect(warnings(await run({ ...config, steps: 6 }, { resume: true }))).toEqual([]);
+  });
+});
+
+describe('a run that continues with a data file that has changed', () => {
+  const row = (i: number) => `${JSON.stringify({ tokens: [2 + i, 3 + i, 4] })}\n`;
+  const warnings = (events: TrainEvent[]) => events.filter(({ type }) => type === 'warning');
+
+  it('is warned, once', async () => {
+    const train = join(folder, 'growing.jsonl');
+    await writeFile(train, [0, 1, 2].map(row).join(''));
+    const config = sft({ data: { train } });
+    await run({ ...config, steps: 2 });
+    expect(warnings(await run({ ...config, steps: 3 }, { resume: true }))).toEqual([]);
+    await appendFile(train, row(3));
+    expect(warnings(await run({ ...config, steps: 4 }, { resume: true }))).toMatchObject([
+      { code: 'DATA_DIFFERS', message: expect.stringMatching(/data.train had 3 rows in 57 bytes and has 4 in 76/) },
+    ]);
+    expect(warnings(await run({ ...config, steps: 5 }, { resume: true }))).toEqual([]);
+  });
+
+  it('is warned of ptx data, and of nothing by a checkpoint that does not say', () => {
+    const [before, now] = [{ 'ptx.data': { rows: 3, bytes: 9 } }, { 'ptx.data': { rows: 3, bytes: 8 } }];
+    expect(dataWarnings(before, now)).toMatchObject([{ message: expect.stringContaining('ptx.data had 3 rows in 9') }]);
+    expect(dataWarnings({}, now)).toEqual([]);
   });
 });
 
