@@ -44,7 +44,7 @@ export async function iterations(
       rollout: { maxNewTokens: newTokens, samples },
       steps: runs + 1,
       threads,
-      checkpoint: { every: 0 },
+      checkpoint: { every: 0, async: false },
       output: join(folder, 'run'),
       ...settings,
     });
@@ -63,8 +63,10 @@ export async function iterations(
         ...{ seconds, outside: 1 - metrics['seconds.native']! / seconds },
         phases: Object.fromEntries(phases.map(([name, value]) => [name.slice('seconds.'.length), value])),
       });
+      // Without the checkpoint that follows the last step.
+      if (event.step === config.steps) break;
     }
-    const shares = idleShares(JSON.parse(await readFile(join(folder, 'run', 'trace.json'), 'utf8')) as Span[]);
+    const shares = idleShares(JSON.parse(await readFile(join(config.output, 'trace.json'), 'utf8')) as Span[]);
     return rowsOfSteps.map((row, i) => ({ ...row, controller: shares[i + 1]! }));
   } finally {
     await rm(folder, { recursive: true, force: true });

@@ -115,6 +115,8 @@ export async function* measure({ threads, runs, signal, note }: BenchOptions): A
       share.push(offload! / step!);
       slower.push(step! / alone['seconds.step']! - 1);
       rate.push((inTurn['bytes.offload']! + inTurn['bytes.restore']!) / transfer! / 1e9);
+      // Without the checkpoints that follow the last step.
+      if (inTurn.step === turns.steps) break;
     }
     const { device, host } = watch.devices[0]!.spaces();
     yield measured('waiting for moves', share, 'share of an iteration', {

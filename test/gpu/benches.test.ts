@@ -1,11 +1,16 @@
 /** The measurements that `bench/gpu/run` makes run where the GPU is emulated: results are verified, figures of each kind come out. */
 import './device.js';
+import { mkdtemp, readdir, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { expect } from 'vitest';
+import { iterations } from '../../bench/iterations.js';
 import type { Bench, Measurement } from '../../src/cli/bench.js';
 import { slow } from '../conditions.js';
 
+const options = { signal: new AbortController().signal, threads: 2, runs: 1, note: () => undefined };
+
 async function measured(bench: Bench): Promise<Measurement[]> {
-  const options = { signal: new AbortController().signal, threads: 2, runs: 1, note: () => undefined };
   const lines: Measurement[] = [];
   for await (const line of bench.measure(options)) lines.push(line);
   return lines;
@@ -34,6 +39,17 @@ for (const [name, { load, units }] of Object.entries(benches)) {
     expect(new Set(lines.map((line) => line.name)).size).toBe(lines.length);
   });
 }
+
+slow('iterations save no checkpoint, and take no host memory for one', async () => {
+  const output = await mkdtemp(join(tmpdir(), 'lockstep-benches-'));
+  try {
+    const settings = { algorithm: 'ppo', ppo: { miniBatches: 1 }, memory: { host: '1KiB' }, output };
+    expect(await iterations(options, settings)).toHaveLength(options.runs);
+    expect(await readdir(join(output, 'checkpoints')).catch(() => [])).toEqual([]);
+  } finally {
+    await rm(output, { recursive: true, force: true });
+  }
+});
 
 // The shape tiny, by hand: two layers of qkv, output, gate and up, down; the tied vocabulary once.
 const matrices = 2 * ((4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 128 * 64 + 128 * 64) + 320 * 64;
