@@ -4,7 +4,7 @@ import { createDevice, round, shareOfCeiling, subject } from './support.js';
 
 export async function* measure({ threads, runs }: BenchOptions): AsyncGenerator<Measurement> {
   await using device = createDevice({ threads });
-  const count = subject().model === 'tiny' ? 65_536 : 27_787_264;
+  const { updated: count } = subject();
   const share = await shareOfCeiling(device, 'adamw', { what: 'adamw', runs, count });
   yield {
     ...share,

@@ -65,6 +65,8 @@ export interface Subject {
   batches: readonly number[];
   promptTokens: number;
   newTokens: number;
+  /** Parameters that the optimizer updates: 18 bytes each, more than caches hold. */
+  updated: number;
   /** Of an iteration of reinforcement learning. */
   rollout: { sequences: number; promptTokens: number; newTokens: number; microTokens: number };
   /** Memory that no cache holds. */
@@ -77,6 +79,7 @@ const onCpu: Subject = {
   ...{ model: 'llama-25m', small: 'llama-25m', products: ['llama-25m', 'llama-125m'], rows: [32, 512, 2048] },
   ...{ dtypes: ['bfloat16', 'float32'], sequences: 8, length: 256 },
   ...{ batches: [1, 32], promptTokens: 128, newTokens: 128 },
+  updated: 27_787_264,
   rollout: { sequences: 32, promptTokens: 64, newTokens: 128, microTokens: 2048 },
   ceilingBytes: 256 << 20,
 };
@@ -85,6 +88,7 @@ const onGpu: Subject = {
   ...{ model: 'llama-1b', small: 'llama-125m', products: ['llama-1b'], rows: [8, 64, 512, 8192] },
   ...{ dtypes: ['bfloat16'], sequences: 4, length: 2048 },
   ...{ batches: [1, 8, 64], promptTokens: 128, newTokens: 128 },
+  updated: 2 ** 28,
   rollout: { sequences: 64, promptTokens: 128, newTokens: 256, microTokens: 8192 },
   ceilingBytes: 2 ** 31,
 };
@@ -94,29 +98,39 @@ const onEmulation: Subject = {
   ...{ model: 'tiny', small: 'tiny', products: ['tiny'], rows: [8] },
   ...{ dtypes: ['bfloat16', 'float32'], sequences: 2, length: 32 },
   ...{ batches: [1, 2], promptTokens: 8, newTokens: 4 },
+  updated: 65_536,
   rollout: { sequences: 4, promptTokens: 8, newTokens: 4, microTokens: 64 },
   ceilingBytes: 1 << 18,
 };
 
-/** By a part of the name that the driver gives: TFLOP/s and GB/s of the vendor's data sheets. */
-const statedOf: readonly [name: string, flops: number, bytes: number][] = [
+/** By a part of the name that the driver gives, the first that fits: TFLOP/s and GB/s of the vendor's data sheets. */
+const dataSheets: readonly [name: string, flops: number, bytes: number][] = [
+  ['H200 NVL', 835, 4800],
   ['H200', 989, 4800],
+  ['H100 NVL', 835, 3938],
   ['H100 PCIe', 756, 2039],
   ['H100', 989, 3350],
   ['A100-SXM4-40GB', 312, 1555],
   ['A100-PCIE-40GB', 312, 1555],
+  ['A100 80GB PCIe', 312, 1935],
   ['A100', 312, 2039],
   ['L40S', 362, 864],
   ['RTX 4090', 165, 1008],
   ['RTX 3090', 71, 936],
 ];
 
+/** `gpu` is the driver's name of it. */
+export function statedOf(gpu: string): Subject['stated'] {
+  const sheet = dataSheets.find(([name]) => gpu.includes(name));
+  return sheet && { flops: sheet[1] * 1e12, bytes: sheet[2] * 1e9 };
+}
+
 export function subject(): Subject {
   if (resolveProcessor('auto') === 'cpu') return onCpu;
   const { build, gpus } = loadNative().cuda();
   if (build === 'emulated') return onEmulation;
-  const stated = statedOf.find(([name]) => gpus[0]?.name.includes(name));
-  return stated ? { ...onGpu, stated: { flops: stated[1] * 1e12, bytes: stated[2] * 1e9 } } : onGpu;
+  const stated = statedOf(gpus[0]?.name ?? '');
+  return stated ? { ...onGpu, stated } : onGpu;
 }
 
 /** One operation as a share of its ceiling, run by run in turn. */

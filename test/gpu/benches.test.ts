@@ -3,8 +3,9 @@ import './device.js';
 import { mkdtemp, readdir, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { expect } from 'vitest';
+import { expect, test } from 'vitest';
 import { iterations } from '../../bench/iterations.js';
+import { statedOf } from '../../bench/support.js';
 import type { Bench, Measurement } from '../../src/cli/bench.js';
 import { slow } from '../conditions.js';
 
@@ -39,6 +40,21 @@ for (const [name, { load, units }] of Object.entries(benches)) {
     expect(new Set(lines.map((line) => line.name)).size).toBe(lines.length);
   });
 }
+
+test.each([
+  ['NVIDIA H100 80GB HBM3', 989, 3350],
+  ['NVIDIA H100 PCIe', 756, 2039],
+  ['NVIDIA H100 NVL', 835, 3938],
+  ['NVIDIA H200', 989, 4800],
+  ['NVIDIA H200 NVL', 835, 4800],
+  ['NVIDIA A100-SXM4-80GB', 312, 2039],
+  ['NVIDIA A100 80GB PCIe', 312, 1935],
+  ['NVIDIA A100-PCIE-40GB', 312, 1555],
+])('the data sheet of %s states %i TFLOP/s and %i GB/s', (name, flops, bytes) => {
+  expect(statedOf(name)).toEqual({ flops: flops * 1e12, bytes: bytes * 1e9 });
+});
+
+test('a GPU whose data sheet is not known is no other GPU', () => expect(statedOf('NVIDIA T4')).toBeUndefined());
 
 slow('iterations save no checkpoint, and take no host memory for one', async () => {
   const output = await mkdtemp(join(tmpdir(), 'lockstep-benches-'));
