@@ -16,8 +16,10 @@ import {
 export interface DeviceOptions {
   /** Threads that compute, the rank's own included; default: the cores there are. */
   threads?: number;
-  /** Budget of everything the device holds; default 8 GiB, of a GPU nine tenths of what it has free. */
+  /** Budget of everything the device holds; default 8 GiB, of a GPU that of `gpuBudget`. */
   memoryBytes?: number;
+  /** What sets `memoryBytes`; default: memory.device. */
+  limit?: MemoryLimit;
   /** Budget of the state that is moved to host memory; default 16 GiB. */
   hostBytes?: number;
   /** Where state is moved to files; default: the current directory. They have no name while they exist. */
@@ -61,8 +63,28 @@ export interface Work extends WorkTimes {
   microBatch?: number;
 }
 
-/** The driver and NCCL take something for themselves. */
-const memoryOfGpu = (gpu: number): number => Math.floor(rethrow(() => loadNative().gpuMemory(gpu)).freeBytes * 0.9);
+/** What sets a device's budget, and what gives more: the begin of an advice. */
+export interface MemoryLimit {
+  what: string;
+  more: string;
+}
+
+export const configLimit: MemoryLimit = { what: 'memory.device', more: 'raise memory.device' };
+
+/** Of what a GPU has free, where nobody says how much: the driver and NCCL take something for themselves. */
+const autoShare = 0.9;
+
+/** What each of so many pools may take of a GPU; when `asked` for, all that is free. */
+export function gpuBudget(gpu: number, { pools = 1, asked = false } = {}): { memoryBytes: number; limit: MemoryLimit } {
+  const free = Math.floor(rethrow(() => loadNative().gpuMemory(gpu)).freeBytes / pools);
+  const what = `what GPU ${gpu} has free${pools > 1 ? `, shared by ${pools} pools` : ''}`;
+  const more = `end what else uses GPU ${gpu} (nvidia-smi shows it)`;
+  if (asked) return { memoryBytes: free, limit: { what, more } };
+  return {
+    memoryBytes: Math.floor(free * autoShare),
+    limit: { what: `${autoShare} of ${what}`, more: `${more}, set memory.device to more of it` },
+  };
+}
 
 /** Scratch of one thread inside an operation: packed operands and tiles. Touched as far as an operation needs it. */
 const scratchBytes = 64 << 20;
@@ -70,6 +92,7 @@ const scratchBytes = 64 << 20;
 export class Device implements AsyncDisposable {
   readonly threads: number;
   readonly memoryBytes: number;
+  readonly limit: MemoryLimit;
   readonly offloadFolder: string;
   readonly native: NativeDevice;
   /** How many rows of logits it computes at a time. */
@@ -80,8 +103,6 @@ export class Device implements AsyncDisposable {
   /** The largest workspace that a call has asked for: the native one is never smaller than what it holds. */
   private workspaceSeen = 0;
   private readonly rank: number | undefined;
-  /** What gives more memory: the begin of an advice. */
-  private readonly more: string;
   private readonly onWork: DeviceOptions['onWork'];
   private closed = false;
 
@@ -99,11 +120,10 @@ export class Device implements AsyncDisposable {
     }
     const implementation = options.implementation ?? resolveProcessor(options.processor);
     const gpu = options.gpu ?? options.rank ?? 0;
-    const isGpuFree = options.memoryBytes === undefined && implementation === 'cuda';
-    this.memoryBytes = options.memoryBytes ?? (isGpuFree ? memoryOfGpu(gpu) : 8 * 2 ** 30);
-    this.more = isGpuFree
-      ? `End what else uses GPU ${gpu} (nvidia-smi shows it), compute over more ranks`
-      : 'Raise memory.device';
+    const { memoryBytes = 8 * 2 ** 30, limit = configLimit } =
+      options.memoryBytes === undefined && implementation === 'cuda' ? gpuBudget(gpu) : options;
+    this.memoryBytes = memoryBytes;
+    this.limit = limit;
     this.native = rethrow(
       () =>
         new (loadNative().Device)({
@@ -145,12 +165,16 @@ export class Device implements AsyncDisposable {
     return this.memoryBytes - this.heldBytes;
   }
 
+  private get budget(): string {
+    return `the device's ${mebibytes(this.memoryBytes)} (limit: ${this.limit.what})`;
+  }
+
   /** @throws LockstepError MEMORY_BUDGET with the arithmetic. */
   hold(owner: object, bytes: number, what: string): void {
     if (bytes > this.workspaceBytes) {
       throw new LockstepError(
         'MEMORY_BUDGET',
-        `${what} takes ${mebibytes(bytes)}, and ${mebibytes(this.heldBytes)} of the device's ${mebibytes(this.memoryBytes)} are taken. ${this.more} or use a smaller model.`,
+        `${what} takes ${mebibytes(bytes)}, and ${mebibytes(this.heldBytes)} of ${this.budget} are taken; ${this.limit.more}, or use a smaller model.`,
         { bytes, held: this.heldBytes, budget: this.memoryBytes },
       );
     }
@@ -173,8 +197,8 @@ export class Device implements AsyncDisposable {
     if (after > this.memoryBytes) {
       throw new LockstepError(
         'MEMORY_BUDGET',
-        `Moving state to the device would make its models hold ${mebibytes(after)}, more than the device's ${mebibytes(this.memoryBytes)}; ` +
-          `they hold ${mebibytes(before)}. Move other state away first. ${this.more}.`,
+        `Moving state to the device would make its models hold ${mebibytes(after)}, more than ${this.budget}; ` +
+          `they hold ${mebibytes(before)}. Move other state away first, or ${this.limit.more}.`,
         { bytes: after - before, held: before, budget: this.memoryBytes },
       );
     }
@@ -203,7 +227,7 @@ export class Device implements AsyncDisposable {
     }
     throw new LockstepError(
       'MEMORY_BUDGET',
-      `${what} needs ${mebibytes(bytes)} of workspace; the device has ${mebibytes(this.memoryBytes)}, of which its models hold ${mebibytes(this.heldBytes)}. ${this.more} or lower batch.microTokens.`,
+      `${what} needs ${mebibytes(bytes)} of workspace, and models hold ${mebibytes(this.heldBytes)} of ${this.budget}; ${this.limit.more}, or lower batch.microTokens.`,
       { bytes, held: this.heldBytes, budget: this.memoryBytes },
     );
   }

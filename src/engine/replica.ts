@@ -54,9 +54,10 @@ export class Replica {
     const positions = prompt.length + maxNewTokens;
     const needed = Math.ceil(positions / pagePositions);
     if (needed <= pages) return;
+    const { more } = this.ranks[0]!.device.limit;
     const message =
       `Request ${index} needs ${needed} pages of keys and values (${positions} positions), the smallest budget of a rank holds ${pages}; ` +
-      'raise memory.device or lower the number of new tokens.';
+      `${more}, or lower the number of new tokens.`;
     throw new LockstepError('KV_BUDGET', message, { request: index, needed, pages });
   }
 }

@@ -1,6 +1,6 @@
 /** What runs models: a device and engines on it, loaded from checkpoints. Tests put a table in its place. */
 import type { Checkpoint } from '../checkpoints/hugging-face.js';
-import type { DeviceOptions, Work } from '../engine/device.js';
+import type { DeviceOptions, MemoryLimit, Work } from '../engine/device.js';
 import type { Dtype, Engine } from '../engine/engine.js';
 import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { Head } from '../layout/model-shape.js';
@@ -14,6 +14,8 @@ export interface DeviceSettings {
   firstGpu?: number;
   /** Budget of everything that a rank's device holds: ranks of one process are devices of their own, with as much each. Default: that of `Device`. */
   memoryBytes?: number;
+  /** What sets `memoryBytes`; default: memory.device. */
+  limit?: MemoryLimit;
   /** Budget of state that is moved to host memory, and where it is moved to files; defaults: those of `Device`. */
   hostBytes?: number;
   offloadFolder?: string;

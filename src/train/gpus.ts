@@ -1,5 +1,5 @@
 /** A run on GPUs: which pool computes on which, how much memory it has there, and what it needs beside models and workspace. */
-import { rethrow } from '../engine/device.js';
+import { configLimit, gpuBudget, type MemoryLimit } from '../engine/device.js';
 import { generationRows, generationSequences } from '../engine/generation-needs.js';
 import { loadNative, resolveProcessor, rowGrainOf } from '../engine/native.js';
 import {
@@ -28,7 +28,7 @@ export interface PoolDevices {
   /** Budget of each rank. */
   memoryBytes: number;
   /** What sets it. */
-  limit: string;
+  limit: MemoryLimit;
   /** Rank r computes on GPU `firstGpu + r`; absent on a CPU. */
   firstGpu?: number;
   /** Other pools compute on the same GPUs. */
@@ -41,24 +41,24 @@ export const ranksOf = ({ parallel: { pipeline, tensor, data } }: Config): numbe
 
 /**
  * The devices of each of so many pools. Pools have GPUs of their own where there are enough for all, else they share them, each with an
- * equal part of what is free.
+ * equal part of what is free. Without a number in `memory.device` a pool leaves something to the driver and NCCL (`gpuBudget`).
  * @throws LockstepError DEVICE_INVALID, and what a device on these GPUs would throw: CUDA_UNAVAILABLE, CUDA_DEVICE, CUDA_ARCHITECTURE
  */
 export function poolDevices(config: Config, pools: number): PoolDevices[] {
   const { device } = config.memory;
   const asked = device === 'auto' ? undefined : parseBytes(device);
-  const ofConfig = { memoryBytes: asked ?? cpuBytes, limit: 'memory.device' };
+  const ofConfig = { memoryBytes: asked ?? cpuBytes, limit: configLimit };
   if (resolveProcessor(config.device) !== 'cuda') return Array.from({ length: pools }, () => ofConfig);
   const ranks = ranksOf(config);
   const shared = pools > 1 && pools * ranks > loadNative().cuda().gpus.length;
   return Array.from({ length: pools }, (_, pool) => {
     const firstGpu = shared ? 0 : pool * ranks;
-    const free = Array.from({ length: ranks }, (_, rank) => freeBytes(firstGpu + rank));
-    const least = Math.floor(Math.min(...free) / (shared ? pools : 1));
-    if (asked !== undefined && asked <= least) return { ...ofConfig, firstGpu, shared };
-    const gpu = firstGpu + free.indexOf(Math.min(...free));
-    const limit = `what GPU ${gpu} has free${shared ? `, shared by ${pools} pools` : ''}`;
-    return { memoryBytes: least, limit, firstGpu, shared };
+    const budgets = Array.from({ length: ranks }, (_, rank) =>
+      gpuBudget(firstGpu + rank, { pools: shared ? pools : 1, asked: asked !== undefined }),
+    );
+    const least = budgets.reduce((a, b) => (b.memoryBytes < a.memoryBytes ? b : a));
+    const budget = asked !== undefined && asked <= least.memoryBytes ? ofConfig : least;
+    return { ...budget, firstGpu, shared };
   });
 }
 
@@ -78,8 +78,6 @@ export function architectureOf(pools: readonly PoolDevices[], config: Config): A
   const kinds = used.map(({ name, major, minor }) => ({ name, computeCapability: `${major}.${minor}` }));
   return { gpus: [...new Map(kinds.map((kind) => [JSON.stringify(kind), kind])).values()] };
 }
-
-const freeBytes = (gpu: number): number => rethrow(() => loadNative().gpuMemory(gpu)).freeBytes;
 
 /** Of the models of a pool on a GPU, beside models and workspace: queues are of the device, sums across ranks of each model. */
 export function gpuLine(roles: readonly Role[], config: Config): MemoryLine {

@@ -118,6 +118,7 @@ async function openDevice(
     processor: config.device,
     threads,
     memoryBytes: place.memoryBytes,
+    limit: place.limit,
     ...(place.firstGpu === undefined ? {} : { firstGpu: place.firstGpu }),
     hostBytes: parseBytes(config.memory.host),
     offloadFolder,

@@ -1,4 +1,5 @@
 /** What a run needs of its device, added up before anything is allocated, and refused with the arithmetic shown. */
+import type { MemoryLimit } from '../engine/device.js';
 import { LockstepError } from '../errors.js';
 import { snapshotBytes } from '../layout/memory-plan.js';
 import { largestPhase, RotationPlan, stateGroups } from '../layout/rotation.js';
@@ -94,15 +95,14 @@ function planPool(roles: readonly Role[], config: Config, devices: PoolDevices, 
 
 function tooLarge(
   memory: MemoryTable,
-  { limit, pool, advice }: { limit: string; pool: string | undefined; advice: string },
+  { limit, pool, advice }: { limit: MemoryLimit; pool: string | undefined; advice: string },
 ): LockstepError {
   const { lines, totalBytes, budgetBytes } = memory;
-  const more = limit === 'memory.device' ? 'raise memory.device' : 'end what else uses the GPU';
   return new LockstepError(
     'MEMORY_BUDGET',
-    `${pool === undefined ? 'the run' : `pool ${pool}`} needs ${mebibytes(totalBytes)}, more than ${limit} (${mebibytes(budgetBytes)}):\n` +
+    `${pool === undefined ? 'the run' : `pool ${pool}`} needs ${mebibytes(totalBytes)}, more than ${limit.what} (${mebibytes(budgetBytes)}):\n` +
       lines.map(({ what, bytes }) => `  ${mebibytes(bytes).padStart(12)}  ${what}`).join('\n') +
-      `\n${more}, lower batch.microTokens, or set memory.recompute${advice}`,
+      `\n${limit.more}, lower batch.microTokens, or set memory.recompute${advice}`,
     { ...memory },
   );
 }

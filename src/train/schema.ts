@@ -73,7 +73,7 @@ const common = {
   memory: section({
     /**
      * Of each rank's device; ranks of one process have as much each, whatever the host has. A GPU gives at most what it has free;
-     * `auto`: all of that, and on a CPU 8GiB.
+     * `auto`: nine tenths of that, and on a CPU 8GiB.
      */
     device: bytes.or(z.literal('auto')).default('auto'),
     /** Host memory for state that is moved off the device. */

@@ -4,7 +4,9 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { createDevice } from '../../src/checkpoints/load-model.js';
 import { loadNative } from '../../src/engine/native.js';
+import type { Backend } from '../../src/inference/backend.js';
 import { withHead } from '../../src/layout/config.js';
 import { parseConfig } from '../../src/train/config.js';
 import type { TrainEvent } from '../../src/train/events.js';
@@ -101,29 +103,49 @@ describe('the memory plan of a run on GPUs', () => {
     return preflight(await rolesOf(parsed), parsed).memory;
   };
   const emulation = testWhere(emulated, 'the emulation gives a GPU as much memory as a test says');
+  const withDevice = (config: { memory: object }, device: number | 'auto') => ({
+    ...config,
+    memory: { ...config.memory, device },
+  });
 
   for (const [name, dtype, changes, declare] of [
     ['one GPU', 'bfloat16', {}, emulation],
     ['two GPUs that generate one by one', 'float32', twoGpus, emulation],
-    ['models that take turns', 'bfloat16', { memory: { device: 'auto', offload: 'file' } }, emulation],
+    ['models that take turns', 'bfloat16', { memory: { offload: 'file' } }, emulation],
     ['one GPU, without tensor cores', 'float32', {}, slow],
     ['two GPUs, each a replica', 'bfloat16', { parallel: { data: 2, zero: 2 } }, slow],
   ] as const) {
     declare(`is what it takes at most: ${name}`, async () => {
-      const config = { ...ppo(dtype), memory: { device: 'auto' }, ...changes, device: 'cuda' };
+      const config = { ...ppo(dtype), memory: {}, ...changes, device: 'cuda' };
       const { lines, totalBytes } = await planOf(config);
       expect(lines.map(({ what }) => what)).toContain('CUDA queues and NCCL');
       const plenty = await run(config);
       const pages = Math.ceil(totalBytes / 4096) * 4096;
-      expect(await withEmulation('MEMORY', pages, () => run(config))).toEqual(plenty);
+      const exact = withDevice(config, totalBytes);
+      expect(await withEmulation('MEMORY', pages, () => run(exact))).toEqual(plenty);
       await withEmulation('MEMORY', totalBytes - 1, async () => {
-        await expect(watch(config)).rejects.toMatchObject({
+        await expect(watch(exact)).rejects.toMatchObject({
           code: 'MEMORY_BUDGET',
-          message: expect.stringMatching(/more than what GPU 0 has free.*CUDA queues and NCCL.*end what else uses/s),
+          message: expect.stringMatching(
+            /more than what GPU 0 has free.*CUDA queues and NCCL.*end what else uses GPU 0/s,
+          ),
         });
       });
     });
   }
+
+  emulation('leaves a tenth of what a GPU has free to the driver and NCCL where memory.device is auto', async () => {
+    const config = { ...ppo('bfloat16'), memory: {}, device: 'cuda' };
+    const { totalBytes } = await planOf(config);
+    const needed = Math.ceil(totalBytes / 0.9);
+    expect((await withEmulation('MEMORY', needed, () => planOf(config))).budgetBytes).toBe(totalBytes);
+    await withEmulation('MEMORY', needed - 2, async () => {
+      await expect(planOf(config)).rejects.toThrow(
+        /more than 0.9 of what GPU 0 has free .*end what else uses GPU 0 .*set memory.device to more of it/s,
+      );
+      await planOf(withDevice(config, totalBytes));
+    });
+  });
 
   emulation('has no room that a GPU has not, whatever memory.device says', async () => {
     const config = { ...ppo('bfloat16'), memory: { device: '64MiB' }, device: 'cuda' };
@@ -175,6 +197,40 @@ describe('pools', () => {
       expect([...used]).toEqual([0, 1]);
     },
   );
+});
+
+testWhere(emulated, 'the emulation gives a GPU as much memory as a test says')(
+  'a device that is full names what set its limit',
+  async () => {
+    const message = async (settings: object) => {
+      await using device = createDevice({ threads: 1, processor: 'cuda', ...settings });
+      try {
+        device.hold({}, 2 ** 20, 'The model');
+        return undefined;
+      } catch (error) {
+        return (error as Error).message;
+      }
+    };
+    await withEmulation('MEMORY', 2 ** 19, async () => {
+      expect(await message({})).toMatch(/0.4 MiB \(limit: 0.9 of what GPU 0 has free\).*end what else uses GPU 0/);
+    });
+    expect(await message({ memoryBytes: 2 ** 19 })).toMatch(/0.5 MiB \(limit: memory.device\).*; raise memory.device,/);
+  },
+);
+
+test('a run tells its devices what set their limit', async () => {
+  const limits: unknown[] = [];
+  const backend: Backend = {
+    openDevice: async ({ limit }) => {
+      limits.push(limit?.what);
+      throw new Error('told');
+    },
+  };
+  for (const device of ['auto', '256MiB']) {
+    const config = { ...ppo('bfloat16'), memory: { device }, device: 'cuda', output: join(folder, `run-${runs++}`) };
+    await expect(train(config as never, { backend }).next()).rejects.toThrow('told');
+  }
+  expect(limits).toEqual(['0.9 of what GPU 0 has free', 'memory.device']);
 });
 
 test('a run that goes on where tensor cores do not add as they did says so', async () => {
