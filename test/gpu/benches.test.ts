@@ -5,7 +5,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { iterations } from '../../bench/iterations.js';
-import { statedOf } from '../../bench/support.js';
+import { createDevice, randomEngine, shapeOf, statedOf } from '../../bench/support.js';
+import { treeCost } from '../../bench/training.js';
+import { trainingStep } from '../../bench/training-step.js';
 import type { Bench, Measurement } from '../../src/cli/bench.js';
 import { slow } from '../conditions.js';
 
@@ -65,6 +67,19 @@ slow('iterations save no checkpoint, and take no host memory for one', async () 
   } finally {
     await rm(output, { recursive: true, force: true });
   }
+});
+
+test('what parts cost is not measured where two models do not fit, and the bench says so', async () => {
+  const room = 3 << 20; // bfloat16: a model of 1.7 MiB, of one step 0.5 MiB
+  await using device = createDevice({ threads: 2, memoryBytes: room });
+  await using split = await randomEngine({ shape: shapeOf('tiny'), device, dtype: 'bfloat16', train: true });
+  const notes: string[] = [];
+  const note = (line: string) => notes.push(line);
+  expect(await treeCost(split, 'bfloat16', device, { ...options, note })).toBeUndefined();
+  expect(notes).toEqual([
+    expect.stringMatching(/^parts 1 against 1 are not measured, two models do not fit: The model/),
+  ]);
+  await trainingStep(split, 1);
 });
 
 // The shape tiny, by hand: two layers of qkv, output, gate and up, down; the tied vocabulary once.
