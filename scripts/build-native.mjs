@@ -3,7 +3,7 @@
 //   --tests       also builds the kernel contract suite, build/Release/kernel_contracts, and the addon with GPUs emulated
 //   --cuda [auto|on|off]
 //                 with the CUDA back end: where nvcc of CUDA 13 is found (auto, the default), always (on, or no word), never
-//   --only NAME   this target of native/CMakeLists.txt alone
+//   --only NAME   this target of native/CMakeLists.txt alone; may be repeated. Programs take no Node-API headers, so no npm ci.
 //   --sanitize [all|emulated]
 //                 AddressSanitizer and UndefinedBehaviorSanitizer, in build-sanitize/ instead of build/: of everything, or of all but
 //                 the CPU's fast kernels (which take most of the time), in build-sanitize-emulated/
@@ -32,6 +32,8 @@ function refuse(text) {
 
 const cudaWords = ['auto', 'on', 'off'];
 const sanitizeWords = ['all', 'emulated'];
+/** Targets that take the headers of Node-API. */
+const addons = ['lockstep', 'lockstep_emulated'];
 
 function parseFlags() {
   const given = process.argv.slice(2);
@@ -50,7 +52,7 @@ function parseFlags() {
       options: {
         tests: { type: 'boolean', default: false },
         cuda: { type: 'string', default: 'auto' },
-        only: { type: 'string' },
+        only: { type: 'string', multiple: true },
         sanitize: { type: 'string' },
         jobs: { type: 'string' },
       },
@@ -112,11 +114,13 @@ function findGenerator() {
   return refuse(`neither ninja nor make is installed; ${howToInstall('ninja-build', 'ninja-build')}`);
 }
 
-function includeDirectories() {
+/** Of Node-API. Without them those of an earlier build, or none, will do for what is no addon. */
+function includeDirectories(previous) {
   const require = createRequire(import.meta.url);
   try {
     return [require('node-api-headers').include_dir, dirname(require.resolve('node-addon-api/package.json'))];
   } catch (error) {
+    if (flags.only?.every((name) => !addons.includes(name))) return previous?.include ?? [];
     return refuse(`the Node-API headers are not installed (${error.message.split('\n')[0]}); run npm ci first`);
   }
 }
@@ -151,11 +155,12 @@ function configure(tree, output) {
   const tests = flags.tests || previous?.tests === true;
   const cuda = findCuda(previous) ?? null;
   const cxx = process.env.CXX ?? '';
-  const settings = { root, include: includeDirectories(), sanitize: flags.sanitize ?? false, cxx, tests, cuda };
+  const settings = { root, include: includeDirectories(previous), sanitize: flags.sanitize ?? false, cxx, tests, cuda };
   if (previous !== undefined && JSON.stringify(previous) === JSON.stringify(settings)) return settings;
   // CMake keeps a tree's folders and compilers: when those change, or a first configure was cut short, it begins anew.
-  // Tests can come and go, and CUDA can come.
-  const kept = previous && { ...previous, tests, cuda: previous.cuda ?? cuda };
+  // Tests can come and go, CUDA and the headers of Node-API can come.
+  const include = previous?.include.length ? previous.include : settings.include;
+  const kept = previous && { ...previous, include, tests, cuda: previous.cuda ?? cuda };
   if (JSON.stringify(kept) !== JSON.stringify(settings)) {
     rmSync(tree, { recursive: true, force: true });
     previous = undefined;
@@ -267,8 +272,7 @@ const { cuda } = configure(join(base, 'cmake'), output);
 const targets = ['lockstep'];
 if (flags.tests) targets.push('lockstep_emulated', 'kernel_contracts', 'mma_layout', 'emulation_faults');
 if (flags.tests && cuda) targets.push('kernel_contracts_gpu', 'mma_layout_gpu');
-const built = flags.only ?? 'lockstep.node';
-if (!(await build(join(base, 'cmake'), flags.only ? [flags.only] : targets)))
-  refuse('the build failed (compiler output above)');
+const built = flags.only?.join(', ') ?? 'lockstep.node';
+if (!(await build(join(base, 'cmake'), flags.only ?? targets))) refuse('the build failed (compiler output above)');
 const seconds = ((Date.now() - started) / 1000).toFixed(1);
 say(`ready in ${seconds} s: ${join(output, built)}${cuda ? `, with CUDA ${cuda.version}` : ''}`);
