@@ -58,6 +58,7 @@ const Registration kLongFill("gpuQueue.longFill", DType::kFloat32, 1, [](Trial& 
 });
 
 // More works than there may be graphs: each is done with its arrays of the day, in memory for so many graphs.
+// Free memory is that of the whole GPU: nothing else may use it meanwhile.
 const Registration kRepeated("gpuQueue.repeated", DType::kFloat32, 2, [](Trial& t) {
   if (!t.onGpu()) return;
   auto& queue = static_cast<cuda::Queue&>(t.implementationQueue());
