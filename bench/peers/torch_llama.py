@@ -1,6 +1,7 @@
 """torch and transformers on the work of bench/training.ts and bench/decode.ts. Prints one JSON line."""
 import argparse
 import json
+import platform
 import statistics
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 SHAPE = Path(__file__).parents[2] / "test/fixtures/configs/llama-25m"
 GPU_SHAPE = Path(__file__).parents[1] / "shapes/llama-1b"
-PROMPT, STEPS = 128, 32
+PROMPT = 128
 
 
 def seconds(work):
@@ -36,34 +37,50 @@ def training(model, forward, runs, autocast, sequences, length):
         optimizer.zero_grad(set_to_none=True)
 
     times = [seconds(step)[0] for _ in range(runs + 2)][2:]
-    return {"tokensPerSecond": tokens.numel() / statistics.median(times)}
+    return {"length": length, "tokensPerSecond": tokens.numel() / statistics.median(times)}
 
 
 @torch.inference_mode()
-def decoding(model, forward, runs, sequences, compiled):
-    """Tokens per second of prefill and of greedy decoding with a cache."""
+def decoding(model, forward, runs, sequences, steps, compiled):
+    """Tokens per second of prefill and of greedy decoding with a cache, which all runs use: graphs keep its addresses."""
     device = model.device
     prompt = torch.randint(3, model.config.vocab_size, (sequences, PROMPT), device=device)
+    positions = torch.arange(PROMPT + steps, device=device)
+    length = PROMPT + steps + 1
+    static = StaticCache(config=model.config, max_cache_len=length) if compiled else None
+
+    def prefilled(cache):
+        out = model(input_ids=prompt, past_key_values=cache, cache_position=positions[:PROMPT], logits_to_keep=1)
+        return out.logits.argmax(-1)
+
+    def decoded(token, cache):
+        for i in range(PROMPT, PROMPT + steps):
+            token = forward(input_ids=token, past_key_values=cache, cache_position=positions[i : i + 1]).logits.argmax(-1)
+
     decode, prefill = [], []
     for run in range(runs + 1):
-        length = PROMPT + STEPS + 1
-        cache = (
-            StaticCache(config=model.config, max_batch_size=sequences, max_cache_len=length, dtype=model.dtype, device=device)
-            if compiled
-            else DynamicCache()
-        )
-        positions = torch.arange(PROMPT, device=device)
-        taken, out = seconds(lambda: model(input_ids=prompt, past_key_values=cache, cache_position=positions))
-        token, times = out.logits[:, -1:].argmax(-1), []
-        for i in range(STEPS):
-            at = torch.tensor([PROMPT + i], device=device)
-            one, out = seconds(lambda: forward(input_ids=token, past_key_values=cache, cache_position=at))
-            token = out.logits[:, -1:].argmax(-1)
-            times.append(one)
+        cache = static or DynamicCache()
+        if static:
+            static.reset()
+        first, token = seconds(lambda: prefilled(cache))
+        rest, _ = seconds(lambda: decoded(token, cache))
         if run > 0:
-            prefill.append(sequences * PROMPT / taken)
-            decode.append(sequences / statistics.median(times))
-    return {"decodeTokensPerSecond": statistics.median(decode), "prefillTokensPerSecond": statistics.median(prefill)}
+            prefill.append(sequences * PROMPT / first)
+            decode.append(sequences * steps / rest)
+    return {
+        "promptTokens": PROMPT,
+        "newTokens": steps,
+        "decodeTokensPerSecond": statistics.median(decode),
+        "prefillTokensPerSecond": statistics.median(prefill),
+    }
+
+
+def machine(device):
+    """The GPU where one computes, else the CPU, as `lockstep bench` names them."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main():
@@ -79,17 +96,22 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    shape = LlamaConfig.from_pretrained(GPU_SHAPE if options.device == "cuda" else SHAPE)
-    model = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa").to(options.device)
-    if options.work == "decode":
-        model = model.eval().to(torch.bfloat16 if options.bfloat16 else torch.float32)
-    forward = torch.compile(model, dynamic=False) if options.compile else model
+    gpu, train = options.device == "cuda", options.work == "training"
+    shape = LlamaConfig.from_pretrained(GPU_SHAPE if gpu else SHAPE)
+    # A training step has float32 parameters, gradients and moments, and computes in bfloat16 by autocast: as ours.
+    dtype = torch.bfloat16 if options.bfloat16 and not train else torch.float32
+    model = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa", dtype=dtype).to(options.device)
+    sequences = options.sequences or (8 if train else 32)
+    # One decode step is many short kernels: on a GPU CUDA graphs start them.
+    mode = "reduce-overhead" if gpu and not train else "default"
+    forward = torch.compile(model, dynamic=False, mode=mode) if options.compile else model
     result = (
-        training(model, forward, options.runs, options.bfloat16, options.sequences or 8, options.length)
-        if options.work == "training"
-        else decoding(model, forward, options.runs, options.sequences or 32, options.compile)
+        training(model, forward, options.runs, options.bfloat16, sequences, options.length)
+        if train
+        else decoding(model.eval(), forward, options.runs, sequences, 128 if gpu else 32, options.compile)
     )
-    print(json.dumps({"peer": "torch " + torch.__version__, "compiled": options.compile, "bfloat16": options.bfloat16, "work": options.work, "sequences": options.sequences, **result}))
+    what = {"compiled": options.compile, "bfloat16": options.bfloat16, "work": options.work, "sequences": sequences}
+    print(json.dumps({"peer": "torch " + torch.__version__, **what, **result, "machine": machine(options.device)}))
 
 
 main()
