@@ -1,17 +1,59 @@
 /**
  * Lockstep: reinforcement learning from human or programmatic feedback, from Node.js. Importing it starts nothing; the native
- * addon is loaded when a model is opened. `lockstep-rlhf/algorithms` and `lockstep-rlhf/losses` have what algorithms are made of.
+ * addon is loaded when a model is opened. What programs of one's own are made of: `lockstep-rlhf/algorithms`, `/losses`,
+ * `/workers` and `/cluster`.
  */
-export { createDevice, createEngine } from './checkpoints/load-model.js';
-export type { Future, Materialised } from './cluster/future.js';
-export type { ResourcePool, ResourcePoolOptions } from './cluster/resource-pool.js';
-export { ResourcePools } from './cluster/resource-pools.js';
-export { LockstepError } from './errors.js';
-export { type Completion, type GenerateSettings, generate, type InputRow } from './inference/generate.js';
+export { type Checkpoint, openCheckpoint } from './checkpoints/hugging-face.js';
+// What those are made of.
+export type { StoredTensor } from './checkpoints/safetensors.js';
+export type { TokenBatch } from './data/batch.js';
+export type { ChatTemplate, Message, RenderOptions } from './data/chat-template.js';
+export type { Columns } from './data/jsonl.js';
+export type { RowPlace } from './data/rows.js';
+export type {
+  DecodeOptions,
+  EncodeOptions,
+  MaskedTokens,
+  MaskOptions,
+  Tokenizer,
+  TokenStream,
+} from './data/tokenizer.js';
+export type { Work } from './engine/device.js';
+export type * from './engine/engine.js';
+export type { StreamWork, WorkTimes } from './engine/native.js';
+export { type ErrorCode, type ErrorDetails, LockstepError } from './errors.js';
+export {
+  type Backend,
+  type BackendDevice,
+  type DeviceSettings,
+  type EngineSettings,
+  type GenerationSettings,
+  type LayoutSettings,
+  nativeBackend,
+} from './inference/backend.js';
+export {
+  type Completion,
+  type GenerateSettings,
+  generate,
+  type InputRow,
+  type PlacedRow,
+} from './inference/generate.js';
 export { type OpenModel, type OpenModelOptions, openModel } from './inference/open-model.js';
 export { type Scored, type ScoreSettings, score } from './inference/score.js';
+export type { TransitionEngine } from './layout/hybrid-engine.js';
+export type { Head, ModelShape, RopeScaling } from './layout/model-shape.js';
+export type { ScheduleName } from './layout/pipeline-schedule.js';
+export type { BoxedSettings } from './rewards/built-in/boxed.js';
+export type { AnswerCheck, CosineSettings, Ends } from './rewards/built-in/cosine.js';
+export type { ExactSettings } from './rewards/built-in/exact.js';
+export type { HttpSettings } from './rewards/built-in/http.js';
+export type { JsonSchemaSettings } from './rewards/built-in/json-schema.js';
+export type { LengthSettings } from './rewards/built-in/length.js';
+export type { NumericSettings } from './rewards/built-in/numeric.js';
+export type { RegexSettings } from './rewards/built-in/regex.js';
 export { rewardFunctions } from './rewards/built-in/registry.js';
-export type { Reward, RewardFunction, RewardSample } from './rewards/reward-function.js';
+export type { RepetitionSettings } from './rewards/built-in/repetition.js';
+export type { Reward, RewardFunction, RewardSample, RewardStep } from './rewards/reward-function.js';
 export {
   type Config,
   type ConfigInput,
@@ -21,10 +63,7 @@ export {
   loadConfig,
   parseConfig,
 } from './train/config.js';
-export type { MetricsRow, Sample, TrainEvent } from './train/events.js';
+export type * from './train/events.js';
+export type { RewardTerm } from './train/reward-schema.js';
+export type { AlgorithmName } from './train/schema.js';
 export { type TrainOptions, train } from './train/train.js';
-export { ActorWorker } from './workers/actor.js';
-export { CostWorker } from './workers/cost.js';
-export { CriticWorker } from './workers/critic.js';
-export { ReferenceWorker } from './workers/reference.js';
-export { RewardWorker } from './workers/reward.js';

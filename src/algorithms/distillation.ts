@@ -16,6 +16,7 @@ export interface DistillationSettings extends TruncationSettings {
   readonly entropyCoefficient: number;
 }
 
+/** One iteration: the student samples and learns from what the teacher says of its tokens. */
 export function distillation(settings: DistillationSettings): RolloutAlgorithm<'actor' | 'teacher'> {
   const { epochs, miniBatches, clip, entropyCoefficient } = settings;
   return {

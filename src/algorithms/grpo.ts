@@ -36,6 +36,7 @@ export interface GrpoSettings extends SamplingSettings {
   readonly ptxCoefficient: number;
 }
 
+/** One iteration: groups of answers, rewards, the advantages of `settings`, updates of the policy. */
 export function grpo(settings: GrpoSettings): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
   const { epochs, miniBatches, klCoefficient } = settings;
   const loss = actorLoss(settings);

@@ -57,6 +57,7 @@ async function withReference({ actor, reference }: PreferenceModels, { answers, 
   return { ...answers, columns: { ...answers.columns, referenceLogprobs, klBaseline } };
 }
 
+/** Packs answers, and beside them each prompt with the answer to the next one. */
 export function judgedBatch(answers: readonly JudgedAnswer[]): JudgedBatch {
   const desirable = answers.flatMap(({ tokens, desirable }) => Array<number>(tokens.length).fill(desirable ? 1 : 0));
   const longest = Math.max(...answers.map(({ tokens }) => tokens.length));

@@ -48,6 +48,7 @@ export interface PpoSettings extends ActorCriticSettings {
   };
 }
 
+/** One iteration: a rollout, what critic, reference and reward say of it, updates of critic and policy. */
 export function ppo(settings: PpoSettings): RolloutAlgorithm<'actor' | 'critic' | 'reference' | 'reward'> {
   const { epochs, miniBatches, klCoefficient, kl } = settings;
   const beta =

@@ -33,6 +33,7 @@ export interface ReinforcePlusPlusSettings extends TruncationSettings {
   readonly entropyCoefficient: number;
 }
 
+/** One iteration: a rollout, what reference and reward say of it, updates of the policy. */
 export function reinforcePlusPlus(
   settings: ReinforcePlusPlusSettings,
 ): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {

@@ -23,6 +23,7 @@ export interface RemaxSettings extends TruncationSettings {
   readonly klReturn: 'token' | 'to-go';
 }
 
+/** One iteration: sampled and greedy answers, what reference and reward say of them, updates of the policy. */
 export function remax(settings: RemaxSettings): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
   const { epochs, miniBatches, samples } = settings;
   return {

@@ -20,6 +20,7 @@ export interface SafeRlhfSettings extends ActorCriticSettings {
   readonly constraint: LagrangeSettings;
 }
 
+/** One iteration: a rollout, its rewards and costs, a step of λ, updates of both critics and the policy. */
 export function safeRlhf(
   settings: SafeRlhfSettings,
 ): RolloutAlgorithm<'actor' | 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost'> {

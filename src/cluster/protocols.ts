@@ -6,6 +6,7 @@ import { LockstepError } from '../errors.js';
 import { coordinatesOf, generationReplicas, worldSize } from '../layout/parallel.js';
 import { type Protocol, type RankLayout, routed } from './routing.js';
 
+/** Table 3 by name. */
 export const transferProtocols = {
   /** The same to all ranks; the list of all answers. */
   ONE_TO_ALL: routed('batch', 'list', (ranks) => byRank(ranks, () => ({ shard: 0, answers: true }))),

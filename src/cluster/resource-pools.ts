@@ -3,6 +3,7 @@ import { LockstepError } from '../errors.js';
 import { type DeviceId, ResourcePool, type ResourcePoolOptions } from './resource-pool.js';
 import { supervise } from './supervision.js';
 
+/** The pools of a program; no device is in two. */
 export class ResourcePools implements AsyncDisposable {
   private constructor(
     readonly pools: readonly ResourcePool[],

@@ -66,6 +66,7 @@ type GroupAnswer<Answer, P> =
       ? Result
       : unknown;
 
+/** Makes worker groups. */
 export const WorkerGroup = {
   /**
    * Errors: `GROUP_INVALID` for a number of workers other than ranks or a method that a worker does not have; `PROTOCOL_UNKNOWN`,

@@ -146,9 +146,15 @@ export interface Engine extends AsyncDisposable {
   readonly parts: number;
   /** Data-parallel degree: replicas of the model that learn together. */
   readonly replicas: number;
-  /** Called after each way to the generation layout of a model that has one. */
+  /**
+   * Called after each way to the generation layout of a model that has one.
+   * @internal
+   */
   onTransition?: ((report: TransitionReport) => void) | undefined;
-  /** The state of each rank, for `moveState`; absent when it stays where it is. */
+  /**
+   * The state of each rank, for `moveState`; absent when it stays where it is.
+   * @internal
+   */
   readonly states?: readonly ModelState[];
 
   forward(batch: TokenBatch, options: ForwardOptions): Promise<ForwardResult>;

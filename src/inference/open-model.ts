@@ -36,6 +36,7 @@ export interface OpenModel extends AsyncDisposable {
   close(): Promise<void>;
 }
 
+/** Opens a model for `generate` and `score`; `close` ends its threads. Errors: those of `openCheckpoint`, devices and engines. */
 export async function openModel({
   model,
   dtype = 'float32',

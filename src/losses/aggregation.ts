@@ -4,6 +4,7 @@
  */
 import type { Scalar, TokenArray } from './tokens.js';
 
+/** What a sum of token losses is divided by. */
 export const aggregationModes = [
   /** Σ l / tokens (PPO, DAPO, REINFORCE++). */
   'token-mean',

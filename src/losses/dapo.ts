@@ -82,6 +82,7 @@ export interface SamplingBuffer<Group> {
   readonly surplus: number;
 }
 
+/** No groups, before the first round. */
 export const emptyBuffer: SamplingBuffer<never> = { groups: [], rounds: 0, dropped: 0, surplus: 0 };
 
 /**

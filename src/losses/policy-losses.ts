@@ -9,6 +9,7 @@ import { gmpo, gspo, rloo } from './policy-sequence.js';
 import { cispo, dppo, dro, gpg, reinforce, sapo } from './policy-token.js';
 import { bypassReinforce } from './rollout-correction.js';
 
+/** Settings to loss, by name; the formulas are in docs/papers.md. */
 export const policyLosses = {
   ppo: policyLoss,
   gspo,

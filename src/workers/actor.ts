@@ -97,6 +97,7 @@ const protocols = {
   ...learnerProtocols,
 } as const satisfies Protocols<ActorWorker>;
 
+/** `create(engine, settings)`: the policy, over an engine with a language-model head. `protocols` are those of a group of them. */
 export const ActorWorker = { create, protocols };
 
 /** Counter of a response's random stream. */

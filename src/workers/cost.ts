@@ -16,4 +16,5 @@ function create(engine: Engine, settings: ForwardSettings) {
 
 const protocols = { computeCosts: RewardWorker.protocols.computeRewards } as const satisfies Protocols<CostWorker>;
 
+/** `create(engine, settings)`: a cost model, over an engine with a score head. `protocols` are those of a group of them. */
 export const CostWorker = { create, protocols };

@@ -18,4 +18,5 @@ function create(engine: Engine, settings: LearnerSettings) {
 
 const protocols = { computeValues: '3D_PROTO', ...learnerProtocols } as const satisfies Protocols<CriticWorker>;
 
+/** `create(engine, settings)`: a value function, over an engine with a value head. `protocols` are those of a group of them. */
 export const CriticWorker = { create, protocols };

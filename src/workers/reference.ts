@@ -16,4 +16,5 @@ function create(engine: Engine, settings: ForwardSettings) {
 
 const protocols = { computeLogprobs: '3D_PROTO' } as const satisfies Protocols<ReferenceWorker>;
 
+/** `create(engine, settings)`: a frozen policy, over an engine with a language-model head. `protocols` are those of a group of them. */
 export const ReferenceWorker = { create, protocols };

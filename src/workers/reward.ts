@@ -35,4 +35,5 @@ const protocolsOfLearner = { ...protocols, ...learnerProtocols } as const satisf
   ReturnType<typeof createLearner>
 >;
 
+/** `create(engine, settings)`: a reward model, over an engine with a score head; `createLearner`: one that learns. `protocols` are those of a group of them. */
 export const RewardWorker = { create, protocols, createLearner, protocolsOfLearner };

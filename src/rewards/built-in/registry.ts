@@ -10,6 +10,7 @@ import { numeric } from './numeric.js';
 import { regex } from './regex.js';
 import { repetition } from './repetition.js';
 
+/** Settings to reward function, by name. */
 export const rewardFunctions = { exact, numeric, boxed, regex, jsonSchema, length, cosine, repetition, http };
 
 export type RewardFunctions = typeof rewardFunctions;
