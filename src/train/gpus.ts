@@ -17,7 +17,7 @@ import { worldSize } from '../layout/parallel.js';
 import { resolveParts } from '../layout/parts.js';
 import { type Config, parseBytes } from './config.js';
 import type { MemoryLine } from './events.js';
-import { mostOf } from './phases.js';
+import { mostOf, mostSequences } from './phases.js';
 import type { Role } from './roles.js';
 
 /** What a rank's device may take where `memory.device` is auto and it is a CPU. */
@@ -115,12 +115,13 @@ function addendBytes({ shape, generates }: Role, { parallel, generation }: Confi
   );
 }
 
-function gpuCall(role: Role, { device, batch }: Config): GpuCall {
-  const { rows } = largestCall(batch.microTokens, batch.sequences, rowGrainOf(device));
-  const generating = Math.max(generationRows, Math.min(batch.sequences, generationSequences));
+function gpuCall(role: Role, config: Config): GpuCall {
+  const { score, generate } = mostSequences(config);
+  const { rows } = largestCall(config.batch.microTokens, score, rowGrainOf(config.device));
+  const generating = Math.max(generationRows, Math.min(generate, generationSequences));
   return {
     rows: role.generates ? Math.max(rows, generating) : rows,
-    sequences: batch.sequences,
+    sequences: role.generates ? Math.max(score, generate) : score,
     train: role.trained,
     generates: role.generates,
   };

@@ -21,7 +21,7 @@ import { type ShardTensor, shardTable } from '../layout/shards.js';
 import { transitionPlan } from '../layout/transition-plan.js';
 import { parameterUnits, planUnits, type UnitUse } from '../layout/units.js';
 import { learnsFromRollouts } from './algorithms.js';
-import type { Config } from './config.js';
+import type { Config, ConfigOf } from './config.js';
 import type { Role, RoleName } from './roles.js';
 
 /** A call that workers make under the name of a phase of the recorder. */
@@ -130,6 +130,25 @@ export function phasesOf(roles: readonly Role[], config: Config): RunPhase[] {
   ];
 }
 
+/** A pair is two sequences of one micro-batch. */
+const sequencesOfRow = ({ algorithm }: Config): number =>
+  ['reward', 'cost', 'dpo', 'simpo', 'orpo'].includes(algorithm) ? 2 : 1;
+
+/** Most rows that are learned from together. */
+const learnedRows = (config: Config): number =>
+  Math.max(config.batch.sequences, (config as Partial<ConfigOf<'ppo'>>).ptx?.sequences ?? 0);
+
+/** Most sequences of a call of each kind; evaluations score and generate, too. */
+export function mostSequences(config: Config): Record<'train' | 'score' | 'generate', number> {
+  const { batch, data, evaluation } = config;
+  const evaluated = data.eval === undefined ? 0 : evaluation.rows;
+  return {
+    train: sequencesOfRow(config) * learnedRows(config),
+    score: sequencesOfRow(config) * Math.max(learnedRows(config), evaluated),
+    generate: learnsFromRollouts(config) ? Math.max(batch.sequences, evaluated) : evaluation.samples,
+  };
+}
+
 /** The largest call of a kind. Generation takes as many pages as there are; it needs those of one sequence. */
 function workspaceOf(
   kind: Kind,
@@ -139,9 +158,10 @@ function workspaceOf(
   const { name, shape } = role;
   const { dtype, batch, rollout } = config;
   const rows = batch.microTokens;
-  const size = largestCall(rows, batch.sequences, rowGrainOf(config.device));
+  const most = mostSequences(config);
   const logits = logitBlockOf(config.device);
   if (kind === 'score' || kind === 'train') {
+    const size = largestCall(rows, most[kind], rowGrainOf(config.device));
     const scoring = mostOf(role, config, (rank) => {
       const begin = unitBytes(rank, dtype, config.parallel.zero, 'scoring');
       return planScoring(rank.share.shape, dtype, size, { ...rank.share, logits }, begin).total;
@@ -151,7 +171,7 @@ function workspaceOf(
       ? { workspaceBytes: training, what: `workspace: ${name}, training on ${rows} tokens` }
       : { workspaceBytes: scoring, what: `workspace: ${name}, forward of ${rows} tokens` };
   }
-  const sequences = Math.min(batch.sequences, generationSequences);
+  const sequences = Math.min(most.generate, generationSequences);
   const pagesOf = (positions: number): number => Math.ceil(Math.min(shape.maxPositions, positions) / pagePositions) + 1;
   const bytes = (pages: number): number => {
     const call = { rows: Math.max(sequences, generationRows), sequences, pages };
@@ -195,12 +215,14 @@ function mostOfGeneration(
 }
 
 /** With as many micro-batches under way as the rank's stage may hold; from ZeRO stage 2 on, all of a step. */
-function trainingBytes({ shape }: Role, { device, dtype, batch, memory, parallel }: Config, rank: RankOfRole): number {
+function trainingBytes({ shape }: Role, config: Config, rank: RankOfRole): number {
+  const { device, dtype, batch, memory, parallel } = config;
   const { share, stage } = rank;
-  const size = largestCall(batch.microTokens, batch.sequences, rowGrainOf(device));
-  const rows = Math.ceil(batch.sequences / parallel.data);
+  const size = largestCall(batch.microTokens, mostSequences(config).train, rowGrainOf(device));
+  const rows = Math.ceil(learnedRows(config) / parallel.data);
+  const mostTokens = rows * sequencesOfRow(config) * shape.maxPositions;
   // Two micro-batches that follow each other have more than microTokens together, or one would have taken both.
-  const microBatches = Math.min(rows, Math.ceil((2 * rows * shape.maxPositions) / batch.microTokens));
+  const microBatches = Math.min(rows, Math.ceil((2 * mostTokens) / batch.microTokens));
   const schedule = scheduleOfRun(parallel.schedule, parallel.pipeline, microBatches);
   const inPipeline = microBatchesInFlight(schedule)[stage]!;
   const breadthFirst = parallel.zero >= 2;

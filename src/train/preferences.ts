@@ -110,21 +110,21 @@ async function openModels(config: PreferenceConfig, workshop: Workshop) {
   };
 }
 
-function preferenceOf(row: Row, { roles: [policy], tokenizer }: Workshop): Preference {
+function preferenceOf(row: Row, { roles: [policy], tokenizer, config }: Workshop): Preference {
   const { shape, checkpoint } = policy!;
   const pair = toPair(row, tokenizer, { directory: checkpoint.directory, endToken: true });
   const chosen = { tokens: pair.chosen, mask: pair.chosenMask };
   const rejected = { tokens: pair.rejected, mask: pair.rejectedMask };
   for (const { tokens, mask } of [chosen, rejected]) {
     checkTokens(tokens, shape.vocabulary, row.place);
-    checkRowLength(row, tokens, shape);
     if (mask.indexOf(1) < 0) throw badRow(row.place, 'an answer has no tokens; expected at least one');
   }
+  checkRowLength(row, [pair.chosen, pair.rejected], shape, config.batch);
   return { chosen, rejected };
 }
 
 /** Any row to learn from, with a column `desirable`. */
-function judgedAnswerOf(row: Row, { roles: [policy], tokenizer }: Workshop): JudgedAnswer {
+function judgedAnswerOf(row: Row, { roles: [policy], tokenizer, config }: Workshop): JudgedAnswer {
   const { shape, checkpoint } = policy!;
   const { desirable } = row.columns;
   if (typeof desirable !== 'boolean') {
@@ -132,7 +132,7 @@ function judgedAnswerOf(row: Row, { roles: [policy], tokenizer }: Workshop): Jud
   }
   const { tokens, mask } = toTrainingExample(row, tokenizer, { directory: checkpoint.directory });
   checkTokens(tokens, shape.vocabulary, row.place);
-  checkRowLength(row, tokens, shape);
+  checkRowLength(row, [tokens], shape, config.batch);
   if (mask.indexOf(1) < 0) throw badRow(row.place, 'the row has no token to learn; expected a response');
   return { tokens, mask, desirable };
 }

@@ -3,9 +3,11 @@ import type { Models, Prompt, Rollout, RolloutAlgorithm } from '../algorithms/al
 import { costMetrics, rolloutMetrics } from '../algorithms/metrics.js';
 import { sumsBySequence } from '../algorithms/rollout.js';
 import { sftBatch } from '../algorithms/sft.js';
+import { evenLength } from '../data/batch.js';
 import { checkTokens, toPrompt } from '../data/examples.js';
-import type { Row } from '../data/rows.js';
+import { placeText, type Row, type RowPlace } from '../data/rows.js';
 import type { Engine } from '../engine/engine.js';
+import { LockstepError } from '../errors.js';
 import { checkLength } from '../inference/generate.js';
 import { ActorWorker } from '../workers/actor.js';
 import { CostWorker } from '../workers/cost.js';
@@ -13,7 +15,7 @@ import { CriticWorker } from '../workers/critic.js';
 import { ReferenceWorker } from '../workers/reference.js';
 import { RewardWorker } from '../workers/reward.js';
 import { rolloutAlgorithm, truncationOf } from './algorithms.js';
-import type { ConfigOf, RolloutConfig } from './config.js';
+import type { Config, ConfigOf, RolloutConfig } from './config.js';
 import { openJudge } from './rewards.js';
 import { openEngine, type Role, type RoleName } from './roles.js';
 import { RowSource } from './row-source.js';
@@ -38,7 +40,7 @@ export async function rolloutTask(
 ): Promise<Task> {
   const { roles, tokenizer } = workshop;
   const [policy] = roles as [Role];
-  const convert = (row: Row) => promptOf(row, policy, workshop, config.rollout.maxNewTokens);
+  const convert = (row: Row) => promptOf(row, policy, workshop);
   const sources = await openSources(config, convert, workshop);
   const pretraining = await openPretraining(config, policy, workshop);
   const engines: Engines = {};
@@ -247,9 +249,25 @@ async function openPretraining(config: RolloutConfig, policy: Role, workshop: Wo
   };
 }
 
-function promptOf(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop, maxNewTokens: number): Prompt {
+function promptOf(row: Row, { shape, checkpoint }: Role, { tokenizer, config }: Workshop): Prompt {
   const { tokens } = toPrompt(row, tokenizer, { directory: checkpoint.directory });
   checkTokens(tokens, shape.vocabulary, row.place);
-  checkLength(tokens.length, maxNewTokens, shape, row.place);
+  checkLength(tokens.length, config.rollout.maxNewTokens, shape, row.place);
+  checkMicroBatch(tokens.length, config, row.place);
   return { tokens, row: row.columns };
+}
+
+/** @throws LockstepError PROMPT_TOO_LONG when a prompt with its answer is more than a micro-batch takes. */
+function checkMicroBatch(
+  prompt: number,
+  { batch: { microTokens }, rollout: { maxNewTokens } }: Config,
+  place: RowPlace,
+) {
+  if (evenLength(prompt + maxNewTokens) <= microTokens) return;
+  throw new LockstepError(
+    'PROMPT_TOO_LONG',
+    `${placeText(place)}: a prompt of ${prompt} tokens and ${maxNewTokens} new ones (rollout.maxNewTokens), padded to an even length, ` +
+      `are more than batch.microTokens (${microTokens}); raise it, shorten the prompt, or lower rollout.maxNewTokens`,
+    { ...place, prompt, maxNewTokens, microTokens },
+  );
 }

@@ -1,11 +1,13 @@
 /** Rows of a data file as what an algorithm learns from, in the order of positions. */
 import { stat } from 'node:fs/promises';
+import { evenLength } from '../data/batch.js';
 import { type Dataset, openDataset } from '../data/dataset.js';
 import { badRow, type Row } from '../data/rows.js';
 import { type DataOrder, dataOrder } from '../data/sampler.js';
 import { LockstepError } from '../errors.js';
 import { explainPositionLimit } from '../layout/config.js';
 import type { ModelShape } from '../layout/model-shape.js';
+import type { Config } from './config.js';
 
 export interface RowSourceOptions {
   onError: 'stop' | 'skip';
@@ -99,11 +101,25 @@ export class RowSource<Item> {
   }
 }
 
-/** @throws LockstepError DATA_BAD_ROW when a sequence of the row has more tokens than the model has positions. */
-export function checkRowLength(row: Row, tokens: Int32Array, shape: ModelShape): void {
-  if (tokens.length <= shape.maxPositions) return;
+/**
+ * @throws LockstepError DATA_BAD_ROW when a sequence of the row has more tokens than the model has positions, or all of them, which
+ * are in one micro-batch, more than it takes.
+ */
+export function checkRowLength(
+  row: Row,
+  sequences: readonly Int32Array[],
+  shape: ModelShape,
+  { microTokens }: Config['batch'],
+): void {
+  const longest = Math.max(...sequences.map(({ length }) => length));
+  if (longest > shape.maxPositions) {
+    throw badRow(row.place, `the row has ${longest} tokens, but ${explainPositionLimit(shape)}; shorten or split it`);
+  }
+  const tokens = sequences.reduce((sum, { length }) => sum + evenLength(length), 0);
+  if (tokens <= microTokens) return;
   throw badRow(
     row.place,
-    `the row has ${tokens.length} tokens, but ${explainPositionLimit(shape)}; shorten or split it`,
+    `the row takes ${tokens} tokens of a micro-batch (lengths are padded to even), more than batch.microTokens (${microTokens}); ` +
+      'raise it, or shorten or split the row',
   );
 }

@@ -1,4 +1,5 @@
 /** What keys of a configuration say about each other. The schema has checked each on its own. */
+import { evenLength } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 import { learnsFromRollouts } from './algorithms.js';
 import { rewardRules } from './reward-rules.js';
@@ -106,6 +107,13 @@ const rolloutRules: Rule<RolloutConfig>[] = [
       ? contradiction(
           'batch.sequences',
           `${batch.sequences} responses cannot be ${rollout.samples} per prompt (rollout.samples); use a multiple of it`,
+        )
+      : undefined,
+  ({ batch, rollout }) =>
+    evenLength(1 + rollout.maxNewTokens) > batch.microTokens
+      ? contradiction(
+          'batch.microTokens',
+          `${batch.microTokens} tokens are too few for a prompt and ${rollout.maxNewTokens} new ones (rollout.maxNewTokens); raise it or lower maxNewTokens`,
         )
       : undefined,
   (config) =>

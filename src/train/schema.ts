@@ -48,7 +48,11 @@ const common = {
   device: z.enum(['auto', 'cpu', 'cuda']).default('auto'),
   dtype: z.enum(['float32', 'bfloat16']).default('bfloat16'),
   optimizer: section(optimizerShape),
-  batch: section({ sequences: count.default(64), microTokens: count.default(8192) }),
+  batch: section({
+    sequences: count.default(64),
+    /** Most tokens of a forward or backward pass. Each row, pair, or prompt with its answer fits in it. */
+    microTokens: count.default(8192),
+  }),
   /** Sampling: of the responses to learn from, and of the sample texts that evaluations keep. */
   rollout: section(rolloutShape(1)),
   parallel: section({

@@ -114,11 +114,11 @@ export function supervised<Item, Models, Batch>(
   };
 }
 
-export function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop): SftItem {
+export function sftItem(row: Row, { shape, checkpoint }: Role, { tokenizer, config }: Workshop): SftItem {
   const { directory } = checkpoint;
   const { tokens, mask } = toTrainingExample(row, tokenizer, { directory });
   checkTokens(tokens, shape.vocabulary, row.place);
-  checkRowLength(row, tokens, shape);
+  checkRowLength(row, [tokens], shape, config.batch);
   if (mask.indexOf(1) < 0)
     throw badRow(row.place, 'the row has no token to learn; expected a response or a mask with ones');
   const asks = row.kind === 'prompt' && tokenizer !== undefined;
@@ -131,12 +131,10 @@ function opening(tokens: Int32Array, mask: Uint8Array): Int32Array {
   return tokens.subarray(0, first > 1 ? first : Math.min(16, Math.ceil(tokens.length / 3)));
 }
 
-function pairOf(row: Row, { shape, checkpoint }: Role, { tokenizer }: Workshop): Pair {
+function pairOf(row: Row, { shape, checkpoint }: Role, { tokenizer, config }: Workshop): Pair {
   const { chosen, rejected, margin } = toPair(row, tokenizer, { directory: checkpoint.directory });
-  for (const tokens of [chosen, rejected]) {
-    checkTokens(tokens, shape.vocabulary, row.place);
-    checkRowLength(row, tokens, shape);
-  }
+  for (const tokens of [chosen, rejected]) checkTokens(tokens, shape.vocabulary, row.place);
+  checkRowLength(row, [chosen, rejected], shape, config.batch);
   // Padding behind the token that is scored changes nothing before it.
   const trimmed = (tokens: Int32Array) => tokens.subarray(0, scorePosition(tokens, shape.padToken) + 1);
   return { chosen: trimmed(chosen), rejected: trimmed(rejected), margin };

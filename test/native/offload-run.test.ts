@@ -28,7 +28,15 @@ beforeAll(async () => {
   await writeCheckpoint(randomModel('policy', shape), join(folder, 'policy'));
   await writeCheckpoint(randomModel('scorer', withHead(shape, 'score'), 2), join(folder, 'scorer'));
   const rows = sequencesOf(shape, new Array<number>(32).fill(32)).map((tokens) => ({ tokens: [...tokens] }));
-  await writeFile(join(folder, 'rows.jsonl'), rows.map((row) => JSON.stringify(row)).join('\n'));
+  const write = (name: string, all: readonly object[]) =>
+    writeFile(join(folder, name), all.map((row) => JSON.stringify(row)).join('\n'));
+  await write('rows.jsonl', rows);
+  const short = sequencesOf(shape, new Array<number>(64).fill(8)).map((tokens) => ({ tokens: [...tokens] }));
+  await write('short.jsonl', short);
+  await write(
+    'pairs.jsonl',
+    short.map(({ tokens: [a, b] }) => ({ prompt: [a], chosen: [b], rejected: [a] })),
+  );
 });
 
 const common = () => ({
@@ -46,6 +54,15 @@ const configs = {
     ...{ ...common(), algorithm: 'ppo', reward: { model: join(folder, 'scorer') } },
     ...{ rollout: { maxNewTokens: 32 }, ppo: { miniBatches: 2 }, checks: { mismatch: 'all' } },
     ...{ data: { ...common().data, eval: join(folder, 'rows.jsonl') }, evaluation: { every: 2, rows: 4 } },
+  }),
+};
+
+/** As many sequences together as there can be: short pairs, and an evaluation of more rows than a step has. */
+const ofManySequences = {
+  dpo: () => ({ algorithm: 'dpo', data: { train: join(folder, 'pairs.jsonl') } }),
+  grpo: () => ({
+    ...{ algorithm: 'grpo', reward: { model: join(folder, 'scorer') }, rollout: { samples: 2, maxNewTokens: 2 } },
+    ...{ data: { train: join(folder, 'short.jsonl'), eval: join(folder, 'short.jsonl') }, evaluation: { every: 1 } },
   }),
 };
 
@@ -141,6 +158,16 @@ test('a file that cannot be written ends the run with its path; resumed, elsewhe
     if (event.type === 'done') expect(event.step).toBe(2);
   }
   expect(await digests(join(output, 'checkpoints'))).toEqual((await whole('ppo', 'bfloat16')).checkpoints);
+});
+
+describe('a run has enough in what its plan adds up, whatever its rows', () => {
+  for (const algorithm of ['dpo', 'grpo'] as const) {
+    test(algorithm, async () => {
+      const config = { ...common(), batch: { sequences: 8, microTokens: 32 }, ...ofManySequences[algorithm]() };
+      const { rows } = await run(config, { memory: { device: await needed(config) } });
+      expect(rows).toHaveLength(2);
+    });
+  }
 });
 
 describe('ppo in the memory of its largest call', () => {

@@ -177,6 +177,10 @@ describe('contradictions', () => {
     [{ ...ppo, batch: { sequences: 10 }, rollout: { samples: 4 } }, '10 responses cannot be 4 per prompt'],
     [{ ...ppo, ppo: { kl: { in: 'loss' } } }, 'use k2 or k3'],
     [{ ...ppo, rollout: { temperature: 0 } }, 'a greedy rollout explores nothing'],
+    [
+      { ...ppo, batch: { microTokens: 16 }, rollout: { maxNewTokens: 16 } },
+      'batch.microTokens: 16 tokens are too few for a prompt and 16 new ones',
+    ],
     [{ ...sft, steps: 3, optimizer: { warmupSteps: 4 } }, '4 is more than steps (3)'],
     [{ ...sft, numerics: { parts: 3 } }, '3 is not a power of two'],
     [{ ...sft, generation: { tensor: 2 } }, 'generation.tensor: 2 does not divide parallel.tensor (1)'],
