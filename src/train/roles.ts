@@ -9,6 +9,7 @@ import type { Engine } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
 import { withHead } from '../layout/config.js';
 import type { Head, ModelShape } from '../layout/model-shape.js';
+import { shapes } from './algorithm-schemas.js';
 import { learnsFromRollouts, rolloutAlgorithm } from './algorithms.js';
 import type { Closable } from './closing.js';
 import type { Config, ConfigOf } from './config.js';
@@ -33,8 +34,12 @@ export interface Role {
   folder: string;
 }
 
-/** The models of a run, the one it is about first. `used` are those of the algorithm, where it is not the configuration's own. */
+/**
+ * The models of a run, the one it is about first. `used` are those of the algorithm, where it is not the configuration's own.
+ * @throws LockstepError PROGRAM_MODELS when it uses one that the configuration does not name
+ */
 export async function rolesOf(config: Config, used?: readonly (keyof Models)[]): Promise<Role[]> {
+  if (used) checkNamed(used, config);
   const base = await openCheckpoint(config.model);
   const rollouts = learnsFromRollouts(config);
   const generates = rollouts || (config.evaluation.samples > 0 && config.data.eval !== undefined);
@@ -45,7 +50,9 @@ export async function rolesOf(config: Config, used?: readonly (keyof Models)[]):
     case 'cost':
       return [role(config.algorithm, base, 'score', { trained: true })];
     default: {
-      const names = used ?? (rollouts ? rolloutAlgorithm(config).models : preferenceModels(config));
+      const own = used ?? (rollouts ? rolloutAlgorithm(config).models : preferenceModels(config));
+      const evaluates = rollouts && config.data.eval !== undefined && config.evaluation.every > 0;
+      const names: readonly string[] = evaluates ? [...own, ...judgesOf(config)] : own;
       const roles = [role('policy', base, 'language', { trained: true, generates })];
       for (const name of roleOrder)
         if (names.includes(name)) roles.push(...(await others[name](config as ModelKeys, base)));
@@ -57,6 +64,24 @@ export async function rolesOf(config: Config, used?: readonly (keyof Models)[]):
 
 type OtherRole = Exclude<RoleName, 'policy'>;
 const roleOrder: readonly OtherRole[] = ['critic', 'costCritic', 'reference', 'teacher', 'reward', 'cost'];
+
+const judges = ['reward', 'cost', 'teacher'] as const;
+
+/** What evaluations judge answers by, whether the algorithm uses it or not. */
+const judgesOf = (config: Config): readonly OtherRole[] => judges.filter((name) => name in config);
+
+/** Other models have a start of their own. */
+function checkNamed(used: readonly (keyof Models)[], config: Config): void {
+  const missing = judges.find((name) => used.includes(name) && !(name in config));
+  if (missing === undefined) return;
+  const having = Object.keys(shapes).filter((name) => missing in shapes[name as keyof typeof shapes]);
+  throw new LockstepError(
+    'PROGRAM_MODELS',
+    `the program uses the model ${missing}, which a configuration of algorithm: ${config.algorithm} does not name; take it out of the ` +
+      `program's models, or set algorithm to one with the key ${missing}: ${having.join(', ')}`,
+    { model: missing, algorithm: config.algorithm },
+  );
+}
 
 /** The keys of all algorithms under which models are named. */
 type ModelKeys = Partial<

@@ -31,7 +31,7 @@ export interface TrainOptions {
   resume?: boolean;
   /**
    * Takes the place of the algorithm that the configuration names, for one that learns from rollouts: the run has the models that
-   * it uses, the settings are the configuration's.
+   * it uses and those that judge in evaluations, the settings are the configuration's.
    */
   algorithm?: RolloutAlgorithm;
   /** What runs the models; default: the native engine. */
@@ -41,7 +41,7 @@ export interface TrainOptions {
 /**
  * Trains. A run that is stopped early ends with the event `interrupted`. The run folder is written as the events come; leaving the iteration early stops the run where it is.
  *
- * @throws LockstepError CONFIG_*; RUN_EXISTS, RUN_LOCKED, RUN_FOLDER; MEMORY_BUDGET; RUN_CONFIG_DIFFERS,
+ * @throws LockstepError CONFIG_*; PROGRAM_*; RUN_EXISTS, RUN_LOCKED, RUN_FOLDER; MEMORY_BUDGET; RUN_CONFIG_DIFFERS,
  * CHECKPOINT_OTHER_MODEL; MISMATCH; LOSS_NOT_FINITE; WORKER_HUNG; CHECKPOINT_WRITE_FAILED; what models, data and rewards throw.
  */
 export async function* train(input: Config | ConfigInput, options: TrainOptions = {}): AsyncGenerator<TrainEvent> {

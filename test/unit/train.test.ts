@@ -496,6 +496,36 @@ describe('a program', () => {
     const error = await run(ppo({ program })).catch((reason: unknown) => reason);
     expect(error).toMatchObject({ code: 'PROGRAM_EXPORT', message: expect.stringContaining(message) });
   });
+
+  it.each([
+    ['teacher', 'grpo', 'distillation'],
+    ['cost', 'ppo', 'safe-rlhf'],
+    ['reward', 'distillation', 'ppo, remax, safe-rlhf, grpo, rloo, reinforce++'],
+  ] as const)(
+    'that uses a %s where %s has none is refused before a model is opened',
+    async (name, algorithm, having) => {
+      const {
+        ppo: _,
+        reward,
+        ...common
+      } = ppo({ model: join(folder, 'nowhere') }) as unknown as Record<string, unknown>;
+      const named = algorithm === 'distillation' ? { teacher: { model } } : { reward };
+      const program = { ...defineAlgorithm({ models: ['actor', name], iterate: async () => ({ metrics: {} }) }) };
+      const error = await run({ ...common, algorithm, ...named } as never, { algorithm: program }).catch((e) => e);
+      expect(error).toMatchObject({ code: 'PROGRAM_MODELS', details: { model: name, algorithm } });
+      expect(error.message).toContain(`one with the key ${name}: ${having}`);
+    },
+  );
+
+  it.each(['reward', 'teacher'] as const)('without the %s is evaluated by it', async (name) => {
+    const { ppo: _, reward, ...common } = ppo({ steps: 1 }) as unknown as Record<string, unknown>;
+    const named = name === 'teacher' ? { algorithm: 'distillation', teacher: { model } } : { algorithm: 'ppo', reward };
+    const prompts = join(folder, 'prompts.jsonl');
+    const config = { ...common, ...named, data: { train: prompts, eval: prompts } } as unknown as ConfigInput;
+    const algorithm = defineAlgorithm({ models: ['actor'], iterate: async () => ({ metrics: {} }) });
+    await run(config, { algorithm });
+    expect((await metrics(config)).map((row) => row['eval.reward.mean'])).toEqual([0, 1].map(() => expect.any(Number)));
+  });
 });
 
 it('updates of any shape are counted through a resume; those of the configuration need no count', async () => {
