@@ -5,6 +5,7 @@ import { learnsFromRollouts } from './algorithms.js';
 import { rewardRules } from './reward-rules.js';
 import type { RewardTerm } from './reward-schema.js';
 import type { Config, ConfigOf, RolloutConfig } from './schema.js';
+import { unreadKeys } from './unread-keys.js';
 
 /** A rule: undefined when it holds, else what is wrong and what to do. */
 export type Rule<C> = (config: C) => { path: string; problem: string; unsupported?: boolean } | undefined;
@@ -83,11 +84,14 @@ const commonRules: Rule<Config>[] = [
       : undefined,
 ];
 
+interface Section {
+  miniBatches: number;
+  kl?: { in: string; estimator: string };
+  overlongBuffer?: number;
+}
+
 /** The section under the algorithm's own name. */
-const sectionOf = (config: RolloutConfig) =>
-  (config as unknown as Record<string, { miniBatches: number; kl?: { in: string; estimator: string } }>)[
-    config.algorithm
-  ]!;
+const sectionOf = (config: RolloutConfig) => (config as unknown as Record<string, Section>)[config.algorithm]!;
 
 /** Algorithms that judge an answer against the others of its prompt. */
 const judgesGroups = (config: RolloutConfig): boolean =>
@@ -167,6 +171,36 @@ const rolloutRules: Rule<RolloutConfig>[] = [
     algorithm === 'distillation' && rollout.truncation === 'penalise'
       ? contradiction('rollout.truncation', 'distillation has no reward that a penalty could lower; use keep or mask')
       : undefined,
+  (config) => {
+    if (config.algorithm !== 'ppo') return undefined;
+    const { kl, klCoefficient } = config.ppo;
+    return kl.controller === 'adaptive' && klCoefficient === 0
+      ? contradiction(
+          'ppo.kl.controller',
+          'adaptive multiplies klCoefficient, and 0 stays 0; use fixed, or start from a coefficient above 0',
+        )
+      : undefined;
+  },
+  (config) => {
+    if (config.algorithm !== 'safe-rlhf') return undefined;
+    const { initial, maximum } = config['safe-rlhf'].constraint;
+    return initial > maximum
+      ? contradiction(
+          'safe-rlhf.constraint.initial',
+          `${initial} is more than maximum (${maximum}); lower it or raise maximum`,
+        )
+      : undefined;
+  },
+  (config) => {
+    const { overlongBuffer = 0 } = sectionOf(config);
+    const { maxNewTokens } = config.rollout;
+    return overlongBuffer > maxNewTokens
+      ? contradiction(
+          `${config.algorithm}.overlongBuffer`,
+          `the last ${overlongBuffer} tokens are more than an answer has (rollout.maxNewTokens ${maxNewTokens}); lower it`,
+        )
+      : undefined;
+  },
   ...(['critic', 'costCritic'] as const).map((key) => (config: RolloutConfig) => {
     const given = (config as Partial<Record<typeof key, ConfigOf<'ppo'>['critic']>>)[key];
     const warmup = given?.optimizer.warmupSteps ?? config.optimizer.warmupSteps;
@@ -176,49 +210,7 @@ const rolloutRules: Rule<RolloutConfig>[] = [
   }),
 ];
 
-/** Losses that read a key which others would ignore. */
-const groupLosses: Record<'clipHigh' | 'dualClip', readonly ConfigOf<'grpo'>['grpo']['loss'][]> = {
-  clipHigh: ['ppo', 'gspo', 'gmpo', 'rloo', 'cispo', 'dppo'],
-  dualClip: ['ppo', 'gspo', 'rloo'],
-};
-const pairLosses: Record<'labelSmoothing' | 'lengthNormalised', readonly ConfigOf<'dpo'>['dpo']['loss'][]> = {
-  labelSmoothing: ['dpo', 'robust', 'exo-pair'],
-  lengthNormalised: ['ipo'],
-};
-
-/** The section of GRPO or RLOO. */
-const groupSection = (config: ConfigOf<'grpo' | 'rloo'>) => (config.algorithm === 'grpo' ? config.grpo : config.rloo);
-
-const groupRules: Rule<ConfigOf<'grpo' | 'rloo'>>[] = [
-  ...(['clipHigh', 'dualClip'] as const).map((key) => (config: ConfigOf<'grpo' | 'rloo'>) => {
-    const section = groupSection(config);
-    return section[key] === undefined
-      ? undefined
-      : unread(`${config.algorithm}.${key}`, section.loss, groupLosses[key]);
-  }),
-  (config) => {
-    const { mode, horizon } = groupSection(config).aggregation;
-    return horizon !== undefined && mode !== 'seq-mean-token-sum-norm'
-      ? contradiction(
-          `${config.algorithm}.aggregation.horizon`,
-          `${mode} does not divide by a constant length; leave it out, or use the mode seq-mean-token-sum-norm`,
-        )
-      : undefined;
-  },
-  (config) =>
-    config.reference.model !== undefined && groupSection(config).klCoefficient === 0
-      ? contradiction(
-          'reference.model',
-          `nothing is measured against it where ${config.algorithm}.klCoefficient is 0; leave it out or raise the coefficient`,
-        )
-      : undefined,
-];
-
 const dpoRules: Rule<ConfigOf<'dpo'>>[] = [
-  ({ dpo }) =>
-    dpo.labelSmoothing === undefined ? undefined : unread('dpo.labelSmoothing', dpo.loss, pairLosses.labelSmoothing),
-  ({ dpo }) =>
-    dpo.lengthNormalised ? unread('dpo.lengthNormalised', dpo.loss, pairLosses.lengthNormalised) : undefined,
   ({ dpo }) =>
     dpo.loss === 'exo-pair' && dpo.labelSmoothing === 0
       ? contradiction('dpo.labelSmoothing', 'the loss exo-pair has its logarithm, which is infinite at 0; use 1e-3')
@@ -234,13 +226,14 @@ const ktoRules: Rule<ConfigOf<'kto'>>[] = [
 
 /** @throws LockstepError CONFIG_CONTRADICTION or CONFIG_UNSUPPORTED, listing every rule that fails. */
 export function checkRules(config: Config): void {
-  const failures = [
+  const results: ReturnType<Rule<Config>>[] = [
     ...commonRules.map((rule) => rule(config)),
     ...(learnsFromRollouts(config) ? rolloutRules.map((rule) => rule(config)) : []),
-    ...(config.algorithm === 'grpo' || config.algorithm === 'rloo' ? groupRules.map((rule) => rule(config)) : []),
     ...(config.algorithm === 'dpo' ? dpoRules.map((rule) => rule(config)) : []),
     ...(config.algorithm === 'kto' ? ktoRules.map((rule) => rule(config)) : []),
-  ].filter((failure) => failure !== undefined);
+    ...unreadKeys(config),
+  ];
+  const failures = results.filter((failure) => failure !== undefined);
   const [first] = failures;
   if (!first) return;
   throw new LockstepError(
@@ -252,13 +245,6 @@ export function checkRules(config: Config): void {
 
 function contradiction(path: string, problem: string) {
   return { path, problem };
-}
-
-/** A key that is given, if the loss is none of those that read it. */
-function unread<Loss extends string>(path: string, loss: Loss, readers: readonly Loss[]) {
-  return readers.includes(loss)
-    ? undefined
-    : contradiction(path, `the loss ${loss} does not read it; leave it out, or use ${readers.join(', ')}`);
 }
 
 function unsupported(path: string, received: unknown, advice: string) {

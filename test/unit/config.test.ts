@@ -14,6 +14,7 @@ import {
 } from '../../src/train/config.js';
 import { editDistance } from '../../src/train/nearest.js';
 import { presets } from '../../src/train/presets.js';
+import { configSchema } from '../../src/train/schema.js';
 
 const sft = { algorithm: 'sft', model: 'm', data: { train: 'd.jsonl' } };
 const ppo = { algorithm: 'ppo', model: 'm', data: { train: 'd.jsonl' }, reward: { function: './r.ts' } };
@@ -260,7 +261,7 @@ describe('groups of answers', () => {
     ],
     [
       { ...grpo, grpo: { variant: 'dapo' }, reference: { model: 'm' } },
-      'reference.model: nothing is measured against it',
+      'reference.model: there is no KL term where grpo.klCoefficient is 0',
     ],
     [{ ...ppo, ptx: { data: 'd', sequences: 3 } }, 'ptx.sequences: 3 rows cannot be part of 4 mini-batches'],
     [
@@ -290,6 +291,86 @@ describe('groups of answers', () => {
     const error = failure(input);
     expect(error.code).toBe('CONFIG_CONTRADICTION');
     expect(error.message).toContain(message);
+  });
+});
+
+describe('keys that other keys leave without a reader', () => {
+  const grpo = { ...ppo, algorithm: 'grpo' };
+  const rloo = { ...ppo, algorithm: 'rloo', rollout: { samples: 2 } };
+  const safe = { ...ppo, algorithm: 'safe-rlhf', cost: { function: './c.ts' } };
+  const plusPlus = { ...ppo, algorithm: 'reinforce++', rollout: { samples: 2 } };
+
+  it.each([
+    [
+      { ...grpo, grpo: { variant: 'sapo', clip: 0.1 } },
+      'grpo.clip: the loss sapo does not read it; leave it out, or use ppo,',
+    ],
+    [{ ...grpo, grpo: { variant: 'opo', clip: 0.1 } }, 'grpo.clip: the loss reinforce does not read it'],
+    [{ ...rloo, rloo: { loss: 'gpg', clip: 0.1 } }, 'rloo.clip: the loss gpg does not read it'],
+    [
+      { ...grpo, grpo: { aggregation: { mode: 'token-mean', sequences: 'all' } } },
+      'grpo.aggregation.sequences: token-mean does not divide by a number of sequences',
+    ],
+    [
+      { ...grpo, grpo: { klCoefficient: 0, kl: { in: 'reward' } } },
+      'grpo.kl.in: there is no KL term where grpo.klCoefficient is 0',
+    ],
+    [{ ...ppo, ppo: { klCoefficient: 0, kl: { estimator: 'k3' } } }, 'ppo.kl.estimator: there is no KL term'],
+    [{ ...ppo, ppo: { klCoefficient: 0 }, reference: { model: 'm' } }, 'reference.model: there is no KL term'],
+    [
+      { ...ppo, ppo: { kl: { target: 3 } } },
+      'ppo.kl.target: ppo.kl.controller is fixed; leave it out, or set that to adaptive',
+    ],
+    [{ ...ppo, ppo: { kl: { horizon: 30 } } }, 'ppo.kl.horizon: ppo.kl.controller is fixed'],
+    [{ ...ppo, ppo: { klCoefficient: 0, kl: { controller: 'adaptive' } } }, 'ppo.kl.controller: adaptive multiplies'],
+    [
+      { ...plusPlus, 'reinforce++': { baseline: true, gamma: 0.9 } },
+      'reinforce++.gamma: the baseline form has one advantage',
+    ],
+    [
+      { ...ppo, rollout: { truncationPenalty: 2 } },
+      'rollout.truncationPenalty: rollout.truncation is keep; leave it out, or set',
+    ],
+    [{ ...sft, rollout: { truncation: 'mask' } }, 'rollout.truncation: sft learns from no rollouts; leave it out'],
+    [{ ...sft, rollout: { samples: 4 } }, 'rollout.samples: sft learns from no rollouts'],
+    [{ ...sft, algorithm: 'dpo', checks: { mismatch: 'all' } }, 'checks.mismatch: dpo learns from no rollouts'],
+    [
+      { ...safe, 'safe-rlhf': { constraint: { initial: 10 } } },
+      'safe-rlhf.constraint.initial: 10 is more than maximum (5)',
+    ],
+    [
+      { ...grpo, rollout: { maxNewTokens: 64 }, grpo: { overlongBuffer: 65 } },
+      'grpo.overlongBuffer: the last 65 tokens are more than an answer has (rollout.maxNewTokens 64)',
+    ],
+  ])('are refused: %j', (input, message) => {
+    const error = failure(input);
+    expect(error.code).toBe('CONFIG_CONTRADICTION');
+    expect(error.message).toContain(message);
+  });
+
+  it.each([
+    { ...grpo, grpo: { variant: 'sapo', clip: 0.2 } },
+    { ...grpo, grpo: { variant: 'gspo', loss: 'reinforce' } },
+    { ...grpo, grpo: { variant: 'dr-grpo', aggregation: { mode: 'token-mean' } } },
+    { ...plusPlus, 'reinforce++': { klCoefficient: 0, baseline: true } },
+    { ...ppo, rollout: { truncation: 'penalise', truncationPenalty: 2 } },
+    { ...ppo, ppo: { kl: { controller: 'adaptive', target: 3 } } },
+    { ...safe, 'safe-rlhf': { constraint: { initial: 5 } } },
+    { ...grpo, program: './p.ts', grpo: { loss: 'sapo', clip: 0.1 } },
+  ])('are not refused by values that nobody gave, nor before a program that may read them: %j', (input) => {
+    const parsed = parseConfig(input);
+    expect(parseConfig(parsed)).toEqual(parsed);
+  });
+
+  it('are none of those of any algorithm with its defaults', () => {
+    const needs = { reward: { function: './r.ts' }, cost: { function: './c.ts' }, teacher: { model: 't' } };
+    for (const option of configSchema.options) {
+      const algorithm = option.shape.algorithm.value;
+      const own = Object.entries(needs).filter(([key]) => key in option.shape);
+      const samples = algorithm === 'grpo' || algorithm === 'rloo' ? { rollout: { samples: 2 } } : {};
+      const parsed = parseConfig({ ...sft, algorithm, ...Object.fromEntries(own), ...samples });
+      expect(parseConfig(parsed)).toEqual(parsed);
+    }
   });
 });
 
