@@ -13,6 +13,7 @@ import type { PolicyLossSettings } from '../losses/policy.js';
 import { type PolicyLossName, policyLosses } from '../losses/policy-losses.js';
 import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
 import { actorMetrics, klMetrics, rolloutMetrics } from './metrics.js';
+import { anchorOf, referenceOf } from './reference.js';
 import { learnedMask, penalisedScores, pretrainingMix, sampledExperience, sumsBySequence } from './rollout.js';
 import { type SamplingSettings, sampleGroups } from './sampling.js';
 
@@ -41,12 +42,12 @@ export function grpo(settings: GrpoSettings): RolloutAlgorithm<'actor' | 'refere
   const { epochs, miniBatches, klCoefficient } = settings;
   const loss = actorLoss(settings);
   return {
-    models: klCoefficient > 0 ? ['actor', 'reference', 'reward'] : ['actor', 'reward'],
+    models: ['actor', ...referenceOf(klCoefficient), 'reward'],
 
     async iterate({ actor, reference, reward }, prompts, context) {
       const { iteration } = context;
       const { rollout, rewards, dropped, rounds } = await sampleGroups(actor, reward, prompts, context, settings);
-      const anchor = klCoefficient > 0 ? await reference.computeLogprobs(rollout) : rollout.logprobs;
+      const anchor = await anchorOf(reference, rollout, klCoefficient);
       const { experience, penalty, equal } = makeExperience(rollout, anchor, rewards, settings);
       const also = pretrainingMix(context, settings.ptxCoefficient);
       const ofActor = await actor.update(experience, loss, { epochs, miniBatches, iteration, also });

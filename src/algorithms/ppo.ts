@@ -11,6 +11,7 @@ import { whiten } from '../losses/statistics.js';
 import { valueLoss } from '../losses/value.js';
 import type { Experience, Rewards, Rollout, RolloutAlgorithm, UpdateStatistics } from './algorithm.js';
 import { actorMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
+import { anchorOf, referenceOf } from './reference.js';
 import { learnedMask, placeScores, pretrainingMix, sampledExperience, type TruncationSettings } from './rollout.js';
 
 /** What a policy with a critic has: PPO's, and Safe-RLHF's too. */
@@ -26,7 +27,7 @@ export interface ActorCriticSettings extends TruncationSettings {
   /** γ and λ of generalised advantage estimation. */
   readonly gamma: number;
   readonly lambda: number;
-  /** β: weight of the KL term, at the start when a controller is adaptive. */
+  /** β: weight of the KL term, at the start when a controller is adaptive; 0: no term, and no reference model. */
   readonly klCoefficient: number;
   /** Advantages to mean 0 and variance 1 over the whole rollout. */
   readonly whiten: boolean;
@@ -57,13 +58,14 @@ export function ppo(settings: PpoSettings): RolloutAlgorithm<'actor' | 'critic' 
     { experience, penalty }: ReturnType<typeof makeExperience>,
     [rollout, rewards, ofCritic, ofActor]: readonly [Rollout, Rewards, UpdateStatistics, UpdateStatistics],
   ) => {
-    const ofRollout = { ...rolloutMetrics(rollout, rewards, settings), ...klMetrics(penalty, beta.coefficient) };
+    const ofKl = klCoefficient > 0 ? klMetrics(penalty, beta.coefficient) : {};
+    const ofRollout = { ...rolloutMetrics(rollout, rewards, settings), ...ofKl };
     const metrics = { ...ofRollout, ...criticMetrics(experience, ofCritic), ...actorMetrics(ofActor) };
     beta.update(penalty.perSequence, rollout.lengths.length);
     return { metrics, rollout, rewards };
   };
   return {
-    models: ['actor', 'critic', 'reference', 'reward'],
+    models: ['actor', 'critic', ...referenceOf(klCoefficient), 'reward'],
 
     async iterate({ actor, critic, reference, reward }, prompts, context) {
       const update = { epochs, miniBatches, iteration: context.iteration };
@@ -71,7 +73,7 @@ export function ppo(settings: PpoSettings): RolloutAlgorithm<'actor' | 'critic' 
 
       const rollout = actor.generateSequences(prompts, { iteration: context.iteration });
       const values = critic.computeValues(rollout);
-      const anchor = reference.computeLogprobs(rollout);
+      const anchor = anchorOf(reference, rollout, klCoefficient);
       const given = reward.computeRewards(rollout);
       const made = makeExperience(...(await Promise.all([rollout, values, anchor, given])), settings, beta.coefficient);
       const ofCritic = critic.update(made.experience, valueLoss({ clip: settings.valueClip }), update);

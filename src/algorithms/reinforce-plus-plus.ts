@@ -8,6 +8,7 @@ import { policyLoss } from '../losses/policy.js';
 import { whiten } from '../losses/statistics.js';
 import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
 import { actorMetrics, klMetrics, rolloutMetrics } from './metrics.js';
+import { anchorOf, referenceOf } from './reference.js';
 import {
   learnedMask,
   penalisedScores,
@@ -27,7 +28,7 @@ export interface ReinforcePlusPlusSettings extends TruncationSettings {
   readonly clip: number;
   /** γ of the returns. */
   readonly gamma: number;
-  /** β. */
+  /** β; 0: no KL term, and no reference model. */
   readonly klCoefficient: number;
   readonly klEstimator: KlEstimator;
   readonly entropyCoefficient: number;
@@ -39,17 +40,17 @@ export function reinforcePlusPlus(
 ): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
   const { epochs, miniBatches, klCoefficient } = settings;
   return {
-    models: ['actor', 'reference', 'reward'],
+    models: ['actor', ...referenceOf(klCoefficient), 'reward'],
 
     async iterate({ actor, reference, reward }, prompts, { iteration }) {
       const sampled = actor.generateSequences(prompts, { iteration });
-      const calls = [reference.computeLogprobs(sampled), reward.computeRewards(sampled)] as const;
+      const calls = [anchorOf(reference, sampled, klCoefficient), reward.computeRewards(sampled)] as const;
       const [rollout, anchor, rewards] = await Promise.all([sampled, ...calls]);
       const { experience, penalty } = makeExperience(rollout, anchor, rewards, settings);
       const ofActor = await actor.update(experience, actorLoss(settings), { epochs, miniBatches, iteration });
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
-        ...klMetrics(penalty, klCoefficient),
+        ...(klCoefficient > 0 ? klMetrics(penalty, klCoefficient) : {}),
         ...actorMetrics(ofActor),
       };
       return { metrics, rollout, rewards };

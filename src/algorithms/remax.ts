@@ -8,6 +8,7 @@ import { policyLosses } from '../losses/policy-losses.js';
 import { remaxReturns } from '../losses/token-baselines.js';
 import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
 import { actorMetrics, klMetrics, mean, rolloutMetrics } from './metrics.js';
+import { anchorOf, referenceOf } from './reference.js';
 import { learnedMask, penalisedScores, placeScores, sampledExperience, type TruncationSettings } from './rollout.js';
 
 export interface RemaxSettings extends TruncationSettings {
@@ -17,7 +18,7 @@ export interface RemaxSettings extends TruncationSettings {
   readonly samples: number;
   /** γ: discount of the score by the distance to the last token. */
   readonly gamma: number;
-  /** β: weight of the KL penalty. */
+  /** β: weight of the KL penalty; 0: none, and no reference model. */
   readonly klCoefficient: number;
   /** Whether a token pays for its own KL (the authors' code), or for its own and all that follows. */
   readonly klReturn: 'token' | 'to-go';
@@ -25,16 +26,16 @@ export interface RemaxSettings extends TruncationSettings {
 
 /** One iteration: sampled and greedy answers, what reference and reward say of them, updates of the policy. */
 export function remax(settings: RemaxSettings): RolloutAlgorithm<'actor' | 'reference' | 'reward'> {
-  const { epochs, miniBatches, samples } = settings;
+  const { epochs, miniBatches, samples, klCoefficient } = settings;
   return {
-    models: ['actor', 'reference', 'reward'],
+    models: ['actor', ...referenceOf(klCoefficient), 'reward'],
 
     async iterate({ actor, reference, reward }, prompts, { iteration }) {
       const questions = prompts.filter((_, i) => i % samples === 0);
       const sampled = actor.generateSequences(prompts, { iteration });
       const greedy = actor.generateSequences(questions, { iteration, greedy: true });
       const calls = [
-        reference.computeLogprobs(sampled),
+        anchorOf(reference, sampled, klCoefficient),
         reward.computeRewards(sampled),
         greedy,
         reward.computeRewards(greedy),
@@ -46,7 +47,7 @@ export function remax(settings: RemaxSettings): RolloutAlgorithm<'actor' | 'refe
       const metrics = {
         ...rolloutMetrics(rollout, rewards, settings),
         'reward.greedy': mean(baseline.scores),
-        ...klMetrics(penalty, settings.klCoefficient),
+        ...(klCoefficient > 0 ? klMetrics(penalty, klCoefficient) : {}),
         ...actorMetrics(ofActor),
       };
       return { metrics, rollout, rewards };

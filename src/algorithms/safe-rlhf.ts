@@ -10,6 +10,7 @@ import { valueLoss } from '../losses/value.js';
 import type { Rewards, Rollout, RolloutAlgorithm } from './algorithm.js';
 import { actorMetrics, costMetrics, criticMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import type { ActorCriticSettings } from './ppo.js';
+import { anchorOf, referenceOf } from './reference.js';
 import { learnedMask, placeScores, pretrainingMix, sampledExperience } from './rollout.js';
 
 /** PPO's, with β subtracting from rewards and adding to costs. */
@@ -24,11 +25,11 @@ export interface SafeRlhfSettings extends ActorCriticSettings {
 export function safeRlhf(
   settings: SafeRlhfSettings,
 ): RolloutAlgorithm<'actor' | 'critic' | 'costCritic' | 'reference' | 'reward' | 'cost'> {
-  const { epochs, miniBatches, ptxCoefficient = 0 } = settings;
+  const { epochs, miniBatches, klCoefficient, ptxCoefficient = 0 } = settings;
   const [ofPolicy, ofValues] = [policyLoss(settings), valueLoss({ clip: settings.valueClip })];
   const multiplier = lagrangeMultiplier(settings.constraint);
   return {
-    models: ['actor', 'critic', 'costCritic', 'reference', 'reward', 'cost'],
+    models: ['actor', 'critic', 'costCritic', ...referenceOf(klCoefficient), 'reward', 'cost'],
 
     async iterate({ actor, critic, costCritic, reference, reward, cost }, prompts, context) {
       const sampled = actor.generateSequences(prompts, { iteration: context.iteration });
@@ -36,7 +37,7 @@ export function safeRlhf(
         sampled,
         critic.computeValues(sampled),
         costCritic.computeValues(sampled),
-        reference.computeLogprobs(sampled),
+        anchorOf(reference, sampled, klCoefficient),
         reward.computeRewards(sampled),
         cost.computeCosts(sampled),
       ]);
@@ -53,7 +54,7 @@ export function safeRlhf(
         ...rolloutMetrics(rollout, rewards, settings),
         ...costMetrics(costs),
         'cost.multiplier': multiplier.multiplier,
-        ...klMetrics(penalty, settings.klCoefficient),
+        ...(klCoefficient > 0 ? klMetrics(penalty, klCoefficient) : {}),
         ...criticMetrics(experience.ofRewards, ofCritic),
         'cost.value.loss': ofCostCritic.loss,
         ...actorMetrics(ofActor),

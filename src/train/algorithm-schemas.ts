@@ -50,6 +50,7 @@ const actorCritic = {
   valueClip: positive.default(0.2),
   gamma: fraction.default(1),
   lambda: fraction.default(0.95),
+  /** 0: no KL term, and no reference model; so with every algorithm. */
   klCoefficient: nonNegative.default(0.05),
   /** Advantages to mean 0 and variance 1 over the whole rollout. */
   whiten: z.boolean().default(true),
@@ -141,7 +142,6 @@ const group = {
   loss: policyLossName.default('ppo'),
   aggregation: aggregation('seq-mean-token-mean'),
   ...clips,
-  /** 0: no KL term, and no reference model. */
   klCoefficient: nonNegative.default(0.04),
   kl: groupKl('loss', 'k3'),
   entropyCoefficient: nonNegative.default(0),

@@ -4,6 +4,7 @@ import type { Models, Prompt, Rewards, Rollout, RolloutAlgorithm } from '../../s
 import { distillation } from '../../src/algorithms/distillation.js';
 import { type GrpoSettings, makeExperience as groupExperience, grpo } from '../../src/algorithms/grpo.js';
 import { judgedBatch, kto } from '../../src/algorithms/kto.js';
+import { type PpoSettings, ppo } from '../../src/algorithms/ppo.js';
 import { preference, preferenceBatch } from '../../src/algorithms/preference.js';
 import {
   type ReinforcePlusPlusSettings,
@@ -21,6 +22,7 @@ import { countOf, Table, TableActor } from './table-models.js';
 const prompt = (...tokens: number[]): Prompt => ({ tokens: Int32Array.from(tokens), row: {} });
 const truncation = { truncation: 'keep', truncationPenalty: 1 } as const;
 const steps = { epochs: 1, miniBatches: 1 };
+const fixed = { controller: 'fixed', target: 6, horizon: 100 } as const;
 const close = (actual: ArrayLike<number>, expected: number[]) => {
   expect(Array.from(actual, (x) => Math.round(x * 1e6) / 1e6)).toEqual(expected);
 };
@@ -135,6 +137,32 @@ function models(learningRate = 2) {
 
 const probabilities = (actor: TableActor, token: number) =>
   actor.logits.map((row) => Math.exp(categorical(row).logprobs[token]!));
+
+describe('the reference belongs to the KL term', () => {
+  const ppoSettings: PpoSettings = { ...safeSettings, kl: { in: 'reward', estimator: 'k1', ...fixed } };
+  const all: Record<string, (klCoefficient: number) => RolloutAlgorithm> = {
+    ppo: (klCoefficient) => ppo({ ...ppoSettings, klCoefficient }),
+    remax: (klCoefficient) => remax({ ...remaxSettings, klCoefficient }),
+    'safe-rlhf': (klCoefficient) => safeRlhf({ ...safeSettings, klCoefficient }),
+    grpo: (klCoefficient) => grpo({ ...grpoSettings, klCoefficient }),
+    rloo: (klCoefficient) => rloo({ ...grpoSettings, klCoefficient }),
+    'reinforce++': (klCoefficient) => reinforcePlusPlus({ ...reinforceSettings, klCoefficient }),
+  };
+  it.each(Object.keys(all))('%s without the term has neither it nor its metrics', async (name) => {
+    const measured = async (klCoefficient: number) => {
+      const algorithm = all[name]!(klCoefficient);
+      const table = Object.entries(models()).filter(([role]) => algorithm.models.includes(role as keyof Models));
+      const { metrics } = await algorithm.iterate(Object.fromEntries(table) as unknown as Models, prompts, {
+        iteration: 1,
+      });
+      return [algorithm.models.includes('reference'), Object.keys(metrics).some((key) => key.startsWith('kl.'))];
+    };
+    expect([await measured(0.1), await measured(0)]).toEqual([
+      [true, true],
+      [false, false],
+    ]);
+  });
+});
 
 describe('an algorithm raises what it is rewarded for', () => {
   const all: Record<string, () => RolloutAlgorithm> = {
