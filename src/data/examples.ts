@@ -91,7 +91,10 @@ export function toPair(row: Row, tokenizer: Tokenizer | undefined, options: Pair
   };
 }
 
-/** The tokens that a rollout of this row starts from. Errors: as `toTrainingExample`. */
+/**
+ * The tokens that a rollout of this row starts from; an answer that the row has is left out: a response, or assistant turns at the end of
+ * messages. Errors: as `toTrainingExample`.
+ */
 export function toPrompt(row: Row, tokenizer: Tokenizer | undefined, options: ExampleOptions = {}): PromptTokens {
   const tokens = row.kind === 'tokens' ? row.tokens : promptTokens(promptOf(row), tokenizer, row.place, options);
   if (tokens.length === 0) throw badRow(row.place, 'the prompt has no tokens; expected at least one');
@@ -103,10 +106,17 @@ function promptOf(row: Exclude<Row, { kind: 'tokens' }>): Content {
     case 'text':
       return row.text;
     case 'messages':
-      return row.messages;
+      return asked(row);
     default:
       return row.prompt;
   }
+}
+
+/** Messages up to the last that is not the assistant's. */
+function asked({ messages, place }: Extract<Row, { kind: 'messages' }>): readonly Message[] {
+  const end = messages.findLastIndex(({ role }) => role !== 'assistant') + 1;
+  if (end === 0) throw badRow(place, 'the messages are all of the assistant; expected one to answer');
+  return messages.slice(0, end);
 }
 
 function promptTokens(

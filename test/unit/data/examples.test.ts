@@ -186,6 +186,18 @@ describe('prompts', () => {
     );
   });
 
+  test('what answers a dialogue at its end is left out, and what was said before stays', () => {
+    const [user, assistant] = ['user', 'assistant'].map((role) => (content: string) => ({ role, content }));
+    const before = [user!('a'), assistant!('b'), user!('c')];
+    const expected = prompt({ messages: before });
+    expect(prompt({ messages: [...before, assistant!('d')] })).toBe(expected);
+    expect(prompt({ messages: [...before, assistant!('d'), assistant!('e')] })).toBe(expected);
+    expect(expected).toMatch(/b<\|im_end\|>\n<\|im_start\|>user\nc<\|im_end\|>\n<\|im_start\|>assistant\n$/);
+    expect(() => prompt({ messages: [assistant!('d')] })).toThrow(
+      /data.jsonl, line 7: the messages are all of the assistant/,
+    );
+  });
+
   test('the prompt of a rollout is the beginning of what is learned and compared', () => {
     for (const columns of [
       { prompt: 'a', response: 'b' },
