@@ -13,7 +13,7 @@ export interface JudgedAnswer extends SftExample {
   readonly desirable: boolean;
 }
 
-/** Answers, and each prompt with the answer to the next one, no longer than the longest row. */
+/** Answers, and each prompt with an answer to another, no longer than the longest row. */
 export interface JudgedBatch {
   readonly answers: Experience;
   readonly mismatched: Experience;
@@ -61,9 +61,10 @@ async function withReference({ actor, reference }: PreferenceModels, { answers, 
 export function judgedBatch(answers: readonly JudgedAnswer[]): JudgedBatch {
   const desirable = answers.flatMap(({ tokens, desirable }) => Array<number>(tokens.length).fill(desirable ? 1 : 0));
   const longest = Math.max(...answers.map(({ tokens }) => tokens.length));
-  const mismatched = answers.map(({ tokens, mask }, i) => {
-    const prompt = tokens.subarray(0, mask.indexOf(1));
-    const next = answers[(i + 1) % answers.length]!;
+  const prompts = answers.map(({ tokens, mask }) => tokens.subarray(0, mask.indexOf(1)));
+  const texts = prompts.map((prompt) => prompt.join());
+  const mismatched = prompts.map((prompt, row) => {
+    const next = answers[nextOther(texts, row)]!;
     const begin = next.mask.indexOf(1);
     return {
       tokens: Int32Array.from([...prompt, ...next.tokens.subarray(begin)].slice(0, longest)),
@@ -71,4 +72,10 @@ export function judgedBatch(answers: readonly JudgedAnswer[]): JudgedBatch {
     };
   });
   return { answers: { ...sftBatch(answers), columns: { desirable } }, mismatched: sftBatch(mismatched) };
+}
+
+/** The next row with another text, around the batch; the next one where all are equal. */
+function nextOther(texts: readonly string[], row: number): number {
+  const following = [...texts.keys()].map((k) => (row + 1 + k) % texts.length);
+  return following.find((other) => texts[other] !== texts[row]) ?? following[0]!;
 }

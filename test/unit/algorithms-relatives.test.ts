@@ -350,6 +350,13 @@ describe('learning from preferences', () => {
     expect([...(mismatched.mask as Uint8Array)]).toEqual([0, 0, 0, 1, 0, 1, 0]);
   });
 
+  it('KTO pairs a prompt with an answer to another one, wherever answers to the same lie', () => {
+    const answer = (prompt: number, token: number) => ({ ...example([prompt, token], [0, 1]), desirable: true });
+    const neighbours = [answer(0, 4), answer(0, 5), answer(1, 6), answer(1, 7)];
+    expect([...judgedBatch(neighbours).mismatched.tokens]).toEqual([0, 6, 0, 6, 1, 4, 1, 4]);
+    expect([...judgedBatch([answer(0, 4), answer(0, 5)]).mismatched.tokens]).toEqual([0, 5, 0, 4]);
+  });
+
   it('KTO raises desirable answers, lowers others, and pairs each prompt with the next answer', async () => {
     const answers = [
       { ...example([0, 3, 3, 3], [0, 1, 1, 1]), desirable: true },
