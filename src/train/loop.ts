@@ -96,7 +96,7 @@ async function* oneStep(run: Run, step: number): AsyncGenerator<TrainEvent> {
   await recorder.flush();
   for (const warning of some(recorder.traceWarning())) yield { type: 'warning', step, ...warning };
   if (skipped > 0) {
-    const message = `${task.skipped.count} rows were skipped so far (first: ${task.skipped.first})`;
+    const message = `${task.skipped.count} rows were skipped so far (for example: ${task.skipped.example})`;
     yield { type: 'warning', code: 'DATA_SKIPPED', message, step };
   }
   yield { type: 'step', step, steps: config.steps, metrics };

@@ -73,9 +73,10 @@ export async function rolloutTask(
       };
     },
     ...evaluation(sources, config, (prompts: Prompt[]) => evaluate(config, models, prompts, workshop)),
-    state: () => ({ ...algorithm.state(), ...data.state() }),
+    state: () => ({ ...algorithm.state(), ...sources.train.state(), ...data.state() }),
     restore: (state) => {
       algorithm.restore(state);
+      sources.train.restore(state);
       data.restore(state);
     },
   };

@@ -15,10 +15,10 @@ export interface RowSourceOptions {
   seed: number;
 }
 
-/** Rows left out under `onError: skip`, with the first reason. */
+/** Rows left out under `onError: skip`, each counted once, with the reason of one of them. */
 export interface Skipped {
   count: number;
-  first: string | undefined;
+  example: string | undefined;
 }
 
 /** By which a resume tells that a data file is another than it was. */
@@ -35,6 +35,8 @@ export class RowSource<Item> {
   readonly #onError: 'stop' | 'skip';
   readonly skipped: Skipped;
   readonly size: DataSize;
+  /** Those that could be read and not converted, by index. */
+  readonly #unusable = new Set<number>();
 
   private constructor(
     dataset: Dataset,
@@ -47,7 +49,7 @@ export class RowSource<Item> {
     this.#order = dataOrder({ length: dataset.length, seed, shuffle });
     this.#convert = convert;
     this.#onError = onError;
-    this.skipped = { count: dataset.skipped.count, first: dataset.skipped.errors[0]?.message };
+    this.skipped = { count: dataset.skipped.count, example: dataset.skipped.errors[0]?.message };
   }
 
   /** `convert` throws a LockstepError for a row that cannot be used. */
@@ -68,7 +70,8 @@ export class RowSource<Item> {
   async usable(position: number, count: number): Promise<Item[]> {
     const items: Item[] = [];
     for (let i = position; i < position + count; i++) {
-      const item = this.#use(await this.#dataset.row(this.#order.indexAt(i)));
+      const index = this.#order.indexAt(i);
+      const item = this.#use(await this.#dataset.row(index), index);
       if (item !== undefined) items.push(item);
     }
     return items;
@@ -80,7 +83,7 @@ export class RowSource<Item> {
     if (items.length > 0) return items;
     throw new LockstepError(
       'DATA_EMPTY',
-      `${this.#dataset.path}: all ${count} rows of a batch were bad and skipped (first: ${this.skipped.first}); mend the data`,
+      `${this.#dataset.path}: all ${count} rows of a batch were bad and skipped (for example: ${this.skipped.example}); mend the data`,
       { path: this.#dataset.path },
     );
   }
@@ -89,13 +92,28 @@ export class RowSource<Item> {
     await this.#dataset.close();
   }
 
-  #use(row: Row): Item | undefined {
+  /** What a resumed run needs, so that it counts as the run never stopped. */
+  state(): { skippedRows?: number[] } {
+    return this.#unusable.size > 0 ? { skippedRows: [...this.#unusable] } : {};
+  }
+
+  restore({ skippedRows = [] }: Readonly<Record<string, unknown>>): void {
+    for (const index of skippedRows as readonly number[]) this.#count(index);
+  }
+
+  #count(index: number): void {
+    if (this.#unusable.has(index)) return;
+    this.#unusable.add(index);
+    this.skipped.count++;
+  }
+
+  #use(row: Row, index: number): Item | undefined {
     try {
       return this.#convert(row);
     } catch (error) {
       if (this.#onError === 'stop' || !LockstepError.isInstance(error)) throw error;
-      this.skipped.count++;
-      this.skipped.first ??= error.message;
+      this.#count(index);
+      this.skipped.example ??= error.message;
       return undefined;
     }
   }

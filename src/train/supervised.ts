@@ -109,8 +109,11 @@ export function supervised<Item, Models, Batch>(
       const { tokens } = 'answers' in batch ? batch.answers : batch;
       return { metrics: { ...metrics, tokens: tokens.length }, samples: [] };
     },
-    state: () => algorithm.state(),
-    restore: (state) => algorithm.restore(state),
+    state: () => ({ ...algorithm.state(), ...train.state() }),
+    restore: (state) => {
+      algorithm.restore(state);
+      train.restore(state);
+    },
   };
 }
 

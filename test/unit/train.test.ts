@@ -657,6 +657,28 @@ describe('an sft run', () => {
     expect((await metrics(config))[0]!['data.skipped']).toBeGreaterThan(1);
   });
 
+  it.each([
+    ['sft', sft, 2],
+    ['ppo', ppo, 8],
+  ] as const)(
+    '%s counts a row that it skips once, in all passes and when it is resumed',
+    async (_, make, sequences) => {
+      const train = join(folder, 'some-unusable.jsonl');
+      await writeFile(train, '{oops\n{"tokens":[3,99]}\n{"tokens":[1,2,3]}\n{"tokens":[4,5,6]}\n{"tokens":[7,99]}\n');
+      const changes = { batch: { sequences }, data: { train, shuffle: false, onError: 'skip' }, steps: 5 } as const;
+      const [whole, stopped] = [make(changes), make(changes)];
+      await run(whole);
+      await interruptAfter(stopped, 1, false);
+      await run(stopped, { resume: true });
+      const [counts, resumed] = await Promise.all(
+        [whole, stopped].map(async (config) => (await metrics(config)).map((row) => row['data.skipped'])),
+      );
+      expect(counts).toEqual([2, 3, undefined, undefined, undefined]);
+      expect(resumed).toEqual(counts);
+      expect(await checkpoints(stopped)).toEqual(await checkpoints(whole));
+    },
+  );
+
   it('refuses what does not fit, with the arithmetic', async () => {
     await expect(run(sft({ memory: { device: 1000 } }))).rejects.toMatchObject({
       code: 'MEMORY_BUDGET',
