@@ -7,9 +7,10 @@ import { penalty, spans, type TruncationSettings } from './rollout.js';
 export type Metrics = Readonly<Record<string, number>>;
 
 /**
- * `reward.mean`: score with the truncation penalty, over the rows that are learned from; `reward.model`: score as it was
- * given, over all rows; `reward.<name>`: of one of several terms (also when the name is `model`); `response.length` in tokens;
- * `response.truncated` and `response.empty` as fractions of rows.
+ * `reward.mean`: score with the truncation penalty, over the rows that are learned from, absent when there are none;
+ * `reward.model`: score as it was given, whatever gave it, over all rows; `reward.<name>`: of one of several terms, in the place
+ * of the former when the name is `model`; `response.length` in tokens; `response.truncated` and `response.empty` as fractions of
+ * rows.
  */
 export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: TruncationSettings): Metrics {
   const rows = Array.from(rollout.finish.keys());
@@ -18,7 +19,9 @@ export function rolloutMetrics(rollout: Rollout, rewards: Rewards, settings: Tru
     ({ begin, end }) => rollout.responseMask.subarray(begin, end).filter(Boolean).length,
   );
   return {
-    'reward.mean': mean(counted.map((row) => rewards.scores[row]! - penalty(rollout, row, settings))),
+    ...(counted.length > 0
+      ? { 'reward.mean': mean(counted.map((row) => rewards.scores[row]! - penalty(rollout, row, settings))) }
+      : {}),
     'reward.model': mean(Array.from(rewards.scores)),
     ...termMetrics('reward', rewards),
     'response.length': mean(lengths),
@@ -56,7 +59,10 @@ export const criticMetrics = (
   'value.gradientNorm': gradientNorm,
 });
 
-/** `policy.loss` is the surrogate alone; `loss` has the entropy bonus and the KL loss as well. */
+/**
+ * `policy.loss` is the surrogate alone; `loss` has the entropy bonus and the KL loss as well. `policy.kl` and
+ * `policy.clipFraction` are measured before each step, against the policy that sampled: 0 in the first step of an iteration.
+ */
 export const actorMetrics = ({ loss, gradientNorm, statistics }: UpdateStatistics): Metrics => ({
   loss,
   'gradient.norm': gradientNorm,

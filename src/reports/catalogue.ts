@@ -1,8 +1,8 @@
 /** Which metrics make which chart, and what to say about them. Metrics that a run lacks leave no empty chart. */
 import type { MetricsRow } from '../train/events.js';
 import { foldTail, phaseSeries } from './phases.js';
-import { hasTeacher, type RunRecord } from './run-record.js';
-import { metricNames, type Series, seriesOf } from './series.js';
+import { hasTeacher, hasTermNamedModel, type RunRecord } from './run-record.js';
+import { metricNames, type Series, type SeriesSummary, seriesOf } from './series.js';
 
 export interface ChartSpec {
   title: string;
@@ -33,17 +33,19 @@ interface ChartDefinition {
 }
 
 /** What is paid and what it costs. The terms of either follow, under the names that the configuration gives. */
-const rewards: readonly ChartDefinition[] = [
-  {
-    title: 'Reward',
-    note: 'What the policy is paid per response. It should rise, then level off.',
-    metrics: { 'reward.mean': 'reward', 'reward.model': 'reward model', 'reward.greedy': 'greedy response' },
-    taught: {
-      title: 'Reward',
-      note: 'How much likelier the teacher finds a response than the student. It should rise to 0.',
-    },
+const rewardsOf = (run: Pick<RunRecord, 'config'>): ChartDefinition => ({
+  title: 'Reward',
+  note: 'What the policy is paid per response. It should rise, then level off.',
+  metrics: {
+    'reward.mean': 'reward',
+    ...(hasTermNamedModel(run) ? {} : { 'reward.model': 'before rollout.truncation' }),
+    'reward.greedy': 'greedy response',
   },
-];
+  taught: {
+    title: 'Reward',
+    note: 'How much likelier the teacher finds a response than the student. It should rise to 0.',
+  },
+});
 const costs: readonly ChartDefinition[] = [
   {
     title: 'Cost',
@@ -150,9 +152,10 @@ const others: readonly ChartDefinition[] = [
     unit: 'tokens',
   },
   {
-    title: 'KL of one update',
-    note: 'Between the policy that sampled and the updated one.',
+    title: 'KL within an update',
+    note: 'Per token, between the policy that sampled and the policy before each optimizer step: mean over the steps, of which the first has 0.',
     metrics: { 'policy.kl': 'KL' },
+    varying: true,
   },
   {
     title: 'Policy loss',
@@ -161,9 +164,9 @@ const others: readonly ChartDefinition[] = [
   },
   {
     title: 'Clip fraction',
-    note: 'Share of tokens whose ratio left the clip range. Above 0.3, lower the learning rate.',
+    note: 'Share of tokens whose loss the clip changes, measured before each optimizer step: mean over the steps, of which the first has 0. Above 0.3, lower the learning rate.',
     metrics: { 'policy.clipFraction': 'policy', 'value.clipFraction': 'critic' },
-    fromZero: true,
+    ...{ fromZero: true, varying: true },
   },
   {
     title: 'Outliers',
@@ -224,16 +227,14 @@ const others: readonly ChartDefinition[] = [
   },
 ];
 
-const ownMetrics = new Set([...rewards, ...costs, ...others].flatMap(({ metrics }) => Object.keys(metrics)));
-
 /** Of a reward or a cost with several terms: the metrics under it that have no chart of their own. */
-const terms = (kind: 'reward' | 'cost', rows: readonly MetricsRow[]): ChartDefinition => ({
+const terms = (kind: 'reward' | 'cost', rows: readonly MetricsRow[], own: ReadonlySet<string>): ChartDefinition => ({
   title: `${kind === 'reward' ? 'Reward' : 'Cost'} terms`,
   note: `Each term of the ${kind}, without its weight.`,
   metrics: Object.fromEntries(
     metricNames(rows)
       .map((name) => name.replace(/^eval\./, ''))
-      .filter((name) => name.startsWith(`${kind}.`) && !ownMetrics.has(name))
+      .filter((name) => name.startsWith(`${kind}.`) && !own.has(name))
       .map((name) => [name, name.slice(kind.length + 1)]),
   ),
 });
@@ -254,7 +255,9 @@ export function chartsOf(run: Pick<RunRecord, 'rows' | 'config'>): ChartSpec[] {
   const { rows } = run;
   const charts: ChartSpec[] = [];
   const surrogate = rows.some((row) => 'policy.loss' in row);
-  const definitions = [...rewards, terms('reward', rows), ...costs, terms('cost', rows), ...others];
+  const rewards = rewardsOf(run);
+  const own = new Set([rewards, ...costs, ...others].flatMap(({ metrics }) => Object.keys(metrics)));
+  const definitions = [rewards, terms('reward', rows, own), ...costs, terms('cost', rows, own), ...others];
   for (const { metrics, varying, taught, ...definition } of definitions) {
     // The loss of a policy that samples is its surrogate, which has a chart of its own.
     if (surrogate && 'loss' in metrics) continue;
@@ -291,8 +294,10 @@ const ofRows = [
   ...['loss', 'eval.loss', 'gradient.norm', 'tokens'],
 ];
 
-/** The metrics that a summary shows first, among those that a run has. */
-export function headlineMetrics(names: readonly string[]): string[] {
+/** The metrics that a summary shows first, among those that a run has; a clip that changes nothing is not shown. */
+export function headlineMetrics(metrics: Readonly<Record<string, SeriesSummary>>): string[] {
+  const clips = (metrics['policy.clipFraction']?.maximum ?? 0) > 0;
+  const names = Object.keys(metrics).filter((name) => name !== 'policy.clipFraction' || clips);
   const samples = names.some((name) => ['policy.loss', 'reward.mean', 'eval.reward.mean'].includes(name));
   return (samples ? ofRollouts : ofRows).filter((name) => names.includes(name));
 }

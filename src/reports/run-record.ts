@@ -123,6 +123,10 @@ async function readCheckpoints(folder: string): Promise<number[]> {
 /** Whether the policy is measured against a teacher that it is to come close to, and not against where it began. */
 export const hasTeacher = ({ config }: Pick<RunRecord, 'config'>): boolean => config.teacher !== undefined;
 
+/** Whether `reward.model` is one of several terms, and not the score of them all. */
+export const hasTermNamedModel = ({ config: { reward } }: Pick<RunRecord, 'config'>): boolean =>
+  Array.isArray(reward) && reward.length > 1 && reward.some((term) => term?.name === 'model');
+
 /** A setting in the section of the run's algorithm, and its path: `grpo.epochs`. */
 export function settingOf(
   { config }: Pick<RunRecord, 'config'>,

@@ -44,7 +44,7 @@ export function summariseRun(run: RunRecord): RunSummary {
     seconds: phases.reduce((sum, each) => sum + total(each), 0),
     phases: Object.fromEntries(phases.map((each) => [each.label, total(each) / Math.max(1, stepRows)])),
     metrics,
-    headline: headlineMetrics(Object.keys(metrics)),
+    headline: headlineMetrics(metrics),
     hints: healthHints(run),
     checkpoints: run.checkpoints,
   };

@@ -7,6 +7,7 @@ import { phaseSeries } from '../../src/reports/phases.js';
 import type { RunRecord } from '../../src/reports/run-record.js';
 import { linearScale, logScale } from '../../src/reports/scale.js';
 import { type Point, smooth, thin } from '../../src/reports/series.js';
+import { summariseRun } from '../../src/reports/summary.js';
 import { sparkline } from '../../src/reports/terminal.js';
 import type { MetricsRow } from '../../src/train/events.js';
 
@@ -114,6 +115,29 @@ describe('charts', () => {
       ['Cost multiplier', ['multiplier']],
       ['Cost terms', ['model', 'length', 'length, evaluation']],
       ['Value loss', ['of costs']],
+    ]);
+  });
+
+  test('reward.model is the score before truncation, unless it is one of several terms', () => {
+    const paid = run({ 'reward.mean': Math.sin, 'reward.model': Math.cos, 'reward.function': Math.tan });
+    const labels = (reward: unknown) =>
+      chartsOf({ ...paid, config: { algorithm: 'ppo', reward } }).map(({ series }) => series.map(({ label }) => label));
+    expect(labels([{ name: 'model' }, { name: 'function' }])).toEqual([['reward'], ['model', 'function']]);
+    expect(labels([{ name: 'scorer' }, { name: 'function' }])).toEqual([
+      ['reward', 'before rollout.truncation'],
+      ['function'],
+    ]);
+  });
+
+  test('a clip that changes nothing and a policy that stays the same are not shown', () => {
+    const shown = (at: (step: number) => number) => {
+      const record = run({ 'reward.mean': Math.sin, 'policy.kl': at, 'policy.clipFraction': at });
+      return [...chartsOf(record).map(({ title }) => title), ...summariseRun(record).headline];
+    };
+    expect(shown(() => 0)).toEqual(['Reward', 'reward.mean']);
+    expect(shown((step) => step / 100)).toEqual([
+      ...['Reward', 'KL within an update', 'Clip fraction'],
+      ...['reward.mean', 'policy.clipFraction'],
     ]);
   });
 
