@@ -4,8 +4,8 @@
  * dynamic sampling, overlong shaping); GSPO arXiv:2507.18071; CISPO arXiv:2506.13585; SAPO arXiv:2511.20347; GMPO arXiv:2507.20673;
  * OPO arXiv:2505.23585; RLOO arXiv:2402.14740 (rloo.ts).
  */
+import { overlongPenalties } from '../data/overlong.js';
 import type { Aggregation } from '../losses/aggregation.js';
-import { overlongPenalties } from '../losses/dapo.js';
 import { type GroupAdvantageName, groupAdvantages, groupCounts, overTokens } from '../losses/group-advantages.js';
 import { type KlEstimator, klPenalty } from '../losses/kl.js';
 import type { Loss } from '../losses/loss.js';

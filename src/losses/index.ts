@@ -1,4 +1,5 @@
 /** Losses, advantages, statistics and controllers: what algorithms are written with (`lockstep-rlhf/losses`). */
+export { type OverlongSettings, overlongPenalties } from '../data/overlong.js';
 export { type Advantages, adaptiveLambda, type GaeInputs, type GaeSettings, gae } from './advantages.js';
 export { type Aggregation, type AggregationMode, aggregate, aggregationModes, meanOverTokens } from './aggregation.js';
 export {
@@ -8,17 +9,6 @@ export {
   type KlController,
   type KlControllerState,
 } from './controllers.js';
-export {
-  addRound,
-  emptyBuffer,
-  type GroupFilter,
-  type GroupFilterSettings,
-  groupFilters,
-  informativeGroups,
-  type OverlongSettings,
-  overlongPenalties,
-  type SamplingBuffer,
-} from './dapo.js';
 export {
   type GroupAdvantage,
   type GroupAdvantageName,

@@ -1,6 +1,6 @@
-/** Laws of group advantages, returns and DAPO's rules; literals that other projects publish. */
+/** Laws of group advantages, returns and the overlong punishment; literals that other projects publish. */
 import { describe, expect, it } from 'vitest';
-import { addRound, emptyBuffer, groupFilters, informativeGroups, overlongPenalties } from '../../src/losses/dapo.js';
+import { overlongPenalties } from '../../src/data/overlong.js';
 import {
   type GroupAdvantageName,
   groupAdvantages,
@@ -207,26 +207,11 @@ describe('mean over prompts', () => {
   });
 });
 
-describe("DAPO's rules", () => {
-  it('punish overlong answers by the published amounts', () => {
+describe('the soft overlong punishment', () => {
+  it('has the published amounts', () => {
     const settings = { maxLength: 100, cache: 20 };
     close(overlongPenalties([80, 90, 100, 110], settings), [0, -0.5, -1, -1], 12);
     close(overlongPenalties([80, 90, 100, 110], { ...settings, capped: false }), [0, -0.5, -1, -1.5], 12);
     expect(overlongPenalties([0], settings)[0]).toBe(0);
-  });
-
-  it('keep groups whose scores differ by more than the tolerance', () => {
-    const groups = { scores: [1, 1, 0, 0.5, 7], groups: [4, 4, 9, 9, 2] };
-    expect(informativeGroups(groups)).toEqual([9, 2]);
-    expect(informativeGroups(groups, groupFilters.unequal, { tolerance: 0.5 })).toEqual([2]);
-    expect(informativeGroups(groups, groupFilters['mean-inside'])).toEqual([9]);
-    expect(informativeGroups({ ...groups, lengths: [1, 1, 1, 0, 0] })).toEqual([9]);
-  });
-
-  it('fill a buffer round by round, in order, and count what is dropped and what is left over', () => {
-    const even = (x: number) => x % 2 === 0;
-    const first = addRound<number>(emptyBuffer, [1, 2, 3], even, 2);
-    expect(first).toEqual({ groups: [2], rounds: 1, dropped: 2, surplus: 0 });
-    expect(addRound(first, [4, 5, 6], even, 2)).toEqual({ groups: [2, 4], rounds: 2, dropped: 3, surplus: 1 });
   });
 });

@@ -4,14 +4,8 @@
  */
 
 import { expect } from 'vitest';
-import {
-  addRound,
-  emptyBuffer,
-  groupFilters,
-  informativeGroups,
-  overlongPenalties,
-  type SamplingBuffer,
-} from '../../src/losses/dapo.js';
+import { fillGroups, teaches } from '../../src/algorithms/sampling.js';
+import { overlongPenalties } from '../../src/data/overlong.js';
 import {
   type GroupAdvantageName,
   type GroupAdvantageSettings,
@@ -30,11 +24,12 @@ import {
   flat,
   type Json,
   number,
+  type Topic,
   type Variant,
 } from '../rl-fixtures.js';
-import { twice } from './rl-policy-cases.js';
+import { inputsOf, twice } from './rl-policy-cases.js';
 
-describeTopics({ group_advantages: twice(checkAdvantages), dapo: twice(checkDapo) });
+describeTopics({ group_advantages: twice(checkAdvantages), dapo: checkDapo });
 
 type Inputs = Record<string, Json>;
 
@@ -179,8 +174,9 @@ function checkBatchScaled({ expected }: Case, inputs: Inputs): void {
   );
 }
 
-function checkDapo(test: Case, inputs: Inputs): void {
-  if (inputs.rounds) checkFilling(test, inputs);
+async function checkDapo(test: Case, topic: Topic): Promise<void> {
+  const inputs = inputsOf(topic, test);
+  if (inputs.rounds) await checkFilling(test, inputs);
   else if (inputs.groups) checkFilter(test, inputs);
   else checkOverlong(test, inputs);
 }
@@ -197,35 +193,24 @@ function checkOverlong({ expected, variants }: Case, inputs: Inputs): void {
   if (uncapped) expectClose(overlongPenalties(lengths, { ...settings, capped: false }), uncapped.penalties!);
 }
 
-function checkFilter({ expected, variants }: Case, inputs: Inputs): void {
-  const rows = Object.entries(inputs.groups as Record<string, number[]>);
-  const names = rows.map(([name]) => name);
-  const groups: Groups = {
-    scores: rows.flatMap(([, scores]) => scores),
-    groups: rows.flatMap(([, scores], g) => scores.map(() => g)),
-  };
-  const kept = (ids: number[]) => ids.map((id) => names[id]!);
-  expectNames(kept(informativeGroups(groups)), expected.kept!);
-  const inside = variants?.mean_inside_range;
-  if (inside) {
-    const range = flat(inside.range!) as [number, number];
-    expectNames(kept(informativeGroups(groups, groupFilters['mean-inside'], { range })), inside.kept!);
-  }
+const judged = (groups: Json) =>
+  Object.entries(groups as Record<string, number[]>).map(([name, scores]) => ({
+    name,
+    teaches: teaches(scores, scores.length),
+  }));
+const namesOf = (groups: readonly { name: string }[]): string[] => groups.map(({ name }) => name);
+
+function checkFilter({ expected }: Case, inputs: Inputs): void {
+  expectNames(namesOf(judged(inputs.groups!).filter((group) => group.teaches)), expected.kept!);
 }
 
-function checkFilling({ expected }: Case, inputs: Inputs): void {
+async function checkFilling({ expected }: Case, inputs: Inputs): Promise<void> {
   const target = number(inputs.target);
-  let buffer: SamplingBuffer<readonly [string, number[]]> = emptyBuffer;
-  for (const round of inputs.rounds as Record<string, number[]>[]) {
-    if (buffer.groups.length === target) break;
-    buffer = addRound(buffer, Object.entries(round), ([, scores]) => groupFilters.unequal(scores, {}), target);
-  }
+  const rounds = (inputs.rounds as Json[]).map(judged);
+  const filled = await fillGroups(target, rounds.length, async (_, round) => rounds[round]!);
+  expectNames(namesOf(filled.groups), expected.batch!);
   expectNames(
-    buffer.groups.map(([name]) => name),
-    expected.batch!,
-  );
-  expectNames(
-    { rounds_used: buffer.rounds, full: buffer.groups.length === target, dropped_groups: buffer.dropped },
+    { rounds_used: filled.rounds, full: filled.groups.length === target, dropped_groups: filled.dropped },
     { rounds_used: expected.rounds_used!, full: expected.full!, dropped_groups: expected.dropped_groups! },
   );
 }

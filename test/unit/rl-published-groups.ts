@@ -1,5 +1,5 @@
 /** Checks of published literals of advantages without a critic, of means over prompts and of DAPO's punishment. */
-import { overlongPenalties } from '../../src/losses/dapo.js';
+import { overlongPenalties } from '../../src/data/overlong.js';
 import {
   type GroupAdvantageName,
   type GroupAdvantageSettings,

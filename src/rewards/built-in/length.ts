@@ -4,7 +4,8 @@
  * - `target`, `width`: −|tokens − target| / width, the distance of LCPO-Exact (L1 [2503.04697], eq. 1, with α = 1/width), no less
  *   than −1.
  */
-import type { RewardFunction } from '../reward-function.js';
+import { overlongPenalties } from '../../data/overlong.js';
+import type { RewardFunction, RewardSample } from '../reward-function.js';
 import { each } from './samples.js';
 
 export type LengthSettings =
@@ -12,16 +13,17 @@ export type LengthSettings =
   | { readonly target: number; readonly width: number };
 
 export function length(settings: LengthSettings): RewardFunction {
-  const penalty = 'max' in settings ? overlong(settings) : distance(settings);
-  return each(({ tokens }) => -Math.min(1, Math.max(0, penalty(tokens.length))) || 0);
+  return 'max' in settings ? overlong(settings) : each(distance(settings));
 }
 
 const overlong =
-  ({ max, buffer }: { max: number; buffer: number }) =>
-  (tokens: number) =>
-    (tokens - (max - buffer)) / buffer;
+  ({ max, buffer }: { max: number; buffer: number }): RewardFunction =>
+  (samples) => {
+    const lengths = samples.map(({ tokens }) => tokens.length);
+    return Array.from(overlongPenalties(lengths, { maxLength: max, cache: buffer }));
+  };
 
 const distance =
   ({ target, width }: { target: number; width: number }) =>
-  (tokens: number) =>
-    Math.abs(tokens - target) / width;
+  ({ tokens }: RewardSample) =>
+    -Math.min(1, Math.abs(tokens.length - target) / width) || 0;
