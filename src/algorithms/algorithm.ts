@@ -6,17 +6,12 @@
  * sequence belongs to the prediction of its token t+1 after tokens 0..t. The response of a sequence with P prompt and
  * R response tokens is therefore predicted at positions P−1 .. P+R−2, and the value of "predict token t+1" is values[t].
  */
+import type { Awaitable } from '../data/awaitable.js';
 import type { TokenBatch } from '../data/batch.js';
-import type { Prompt, Rollout } from '../data/rollout.js';
-import type { Loss, LossBatch } from '../losses/loss.js';
+import type { GenerationOptions, Prompt, Rollout } from '../data/rollout.js';
+import type { Experience, Loss } from '../losses/loss.js';
 
-export type { Prompt, Rollout };
-
-/**
- * A value, or a handle to one that is not there yet. Workers take handles, so that data goes from one to the next without passing
- * through the algorithm; what an algorithm awaits it has in its hands.
- */
-export type Awaitable<T> = T | PromiseLike<T>;
+export type { Awaitable, Experience, GenerationOptions, Prompt, Rollout };
 
 /** What a reward worker says about a rollout. */
 export interface Rewards {
@@ -26,14 +21,6 @@ export interface Rewards {
   readonly tokens?: Float64Array | undefined;
   /** Of a reward that several terms add up to: each one's scores, by its name and without its weight. */
   readonly terms?: Readonly<Record<string, Float64Array>> | undefined;
-}
-
-/** Sequences to learn from, with the columns that the loss reads. */
-export interface Experience extends TokenBatch, LossBatch {
-  readonly tokens: Int32Array;
-  readonly lengths: Int32Array;
-  /** So many rows follow each other that belong together; default 1. */
-  readonly groupSize?: number;
 }
 
 export interface UpdateOptions {
@@ -61,14 +48,6 @@ export interface UpdateStatistics {
   /** Before clipping. */
   readonly gradientNorm: number;
   readonly statistics: Readonly<Record<string, number>>;
-}
-
-/** Which draw of a run a rollout is: another iteration or round has other random numbers. */
-export interface GenerationOptions {
-  readonly iteration: number;
-  readonly round?: number | undefined;
-  /** The most probable token each time. */
-  readonly greedy?: boolean | undefined;
 }
 
 export interface Evaluation {

@@ -1,6 +1,6 @@
 /** Numbers of an iteration under the names of the metrics contract. */
 import type { KlPenalty } from '../losses/kl.js';
-import { explainedVariance } from '../losses/statistics.js';
+import { explainedVariance, mean } from '../losses/statistics.js';
 import type { Experience, Rewards, Rollout, UpdateStatistics } from './algorithm.js';
 import { penalty, spans, type TruncationSettings } from './rollout.js';
 
@@ -103,10 +103,3 @@ export const judgedMetrics = ({
     'kl.baseline': klBaseline,
   };
 };
-
-/** 0 for nothing to average. */
-export function mean(x: ArrayLike<number>): number {
-  let sum = 0;
-  for (let i = 0; i < x.length; i++) sum += x[i]!;
-  return x.length > 0 ? sum / x.length : 0;
-}

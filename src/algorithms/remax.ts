@@ -5,9 +5,10 @@
 import { overTokens, returnsToGo } from '../losses/group-advantages.js';
 import { klPenalty } from '../losses/kl.js';
 import { policyLosses } from '../losses/policy-losses.js';
+import { mean } from '../losses/statistics.js';
 import { remaxReturns } from '../losses/token-baselines.js';
 import { type Rewards, type Rollout, type RolloutAlgorithm, stateless } from './algorithm.js';
-import { actorMetrics, klMetrics, mean, rolloutMetrics } from './metrics.js';
+import { actorMetrics, klMetrics, rolloutMetrics } from './metrics.js';
 import { anchorOf, referenceOf } from './reference.js';
 import { learnedMask, penalisedScores, placeScores, sampledExperience, type TruncationSettings } from './rollout.js';
 

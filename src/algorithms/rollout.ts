@@ -1,5 +1,6 @@
 /** What every algorithm that learns from rollouts does with one: which tokens count, and where scores go. */
 import { packBatch, type TokenBatch } from '../data/batch.js';
+import { lastSampled } from '../data/rollout.js';
 import { LockstepError } from '../errors.js';
 import { pretrainingLoss } from '../losses/mixed.js';
 import type { Addition, Context, Experience, Rewards, Rollout } from './algorithm.js';
@@ -38,20 +39,13 @@ export function placeScores(rollout: Rollout, rewards: Rewards, settings: Trunca
       { position: t, reward },
     );
   });
-  lastTokens(rollout).forEach((last, row) => {
+  lastSampled(rollout.lengths, rollout.responseMask).forEach((last, row) => {
     if (last < 0) return;
     if (!rewards.tokens) placed[last]! += rewards.scores[row]!;
     placed[last]! -= penalty(rollout, row, settings);
   });
   return placed;
 }
-
-/** Packed position of each sequence's last sampled token; -1 for an answer without one. */
-export const lastTokens = (rollout: Rollout): Int32Array =>
-  Int32Array.from(spans(rollout), ({ begin, end }) => {
-    const last = rollout.responseMask.subarray(begin, end).lastIndexOf(1);
-    return last < 0 ? -1 : begin + last;
-  });
 
 /** Per sequence: the score with the truncation penalty. */
 export const penalisedScores = (rollout: Rollout, { scores }: Rewards, settings: TruncationSettings): Float64Array =>

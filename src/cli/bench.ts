@@ -4,9 +4,9 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { cpus } from 'node:os';
 import { join } from 'node:path';
 import { LockstepError } from '../errors.js';
+import { nearest } from '../train/nearest.js';
 import type { Command, Input, Session } from './command.js';
 import { packageRoot } from './package.js';
-import { nearest } from './parse.js';
 
 /** What a file bench/<name>.ts exports: it verifies its result first, then measures. */
 export interface Bench {
@@ -80,7 +80,7 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
     return 0;
   }
   if (name !== 'all' && !known.has(name)) {
-    const guess = await nearest(name, [...known.keys(), 'all']);
+    const guess = nearest(name, [...known.keys(), 'all']);
     const hint = guess ? `did you mean ${guess}?` : `there are ${[...known.keys()].join(', ')}`;
     throw new LockstepError('USAGE_BENCH', `unknown bench ${name}; ${hint}`, { name });
   }

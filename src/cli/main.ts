@@ -93,9 +93,9 @@ async function dispatch(
 }
 
 async function unknownCommand(name: string): Promise<LockstepError> {
-  const { nearest } = await import('./parse.js');
+  const { nearest } = await import('../train/nearest.js');
   const known = Object.keys(commands);
-  const guess = await nearest(name, known);
+  const guess = nearest(name, known);
   const hint = guess ? `did you mean ${guess}?` : `commands: ${known.join(', ')}`;
   return new LockstepError('USAGE_COMMAND', `unknown command ${name}; ${hint} (lockstep --help)`, { name });
 }

@@ -1,6 +1,7 @@
 /** From arguments to a command's input, with messages that name the nearest thing that exists. */
 import { parseArgs } from 'node:util';
 import { LockstepError } from '../errors.js';
+import { nearest } from '../train/nearest.js';
 import { type Command, commonFlags, type Flag, type Input } from './command.js';
 
 type Token = ReturnType<typeof tokensOf>[number];
@@ -28,7 +29,7 @@ export async function parseCommandLine(command: Command, args: readonly string[]
     if (token.kind === 'positional') words.push(token.value);
     if (token.kind !== 'option') continue;
     const flag = Object.hasOwn(flags, token.name) ? flags[token.name] : undefined;
-    if (flag === undefined) throw await unknownFlag(command, token.rawName, Object.keys(flags));
+    if (flag === undefined) throw unknownFlag(command, token.rawName, Object.keys(flags));
     if (flag.value === undefined) switches.add(switchOf(command, token));
     else values.set(token.name, [...(values.get(token.name) ?? []), flagValue(command, token, flag, values, flags)]);
   }
@@ -67,8 +68,8 @@ function flagValue(
   return value;
 }
 
-async function unknownFlag(command: Command, rawName: string, known: readonly string[]): Promise<LockstepError> {
-  const guess = await nearest(rawName.replace(/^-+/, ''), known);
+function unknownFlag(command: Command, rawName: string, known: readonly string[]): LockstepError {
+  const guess = nearest(rawName.replace(/^-+/, ''), known);
   const hint = guess ? `did you mean --${guess}?` : `known flags: ${known.map((name) => `--${name}`).join(', ')}`;
   return usage(command, 'USAGE_FLAG', `unknown flag ${rawName}; ${hint}`);
 }
@@ -83,14 +84,4 @@ function checkWords(command: Command, words: readonly string[]): void {
 
 function usage(command: Command, code: 'USAGE_FLAG' | 'USAGE_VALUE' | 'USAGE_WORDS', what: string): LockstepError {
   return new LockstepError(code, `${what} (lockstep ${command.name} --help shows all)`, { command: command.name });
-}
-
-/** The candidate at the smallest edit distance, if at most half of the word differs. */
-export async function nearest(word: string, candidates: readonly string[]): Promise<string | undefined> {
-  const { editDistance } = await import('../train/nearest.js');
-  const ranked = candidates
-    .map((candidate) => ({ candidate, distance: editDistance(word.toLowerCase(), candidate.toLowerCase()) }))
-    .sort((a, b) => a.distance - b.distance);
-  const [best] = ranked;
-  return best && best.distance <= Math.max(word.length, best.candidate.length) / 2 ? best.candidate : undefined;
 }

@@ -4,9 +4,6 @@
  */
 import { Shards } from './rows.js';
 
-/** A value, or the promise of one. */
-export type Awaitable<T> = T | PromiseLike<T>;
-
 /** An answer whose data came to the controller. */
 export interface Materialised {
   /** `worker.method` of the call that gave it. */

@@ -5,6 +5,7 @@
  * earlier; so the earliest call that has not ended can always go on. Therefore calls are made by the controller alone (`POOL_NESTED`),
  * and an argument that is a promise of something else must not wait for a later call.
  */
+import type { Awaitable } from '../data/awaitable.js';
 import { LockstepError } from '../errors.js';
 import {
   callContext,
@@ -15,7 +16,7 @@ import {
   unlessAborted,
 } from './call-context.js';
 import { type CallName, nameCall } from './call-error.js';
-import { type Awaitable, Future, heldOf, type Materialised, wholeOf } from './future.js';
+import { Future, heldOf, type Materialised, wholeOf } from './future.js';
 import { type Silence, Watch } from './watch.js';
 import { takesParts } from './worker-group.js';
 

@@ -21,3 +21,26 @@ export interface Rollout extends TokenBatch {
   /** `length`: the response was cut at the most new tokens. */
   readonly finish: readonly ('stop' | 'length')[];
 }
+
+/** Which draw of a run a rollout is: another iteration or round (below 256) has other random numbers. */
+export interface GenerationOptions {
+  readonly iteration: number;
+  readonly round?: number | undefined;
+  /** The most probable token each time; reported log-probs are then those of temperature 1. */
+  readonly greedy?: boolean | undefined;
+}
+
+/**
+ * Packed position that predicts each sequence's last sampled token; -1 for a sequence without one.
+ *
+ * @param sampled over the packed positions: not 0 where the next token was sampled
+ */
+export function lastSampled(lengths: ArrayLike<number>, sampled: ArrayLike<number>): number[] {
+  let end = 0;
+  return Array.from(lengths, (length) => {
+    const begin = end;
+    end += length;
+    for (let t = end - 1; t >= begin; t--) if (sampled[t]) return t;
+    return -1;
+  });
+}

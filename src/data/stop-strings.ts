@@ -1,4 +1,5 @@
 /** Ends generations at strings: watches texts as tokens arrive and cuts them at the first stop string. */
+import { LockstepError } from '../errors.js';
 import { generatedStream } from './generated-text.js';
 import type { Tokenizer, TokenStream } from './tokenizer.js';
 
@@ -8,6 +9,25 @@ export interface StopCut {
   tokens: number;
   /** The text before the stop string. */
   text: string;
+}
+
+/**
+ * Looks for the strings in `count` generations; undefined without strings. `key` is the setting that holds them.
+ * Errors: `TOKENIZER_MISSING`.
+ */
+export function watchStops(
+  stops: readonly string[] = [],
+  tokenizer: Tokenizer | undefined,
+  count: number,
+  key: string,
+): StopStrings | undefined {
+  if (stops.length === 0) return undefined;
+  if (tokenizer) return new StopStrings(tokenizer, stops, count);
+  throw new LockstepError(
+    'TOKENIZER_MISSING',
+    `${key}: strings to stop at need a tokenizer, and the model has no tokenizer.json; add the model's tokenizer files, or leave out ${key}`,
+    { key },
+  );
 }
 
 interface Watched {

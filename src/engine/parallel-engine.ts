@@ -4,6 +4,7 @@
  * Over pipeline and tensor ranks the bits are one rank's, at equal parts.
  */
 import type { TokenBatch } from '../data/batch.js';
+import { checkTokens } from '../data/examples.js';
 import { LockstepError } from '../errors.js';
 import type { TransitionEngine } from '../layout/hybrid-engine.js';
 import type { ModelShape } from '../layout/model-shape.js';
@@ -36,7 +37,7 @@ import { HybridEngine } from './hybrid-engine.js';
 import type { ModelState } from './model-state.js';
 import { loadNative } from './native.js';
 import { NativeEngine } from './native-engine.js';
-import { checkTokens, generateOver, Replica } from './replica.js';
+import { generateOver, Replica } from './replica.js';
 import { readShards, writeShards } from './shard-access.js';
 import { together } from './together.js';
 import { cutGradients, cutRows, joinResults } from './token-shards.js';
@@ -174,7 +175,7 @@ export class ParallelEngine implements Engine {
   /** Before any rank starts: what one rank refuses would end the work of all of them for good. */
   private checkBatch({ tokens, lengths }: TokenBatch): void {
     const { maxPositions } = this.shape;
-    checkTokens(this.shape, tokens, 'the batch');
+    checkTokens(tokens, this.shape.vocabulary, 'the batch');
     const wrong = lengths.findIndex((length) => length < 1 || length > maxPositions);
     if (wrong >= 0) {
       const message = `Sequence ${wrong} has ${lengths[wrong]} tokens; the model takes 1..${maxPositions}.`;

@@ -1,21 +1,13 @@
 /** Ranks that generate together, one copy of the model between them. */
 import { evenRanges, type RowRange } from '../data/batch.js';
+import { checkTokens } from '../data/examples.js';
 import { LockstepError } from '../errors.js';
 import { pagePositions } from '../layout/memory-plan.js';
-import type { ModelShape } from '../layout/model-shape.js';
 import type { Generated, GenerateOptions, GenerateRequest } from './engine.js';
 import { generationNeeds } from './generation-needs.js';
 import type { NativeGenerate } from './native.js';
 import type { NativeEngine } from './native-engine.js';
 import { together } from './together.js';
-
-/** @throws TOKEN_OUT_OF_RANGE */
-export function checkTokens({ vocabulary }: ModelShape, tokens: Int32Array, where: string): void {
-  const outside = tokens.findIndex((token) => token < 0 || token >= vocabulary);
-  if (outside < 0) return;
-  const message = `Token id ${tokens[outside]} at position ${outside} of ${where} is outside the model's vocabulary 0..${vocabulary - 1}.`;
-  throw new LockstepError('TOKEN_OUT_OF_RANGE', message, { position: outside, token: tokens[outside] });
-}
 
 export class Replica {
   /** `leader` has the answers. */
@@ -50,7 +42,7 @@ export class Replica {
     index: number,
     pages: number,
   ): void {
-    checkTokens(this.ranks[0]!.shape, prompt, `prompt ${index}`);
+    checkTokens(prompt, this.ranks[0]!.shape.vocabulary, `prompt ${index}`);
     const positions = prompt.length + maxNewTokens;
     const needed = Math.ceil(positions / pagePositions);
     if (needed <= pages) return;

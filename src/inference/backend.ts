@@ -105,15 +105,17 @@ const deviceOf = (
   ...(onWork ? { onWork: (work) => onWork(work, rank) } : {}),
 });
 
-/** A device for each rank, with its share of the threads, at least one, and a budget of its own. */
+/** Threads of the one at `index` among `count` that share them: at least one, and one more for the first where they do not divide. */
+export const threadShare = (threads: number, count: number, index: number): number =>
+  Math.max(1, Math.floor((threads + count - 1 - index) / count));
+
+/** A device for each rank, with its share of the threads and a budget of its own. */
 async function openRanks(layout: LayoutSettings, { threads, ...settings }: DeviceSettings): Promise<BackendDevice> {
   const { createDevice, createParallelEngine } = await import('../checkpoints/load-model.js');
   const { pipeline = 1, tensor = 1, data = 1, ...how } = layout;
   const ranks = ranksOf(layout);
   const devices = await openEach(ranks, (rank) =>
-    createDevice(
-      deviceOf({ ...settings, threads: Math.max(1, Math.floor((threads + ranks - 1 - rank) / ranks)) }, rank),
-    ),
+    createDevice(deviceOf({ ...settings, threads: threadShare(threads, ranks, rank) }, rank)),
   );
   return {
     createEngine: (checkpoint, { generation, ...settings }) => {

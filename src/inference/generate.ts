@@ -4,7 +4,7 @@ import { checkTokens, toPrompt } from '../data/examples.js';
 import { generatedStream, generatedText } from '../data/generated-text.js';
 import type { Columns } from '../data/jsonl.js';
 import { parseRow, placeText, type RowPlace } from '../data/rows.js';
-import { StopStrings } from '../data/stop-strings.js';
+import { type StopStrings, watchStops } from '../data/stop-strings.js';
 import type { Generated, GenerateOptions, GenerateRequest } from '../engine/engine.js';
 import { checkSampling } from '../engine/sampling.js';
 import { LockstepError } from '../errors.js';
@@ -131,7 +131,7 @@ async function sample(
       ),
     })),
   );
-  const stops = stopStrings(model, settings, requests.length);
+  const stops = watchStops(settings.stop, model.tokenizer, requests.length, 'stop');
   const live = settings.onText && liveText(model, settings, stops);
   const generated = await model.engine.generate(requests, {
     ...samplingOptions(model, settings),
@@ -176,16 +176,6 @@ function samplingOptions(model: OpenModel, settings: GenerateSettings): Generate
     seed,
     stopTokens: ignoreEndTokens ? [] : model.endTokens,
   };
-}
-
-function stopStrings({ tokenizer, checkpoint }: OpenModel, { stop = [] }: GenerateSettings, count: number) {
-  if (stop.length === 0) return undefined;
-  if (tokenizer) return new StopStrings(tokenizer, stop, count);
-  throw new LockstepError(
-    'TOKENIZER_MISSING',
-    `stop strings need a tokenizer, and ${checkpoint.directory} has no tokenizer.json; add the model's tokenizer files`,
-    { directory: checkpoint.directory },
-  );
 }
 
 /** Tokens, log-probs and text of a sample, cut at its stop string. */

@@ -1,4 +1,5 @@
 /** What a loss is, and its value and per-token gradients on a batch. */
+import type { TokenBatch } from '../data/batch.js';
 import { LockstepError } from '../errors.js';
 import { type Numbers, type Selection, select, type Totals } from './selection.js';
 import { gradients, type Scalar, TokenArray } from './tokens.js';
@@ -43,6 +44,14 @@ export interface LossBatch {
   readonly mask: Numbers;
   /** Constants over the packed tokens, by name. */
   readonly columns: Readonly<Record<string, Numbers>>;
+}
+
+/** Sequences to learn from, with the columns that the loss reads; arrays are over the packed tokens. */
+export interface Experience extends TokenBatch, LossBatch {
+  readonly tokens: Int32Array;
+  readonly lengths: Int32Array;
+  /** So many rows follow each other that belong together, for losses that couple them; default 1. */
+  readonly groupSize?: number;
 }
 
 export interface LossResult {

@@ -12,6 +12,13 @@ export interface Moments {
   readonly variance: number;
 }
 
+/** 0 for nothing to average. */
+export function mean(x: Numbers): number {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i]!;
+  return x.length > 0 ? sum / x.length : 0;
+}
+
 /** Mean and variance of the entries whose mask is not 0 (all of them without a mask). */
 export function moments(x: Numbers, mask?: Numbers, kind: VarianceKind = 'bessel'): Moments {
   let count = 0;

@@ -1,4 +1,5 @@
 /** The weighted sum of several terms of a reward. */
+import { lastSampled } from '../data/rollout.js';
 import type { SpreadRewards } from './spread-rewards.js';
 
 export interface WeightedRewards {
@@ -32,15 +33,4 @@ export function combineRewards(
 
 function addTo(sum: Float64Array, values: Float64Array, weight: number): void {
   for (let i = 0; i < sum.length; i++) sum[i]! += weight * values[i]!;
-}
-
-/** Of each sequence; -1 for none. */
-function lastSampled(lengths: ArrayLike<number>, sampled: ArrayLike<number>): number[] {
-  let end = 0;
-  return Array.from(lengths, (length) => {
-    const begin = end;
-    end += length;
-    for (let t = end - 1; t >= begin; t--) if (sampled[t]) return t;
-    return -1;
-  });
 }

@@ -2,7 +2,7 @@
 import type { Materialised } from '../cluster/future.js';
 import type { Placed, ResourcePool } from '../cluster/resource-pool.js';
 import { ResourcePools } from '../cluster/resource-pools.js';
-import type { Backend, BackendDevice } from '../inference/backend.js';
+import { type Backend, type BackendDevice, threadShare } from '../inference/backend.js';
 import type { Closing } from './closing.js';
 import { type Config, parseBytes } from './config.js';
 import { type PoolDevices, ranksOf } from './gpus.js';
@@ -74,7 +74,7 @@ export class RunPools {
     const byRole = new Map<string, RunPool>();
     for (const [index, { name, roles, lane, rotation, place }] of parts.entries()) {
       const pool = pools.get(name);
-      const threads = share(config.threads, parts.length, index);
+      const threads = threadShare(config.threads, parts.length, index);
       const device = await openDevice(options, { pool, lane, place, threads });
       for (const role of roles) byRole.set(role, { pool, device, rotation, lane });
     }
@@ -130,6 +130,3 @@ async function openDevice(
   });
   return closing.own(device);
 }
-
-const share = (threads: number, pools: number, index: number): number =>
-  Math.max(1, Math.floor((threads + pools - 1 - index) / pools));

@@ -1,16 +1,17 @@
 /** The policy: generates, scores and learns (HybridFlow, Table 4). */
 import { callFirstRow, callProgress, callSignal } from '../cluster/call-context.js';
 import type { TokenBatch } from '../data/batch.js';
-import type { Prompt, Rollout } from '../data/rollout.js';
+import type { GenerationOptions, Prompt, Rollout } from '../data/rollout.js';
+import { watchStops } from '../data/stop-strings.js';
 import type { Tokenizer } from '../data/tokenizer.js';
 import type { Engine, SamplingOptions } from '../engine/engine.js';
-import type { Loss } from '../losses/loss.js';
+import type { Experience, Loss } from '../losses/loss.js';
 import { forwardAll } from './batches.js';
 import { Canary, type CanaryReport } from './canary.js';
-import { computeLoss, type LearningBatch } from './learn.js';
+import { computeLoss } from './learn.js';
 import { counting, type LearnerSettings, learnerProtocols, type UpdateOptions, update } from './learner.js';
 import type { Protocols } from './protocols.js';
-import { cutAtStop, packRollout, stopStrings } from './responses.js';
+import { cutAtStop, packRollout } from './responses.js';
 
 export interface ActorSettings extends LearnerSettings {
   sampling: SamplingOptions;
@@ -19,14 +20,6 @@ export interface ActorSettings extends LearnerSettings {
   tokenizer?: Tokenizer | undefined;
   /** Which of a rollout's tokens an update checks before its first step: the first mini-batch's, or all. */
   mismatch: 'first' | 'all';
-}
-
-/** Which draw of a run a rollout is: another iteration or round (below 256) has other random numbers. */
-export interface GenerationOptions {
-  readonly iteration: number;
-  readonly round?: number | undefined;
-  /** The most probable token each time; reported log-probs are then those of temperature 1. */
-  readonly greedy?: boolean | undefined;
 }
 
 export type ActorWorker = ReturnType<typeof create>;
@@ -41,7 +34,7 @@ function create(engine: Engine, settings: ActorSettings) {
     prompts: readonly Prompt[],
     { iteration, round, greedy }: GenerationOptions,
   ): Promise<Rollout> => {
-    const stops = stopStrings(settings.stop, settings.tokenizer, prompts.length);
+    const stops = watchStops(settings.stop, settings.tokenizer, prompts.length, 'rollout.stop');
     const first = callFirstRow();
     const alive = callProgress();
     const signal = callSignal();
@@ -74,7 +67,7 @@ function create(engine: Engine, settings: ActorSettings) {
     generateForEvaluation: (prompts: readonly Prompt[]) => sample(prompts, { iteration: 0 }),
     computeLogprobs: (batch: TokenBatch) => forwardAll(engine, batch, 'logprobs', forward),
     /** A batch with the columns `sampledLogprobs` and `sampledMask` is checked before its first step. */
-    update: async (batch: LearningBatch, loss: Loss, options: UpdateOptions) => {
+    update: async (batch: Experience, loss: Loss, options: UpdateOptions) => {
       const canary = canaryOf(batch);
       if (canary && settings.mismatch === 'all') {
         const rows = Int32Array.from(batch.lengths, (_, row) => row);
@@ -84,7 +77,7 @@ function create(engine: Engine, settings: ActorSettings) {
       if (canary) report = canary.report();
       return result;
     },
-    computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
+    computeLoss: (batch: Experience, loss: Loss) => computeLoss(engine, batch, loss, settings),
     /** Of the last update from a rollout. */
     mismatch: () => report,
   };
@@ -106,7 +99,7 @@ function requestId(iteration: number, round: number, index: number): number {
 }
 
 /** Of a batch that says which of its tokens the policy sampled, and with what log-probs (`sampledExperience`). */
-function canaryOf({ tokens, lengths, columns }: LearningBatch): Canary | undefined {
+function canaryOf({ tokens, lengths, columns }: Experience): Canary | undefined {
   const { sampledLogprobs: logprobs, sampledMask: responseMask } = columns;
   return logprobs && responseMask ? new Canary({ tokens, lengths, logprobs, responseMask }) : undefined;
 }

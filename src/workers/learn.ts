@@ -7,22 +7,15 @@ import { evenRanges, microBatches, type RowRange } from '../data/batch.js';
 import { shuffledRows } from '../data/sampler.js';
 import type { Engine, ForwardOutput, StepOptions, TokenGradients } from '../engine/engine.js';
 import { LockstepError } from '../errors.js';
-import { type Coupling, evaluateLoss, type Loss, type LossBatch, outputsOf, totalsOf } from '../losses/loss.js';
+import { type Coupling, type Experience, evaluateLoss, type Loss, outputsOf, totalsOf } from '../losses/loss.js';
 import type { Totals } from '../losses/selection.js';
+import { mean } from '../losses/statistics.js';
 import { type ForwardSettings, offsets } from './batches.js';
 import type { Canary } from './canary.js';
 
-/** Packed sequences and what the loss reads of them; arrays are over the packed tokens. */
-export interface LearningBatch extends LossBatch {
-  readonly tokens: Int32Array;
-  readonly lengths: Int32Array;
-  /** Rows of one prompt, for losses that couple them; default 1. */
-  readonly groupSize?: number;
-}
-
 /** Another batch whose loss is part of the same steps: one sum of gradients, each loss normalised by its own totals. */
 export interface Addition {
-  readonly experience: LearningBatch;
+  readonly experience: Experience;
   readonly loss: Loss;
   /** Of its log-probs; default 1, whatever the main batch's is. */
   readonly temperature?: number | undefined;
@@ -57,7 +50,7 @@ export interface LearnResult {
  */
 export async function learn(
   engine: Engine,
-  batch: LearningBatch,
+  batch: Experience,
   loss: Loss,
   options: LearnOptions,
 ): Promise<LearnResult> {
@@ -90,7 +83,7 @@ export async function learn(
 /** The loss and its statistics at the present weights, without learning. */
 export async function computeLoss(
   engine: Engine,
-  batch: LearningBatch,
+  batch: Experience,
   loss: Loss,
   { microTokens, temperature = 1 }: ForwardSettings,
 ): Promise<{ loss: number; statistics: Record<string, number>; totals: Totals }> {
@@ -150,7 +143,7 @@ async function accumulate(
 }
 
 /** Rows of a batch before each micro-batch. */
-function rowsBefore(microBatches: readonly (readonly LearningBatch[])[]): number[][] {
+function rowsBefore(microBatches: readonly (readonly Experience[])[]): number[][] {
   let row = 0;
   return microBatches.map((own) =>
     own.map(({ lengths }) => {
@@ -166,7 +159,7 @@ const orderStream = 0x6d696e69;
 
 /** Rows of each mini-batch of an epoch; rows that a loss couples stay together and in order. */
 function miniBatchRows(
-  batch: LearningBatch,
+  batch: Experience,
   couples: Coupling,
   epoch: number,
   { miniBatches, shuffle }: LearnOptions,
@@ -183,11 +176,11 @@ function miniBatchRows(
   });
 }
 
-function unitSize(batch: LearningBatch, couples: Coupling): number {
+function unitSize(batch: Experience, couples: Coupling): number {
   return couples === 'pair' ? 2 : couples === 'group' ? (batch.groupSize ?? 1) : 1;
 }
 
-function takeRange(batch: LearningBatch, { begin, end }: RowRange): LearningBatch {
+function takeRange(batch: Experience, { begin, end }: RowRange): Experience {
   if (begin === 0 && end === batch.lengths.length) return batch;
   return takeRows(
     batch,
@@ -195,13 +188,13 @@ function takeRange(batch: LearningBatch, { begin, end }: RowRange): LearningBatc
   );
 }
 
-function microBatchesOf(batch: LearningBatch, couples: Coupling, microTokens: number): LearningBatch[] {
+function microBatchesOf(batch: Experience, couples: Coupling, microTokens: number): Experience[] {
   const spans = microBatches(batch.lengths, microTokens, { group: unitSize(batch, couples) });
   return spans.map((span) => takeRange(batch, span));
 }
 
 /** The given rows of a batch, in that order, with their share of every per-token array. */
-export function takeRows(batch: LearningBatch, rows: Int32Array): LearningBatch {
+export function takeRows(batch: Experience, rows: Int32Array): Experience {
   const starts = offsets(batch.lengths);
   const lengths = Int32Array.from(rows, (row) => batch.lengths[row]!);
   const total = lengths.reduce((sum, length) => sum + length, 0);
@@ -242,10 +235,6 @@ function averages(parts: readonly Record<string, number>[]): Record<string, numb
   const names = new Set(parts.flatMap((part) => Object.keys(part)));
   const valuesOf = (name: string) => parts.flatMap((part) => part[name] ?? []);
   return Object.fromEntries(Array.from(names, (name) => [name, mean(valuesOf(name))]));
-}
-
-function mean(values: readonly number[]): number {
-  return values.reduce((sum, value) => sum + value, 0) / Math.max(values.length, 1);
 }
 
 function checkFinite(what: string, value: number): void {

@@ -1,9 +1,9 @@
 /** What the workers that learn share: updates and evaluations of one engine's model. */
 import type { Engine, StepOptions } from '../engine/engine.js';
-import type { Loss } from '../losses/loss.js';
+import type { Experience, Loss } from '../losses/loss.js';
 import type { ForwardSettings } from './batches.js';
 import type { Canary } from './canary.js';
-import { type Addition, computeLoss, type LearningBatch, type LearnResult, learn } from './learn.js';
+import { type Addition, computeLoss, type LearnResult, learn } from './learn.js';
 import type { Protocols } from './protocols.js';
 
 export interface LearnerSettings extends ForwardSettings {
@@ -38,7 +38,7 @@ export interface UpdateOptions {
 /** Learns from one batch; a canary watches the first mini-batch. */
 export async function update(
   engine: Engine,
-  batch: LearningBatch,
+  batch: Experience,
   loss: Loss,
   { epochs, miniBatches, iteration, also }: UpdateOptions,
   { optimizer, learningRate, seed, count, ...forward }: ReturnType<typeof counting>,
@@ -67,8 +67,8 @@ export async function update(
 export function learner(engine: Engine, settings: LearnerSettings) {
   const counted = counting(settings);
   return {
-    update: (batch: LearningBatch, loss: Loss, options: UpdateOptions) => update(engine, batch, loss, options, counted),
-    computeLoss: (batch: LearningBatch, loss: Loss) => computeLoss(engine, batch, loss, settings),
+    update: (batch: Experience, loss: Loss, options: UpdateOptions) => update(engine, batch, loss, options, counted),
+    computeLoss: (batch: Experience, loss: Loss) => computeLoss(engine, batch, loss, settings),
   };
 }
 

@@ -1,25 +1,9 @@
 /** Generated tokens as responses: a stop string ends them early, and they are packed behind their prompts. */
 import { packBatch } from '../data/batch.js';
 import type { Prompt, Rollout } from '../data/rollout.js';
-import { StopStrings } from '../data/stop-strings.js';
-import type { Tokenizer } from '../data/tokenizer.js';
+import type { StopStrings } from '../data/stop-strings.js';
 import type { Generated } from '../engine/engine.js';
-import { LockstepError } from '../errors.js';
 import { offsets } from './batches.js';
-
-/** Looks for the strings in `count` responses; undefined without strings. Throws TOKENIZER_MISSING. */
-export function stopStrings(
-  stop: readonly string[] | undefined,
-  tokenizer: Tokenizer | undefined,
-  count: number,
-): StopStrings | undefined {
-  if (!stop || stop.length === 0) return undefined;
-  if (tokenizer) return new StopStrings(tokenizer, stop, count);
-  throw new LockstepError(
-    'TOKENIZER_MISSING',
-    'rollout.stop holds strings, and the model has no tokenizer.json to find them with; add the tokenizer files or clear it',
-  );
-}
 
 /** A response without what was sampled behind its stop string. */
 export function cutAtStop(generated: Generated, stops: StopStrings | undefined, request: number): Generated {

@@ -109,7 +109,10 @@ describe('generate', () => {
   });
 
   it('refuses stop strings without a tokenizer', async () => {
-    await expect(samples({ stop: ['x'] })).rejects.toMatchObject({ code: 'TOKENIZER_MISSING' });
+    await expect(samples({ stop: ['x'] })).rejects.toMatchObject({
+      code: 'TOKENIZER_MISSING',
+      details: { key: 'stop' },
+    });
   });
 });
 

@@ -6,6 +6,7 @@ import { mkdir, readdir, rm, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { writeJson } from '../../checkpoints/files.js';
 import { LockstepError } from '../../errors.js';
+import { mean, moments } from '../../losses/statistics.js';
 import type { MetricsRow, Sample, TrainEvent } from '../events.js';
 import { lockRun } from '../lock.js';
 import { type TrainOptions, train } from '../train.js';
@@ -153,10 +154,5 @@ class PpoRecord {
 const scoreOf = ({ reward }: Sample): number => reward!;
 const checkOf = ({ prompt, response }: Sample): number => checkAnswer(prompt!, response!);
 
-const mean = (x: readonly number[]): number => x.reduce((sum, value) => sum + value, 0) / x.length;
-
 /** Of a sample (n − 1). */
-function deviation(x: readonly number[]): number {
-  const centre = mean(x);
-  return Math.sqrt(x.reduce((sum, value) => sum + (value - centre) ** 2, 0) / (x.length - 1));
-}
+const deviation = (x: readonly number[]): number => Math.sqrt(moments(x).variance);
