@@ -55,15 +55,6 @@ export function packBatch(sequences: readonly Int32Array[]): TokenBatch {
   return { tokens, lengths };
 }
 
-/** The sequences of a batch, in order, as views of its tokens. */
-export function unpackBatch(batch: TokenBatch): Int32Array[] {
-  let at = 0;
-  return Array.from(batch.lengths, (length) => {
-    at += length;
-    return batch.tokens.subarray(at - length, at);
-  });
-}
-
 /**
  * Splits rows, in order, into micro-batches of at most `microTokens` tokens, as many rows each as fit. A sequence counts with its
  * length padded to even, as bfloat16 products see it. A group that is larger alone has a micro-batch to itself.

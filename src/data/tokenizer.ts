@@ -101,10 +101,6 @@ export class Tokenizer {
     return Int32Array.from(special ? [...this.encoder.prefix, ...ids, ...this.encoder.suffix] : ids);
   }
 
-  encodeBatch(texts: readonly string[], options: EncodeOptions): Int32Array[] {
-    return texts.map((text) => this.encode(text, options));
-  }
-
   /** A text that is to be continued: with the tokenizer's own begin token, without whatever it puts at the end. */
   encodePrompt(text: string): Int32Array {
     return Int32Array.from([...this.encoder.prefix, ...this.encode(text, { special: false })]);

@@ -32,12 +32,7 @@ export interface CovarianceInputs {
   readonly advantages: Numbers;
 }
 
-/** (A_t − mean A)(log π_t − mean log π) with means over the learned tokens; packed, 0 where the mask is 0. */
-export function covariances(batch: CovarianceInputs): Float64Array {
-  const selection = select(batch.lengths, batch.mask);
-  return expand(selection, covarianceOf(selection, batch));
-}
-
+/** (A_t − mean A)(log π_t − mean log π) of the learned tokens, with means over them. */
 function covarianceOf(selection: Selection, { logprobs, advantages }: CovarianceInputs): Float64Array {
   const centred = (packed: Numbers) => {
     const x = TokenArray.constant(selection, packed);

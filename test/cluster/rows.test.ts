@@ -1,7 +1,8 @@
 /** Laws of batches: parts are views, all rows are there once and in order, and joining undoes cutting without a copy. */
 import { describe, expect, it } from 'vitest';
 import { concatRows, rowCount, Shards, sliceRows } from '../../src/cluster/rows.js';
-import { evenRanges, type TokenBatch, unpackBatch } from '../../src/data/batch.js';
+import { evenRanges, type TokenBatch } from '../../src/data/batch.js';
+import { unpackBatch } from '../unpack-batch.js';
 
 const ascending = (length: number) => Array.from({ length }, (_, i) => i);
 

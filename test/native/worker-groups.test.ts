@@ -4,7 +4,7 @@
  */
 import { describe, expect, test } from 'vitest';
 import { WorkerGroup } from '../../src/cluster/worker-group.js';
-import { packBatch, type TokenBatch, unpackBatch } from '../../src/data/batch.js';
+import { packBatch, type TokenBatch } from '../../src/data/batch.js';
 import type { Engine } from '../../src/engine/engine.js';
 import { withHead } from '../../src/layout/config.js';
 import { type ActorSettings, ActorWorker } from '../../src/workers/actor.js';
@@ -13,6 +13,7 @@ import { CriticWorker } from '../../src/workers/critic.js';
 import type { LearnerSettings } from '../../src/workers/learner.js';
 import { ReferenceWorker } from '../../src/workers/reference.js';
 import { RewardWorker } from '../../src/workers/reward.js';
+import { unpackBatch } from '../unpack-batch.js';
 import { dtypes, randomModel, sameBits, sequencesOf, type TestModel, tinyShape, withEngine } from './support.js';
 
 const replicas = { pipeline: 1, tensor: 1, data: 2 };

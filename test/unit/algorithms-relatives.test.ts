@@ -15,8 +15,8 @@ import { type RemaxSettings, remax, makeExperience as remaxExperience } from '..
 import { rloo } from '../../src/algorithms/rloo.js';
 import { joinRows, sumsBySequence } from '../../src/algorithms/rollout.js';
 import { type SafeRlhfSettings, safeRlhf } from '../../src/algorithms/safe-rlhf.js';
-import { categorical } from '../../src/losses/categorical.js';
 import { preferenceLosses } from '../../src/losses/preference.js';
+import { categorical } from '../categorical.js';
 import { countOf, Table, TableActor } from './table-models.js';
 
 const prompt = (...tokens: number[]): Prompt => ({ tokens: Int32Array.from(tokens), row: {} });

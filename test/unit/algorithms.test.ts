@@ -6,7 +6,7 @@ import { makeExperience, type PpoSettings, ppo } from '../../src/algorithms/ppo.
 import { rewardBatch, rewardModel } from '../../src/algorithms/reward-model.js';
 import { learnedMask, placeScores } from '../../src/algorithms/rollout.js';
 import { evaluateSft, sft, sftBatch } from '../../src/algorithms/sft.js';
-import { categorical } from '../../src/losses/categorical.js';
+import { categorical } from '../categorical.js';
 import { answerLength, countOf, Table, TableActor, vocabulary } from './table-models.js';
 
 const settings: PpoSettings = {

@@ -1,6 +1,5 @@
 /** Checks of the golden cases of KL: estimators, exact divergence, penalty in the reward, adaptive controller. */
 import { meanOverTokens } from '../../src/losses/aggregation.js';
-import { categorical, categoricalKl } from '../../src/losses/categorical.js';
 import { adaptiveKl } from '../../src/losses/controllers.js';
 import {
   importanceWeighted,
@@ -12,6 +11,7 @@ import {
 } from '../../src/losses/kl.js';
 import { select } from '../../src/losses/selection.js';
 import { gradients, TokenArray } from '../../src/losses/tokens.js';
+import { categorical, categoricalKl } from '../categorical.js';
 import { Batch, type Case, expectClose, flat, gradientsOf, type Json, number } from '../rl-fixtures.js';
 
 /** verl's clamps, which the expected numbers of k3 have. */

@@ -2,7 +2,6 @@
 import { describe, expect, it } from 'vitest';
 import { gae } from '../../src/losses/advantages.js';
 import { type Aggregation, aggregate } from '../../src/losses/aggregation.js';
-import { categorical, categoricalKl } from '../../src/losses/categorical.js';
 import { adaptiveKl, fixedKl } from '../../src/losses/controllers.js';
 import { type KlClamp, klEstimate, klPenalty } from '../../src/losses/kl.js';
 import { evaluateLoss, outputsOf, totalsOf } from '../../src/losses/loss.js';
@@ -13,6 +12,7 @@ import { crossEntropy } from '../../src/losses/sft.js';
 import { explainedVariance, whiten } from '../../src/losses/statistics.js';
 import { TokenArray } from '../../src/losses/tokens.js';
 import { valueLoss } from '../../src/losses/value.js';
+import { categorical, categoricalKl } from '../categorical.js';
 
 const close = (actual: ArrayLike<number>, expected: number[], digits = 6) => {
   expect(actual.length).toBe(expected.length);

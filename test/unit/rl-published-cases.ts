@@ -5,7 +5,6 @@
 
 import { type GaeInputs, gae } from '../../src/losses/advantages.js';
 import { type Aggregation, aggregate, meanOverTokens } from '../../src/losses/aggregation.js';
-import { categorical, categoricalKl } from '../../src/losses/categorical.js';
 import { adaptiveKl } from '../../src/losses/controllers.js';
 import { klEstimate, klPenalty } from '../../src/losses/kl.js';
 import { combineAdvantages, lagrangeMultiplier } from '../../src/losses/lagrange.js';
@@ -18,6 +17,7 @@ import { TokenArray } from '../../src/losses/tokens.js';
 import { valueLoss } from '../../src/losses/value.js';
 import { cosineLength } from '../../src/rewards/built-in/cosine.js';
 import { repetitionOf } from '../../src/rewards/built-in/repetition.js';
+import { categorical, categoricalKl } from '../categorical.js';
 import { type Case, expectClose, type Json, number } from '../rl-fixtures.js';
 import { groupFormulas } from './rl-published-groups.js';
 import { bound, type Formula, has, numbers, ones, rowsAndMask, text } from './rl-published-inputs.js';

@@ -1,9 +1,10 @@
 /** Checks of published literals of policy losses: their values per token and of a batch, with and without weights. */
-import { categorical } from '../../src/losses/categorical.js';
+
 import { evaluateLoss, type Loss, type LossBatch, type LossResult, type Outputs } from '../../src/losses/loss.js';
 import type { PolicyTermSettings } from '../../src/losses/policy.js';
 import { policyLosses } from '../../src/losses/policy-losses.js';
 import { correctionWeights } from '../../src/losses/rollout-correction.js';
+import { categorical } from '../categorical.js';
 import { type Case, expectClose, gradientsOf, number } from '../rl-fixtures.js';
 import { tokenLosses } from './rl-policy-cases.js';
 import { bound, expectPrinted, type Formula, has, numbers, ones, rowsAndMask, text } from './rl-published-inputs.js';

@@ -1,7 +1,6 @@
 /** Every golden case of the reinforcement-learning mathematics this library implements, also with NaN in masked inputs. */
 import { adaptiveLambda, gae } from '../../src/losses/advantages.js';
 import { type Aggregation, type AggregationMode, aggregate } from '../../src/losses/aggregation.js';
-import { type Categorical, categorical, categoricalGradient } from '../../src/losses/categorical.js';
 import type { KlEstimator } from '../../src/losses/kl.js';
 import { evaluateLoss, type Loss, type LossBatch, type Outputs } from '../../src/losses/loss.js';
 import { clippedSurrogate, type PolicyLossSettings, policyLoss } from '../../src/losses/policy.js';
@@ -10,6 +9,7 @@ import { select } from '../../src/losses/selection.js';
 import { explainedVariance, normaliseScores, whiten } from '../../src/losses/statistics.js';
 import { gradients, TokenArray } from '../../src/losses/tokens.js';
 import { valueLoss } from '../../src/losses/value.js';
+import { type Categorical, categorical, categoricalGradient } from '../categorical.js';
 import {
   Batch,
   type Case,

@@ -8,9 +8,10 @@ import type {
   Rewards,
   Rollout,
 } from '../../src/algorithms/algorithm.js';
-import { type TokenBatch, unpackBatch } from '../../src/data/batch.js';
-import { categorical, categoricalGradient } from '../../src/losses/categorical.js';
+import type { TokenBatch } from '../../src/data/batch.js';
 import { evaluateLoss, type Loss } from '../../src/losses/loss.js';
+import { categorical, categoricalGradient } from '../categorical.js';
+import { unpackBatch } from '../unpack-batch.js';
 
 export const vocabulary = 4;
 export const answerLength = 3;

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest';
-import { microBatches, packBatch, unpackBatch } from '../../../src/data/batch.js';
+import { microBatches, packBatch } from '../../../src/data/batch.js';
 import { dataOrder, philox, shuffledRows } from '../../../src/data/sampler.js';
+import { unpackBatch } from '../../unpack-batch.js';
 
 describe('the order of the data', () => {
   const rows = (seed: number, from: number, count: number, length = 10) => {

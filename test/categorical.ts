@@ -2,7 +2,7 @@
  * One token's distribution from its logits, in double precision: the oracle of what native code computes per token, and the
  * exact KL between two distributions.
  */
-import type { Numbers } from './selection.js';
+import type { Numbers } from '../src/losses/selection.js';
 
 export interface Categorical {
   /** log p over the vocabulary, of softmax(logits / temperature). */
