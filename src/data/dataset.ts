@@ -1,11 +1,14 @@
 /**
  * A data file, JSONL or Parquet, with random access to its rows. Opening reads the file once and checks every row; what is kept
- * of a JSONL file is where its lines are.
+ * of a JSONL file is where its lines are. The rows of a Parquet file are kept in a temporary file: a row of it can not be decoded
+ * without its row group, which a shuffled order would do again for almost every row.
  */
 import { type FileHandle, open, stat } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { LockstepError } from '../errors.js';
 import { type Columns, parseLine, scanLines } from './jsonl.js';
-import { ParquetFile } from './parquet.js';
+import { readParquet } from './parquet.js';
+import { RowFile } from './row-file.js';
 import { badRow, parseRow, type Row } from './rows.js';
 
 /** Rows left out under `onError: 'skip'`. */
@@ -42,7 +45,7 @@ export async function openDataset(path: string, { onError = 'stop' }: DatasetOpt
   try {
     for await (const entry of source.scan()) {
       const row = attempt(() => parseRow(entry.columns(), { file: path, line: entry.line }), path, entry.line);
-      if (!LockstepError.isInstance(row)) index.add(entry);
+      if (!LockstepError.isInstance(row)) index.add(await source.keep(entry));
       else skip(row, skipped, onError);
     }
     if (index.length === 0) throw emptyData(path, skipped);
@@ -92,15 +95,22 @@ export async function* readRows(
   }
 }
 
-/** A row's whereabouts: its line, and its bytes in a JSONL file (0 in Parquet). */
+/** A row's whereabouts: its line, and the bytes to read it from. */
 interface Entry {
   line: number;
   start: number;
   end: number;
 }
 
+/** A row as it passes by; its bytes are 0 in Parquet. */
+interface Scanned extends Entry {
+  columns(): Columns;
+}
+
 interface Source {
-  scan(): AsyncIterable<Entry & { columns(): Columns }>;
+  scan(): AsyncIterable<Scanned>;
+  /** The whereabouts of a scanned row, from which it can be read afterwards. */
+  keep(scanned: Scanned): Entry | Promise<Entry>;
   read(entry: Entry): Promise<Columns>;
   close(): Promise<void>;
 }
@@ -127,6 +137,7 @@ function linesSource(path: string, handle: FileHandle): Source {
     scan: async function* () {
       for await (const { bytes, ...entry } of scanLines(path)) yield { ...entry, columns: () => parseLine(bytes) };
     },
+    keep: ({ line, start, end }) => ({ line, start, end }),
     read: async ({ line, start, end }) => {
       const bytes = Buffer.allocUnsafe(end - start);
       const { bytesRead } = await handle.read(bytes, 0, bytes.length, start);
@@ -144,24 +155,29 @@ function linesSource(path: string, handle: FileHandle): Source {
   };
 }
 
-async function parquetSource(path: string): Promise<Source> {
-  const attemptRead = async <T>(work: Promise<T>): Promise<T> => {
-    try {
-      return await work;
-    } catch (error) {
-      throw unreadable(path, `it is not Parquet that can be read: ${(error as Error).message}`, error);
-    }
-  };
-  const file = await attemptRead(ParquetFile.open(path));
+function parquetSource(path: string): Source {
+  let kept: RowFile | undefined;
   return {
     scan: async function* () {
-      for (let i = 0; i < file.length; i++) {
-        const columns = await attemptRead(file.row(i));
-        yield { line: i + 1, start: 0, end: 0, columns: () => columns };
+      let line = 0;
+      const rows = readParquet(path);
+      try {
+        for await (const columns of rows) yield { line: ++line, start: 0, end: 0, columns: () => columns };
+      } catch (error) {
+        throw unreadable(path, `it is not Parquet that can be read: ${(error as Error).message}`, error);
       }
     },
-    read: ({ line }) => attemptRead(file.row(line - 1)),
-    close: async () => {},
+    keep: async ({ line, columns }) => {
+      try {
+        kept ??= await RowFile.create();
+        return { line, ...kept.add(columns()) };
+      } catch (error) {
+        const reason = `its rows are kept in a file in ${tmpdir()} while they are used, and that fails (${(error as Error).message})`;
+        throw unreadable(path, `${reason}; set TMPDIR to a folder with room for them, or give them as JSONL`, error);
+      }
+    },
+    read: (entry) => kept!.read(entry),
+    close: async () => kept?.close(),
   };
 }
 

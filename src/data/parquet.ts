@@ -1,16 +1,7 @@
-/** Parquet through hyparquet: metadata at once, row groups when a row of theirs is asked for. */
+/** Parquet through hyparquet, row group by row group. */
 import * as zlib from 'node:zlib';
-import {
-  type AsyncBuffer,
-  asyncBufferFromFile,
-  type FileMetaData,
-  parquetMetadataAsync,
-  parquetReadObjects,
-} from 'hyparquet';
+import { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects } from 'hyparquet';
 import type { Columns } from './jsonl.js';
-
-/** Uncompressed bytes of row groups kept decoded. */
-const cacheBytes = 256 * 2 ** 20;
 
 /** Snappy is hyparquet's own; Node has these (zstd from version 22.15). */
 const compressors = {
@@ -22,73 +13,19 @@ const compressors = {
   }),
 };
 
-interface RowGroup {
-  begin: number;
-  end: number;
-  bytes: number;
-}
-
-export class ParquetFile {
-  readonly length: number;
-  private readonly groups: readonly RowGroup[];
-  private readonly decoded = new Map<RowGroup, Promise<Columns[]>>();
-
-  private constructor(
-    private readonly file: AsyncBuffer,
-    private readonly metadata: FileMetaData,
-  ) {
-    let end = 0;
-    this.groups = metadata.row_groups.map((group) => {
-      const begin = end;
-      end += Number(group.num_rows);
-      return { begin, end, bytes: Number(group.total_byte_size) };
-    });
-    this.length = end;
-  }
-
-  /** Throws the reader's error when the file is not Parquet. */
-  static async open(path: string): Promise<ParquetFile> {
-    const file = await asyncBufferFromFile(path);
-    return new ParquetFile(file, await parquetMetadataAsync(file));
-  }
-
-  /** Row `index`, from 0, with 64-bit integers as numbers wherever they are exact. */
-  async row(index: number): Promise<Columns> {
-    const group = this.groups.find((candidate) => index >= candidate.begin && index < candidate.end);
-    if (!group) throw new Error(`row ${index} is beyond the ${this.length} rows of the file`);
-    const rows = await this.read(group);
-    return rows[index - group.begin]!;
-  }
-
-  private read(group: RowGroup): Promise<Columns[]> {
-    const known = this.decoded.get(group);
-    if (known) {
-      this.decoded.delete(group);
-      this.decoded.set(group, known);
-      return known;
-    }
-    this.makeRoom(group.bytes);
-    const rows = parquetReadObjects({
-      file: this.file,
-      metadata: this.metadata,
-      rowStart: group.begin,
-      rowEnd: group.end,
-      compressors,
-    }).then((objects) => objects.map((row) => plain(row) as Columns));
-    this.decoded.set(group, rows);
-    rows.catch(() => this.decoded.delete(group));
-    return rows;
-  }
-
-  /** Forgets the groups used longest ago until `bytes` more fit. */
-  private makeRoom(bytes: number): void {
-    let held = bytes;
-    for (const group of this.decoded.keys()) held += group.bytes;
-    for (const group of [...this.decoded.keys()]) {
-      if (held <= cacheBytes) return;
-      this.decoded.delete(group);
-      held -= group.bytes;
-    }
+/**
+ * Rows in order, with 64-bit integers as numbers wherever they are exact. One row group is decoded at a time.
+ * Throws the reader's error when the file is not Parquet.
+ */
+export async function* readParquet(path: string): AsyncGenerator<Columns> {
+  const file = await asyncBufferFromFile(path);
+  const metadata = await parquetMetadataAsync(file);
+  let rowStart = 0;
+  for (const { num_rows } of metadata.row_groups) {
+    const rowEnd = rowStart + Number(num_rows);
+    const rows = await parquetReadObjects({ file, metadata, rowStart, rowEnd, compressors });
+    for (const row of rows) yield plain(row) as Columns;
+    rowStart = rowEnd;
   }
 }
 

@@ -1,9 +1,10 @@
-import { writeFile } from 'node:fs/promises';
+import { rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { gzipSync } from 'node:zlib';
-import { parquetWriteFile } from 'hyparquet-writer';
+import { fileWriter, ParquetWriter, parquetWriteFile } from 'hyparquet-writer';
 import { describe, expect, test } from 'vitest';
 import { openDataset, readRows } from '../../../src/data/dataset.js';
+import { shuffledRows } from '../../../src/data/sampler.js';
 import { jsonlFile, temporaryDirectory } from './tokenizers.js';
 
 async function file(content: string | Buffer, name = 'data.jsonl'): Promise<string> {
@@ -134,6 +135,45 @@ describe('Parquet', () => {
       expect(row).toMatchObject({ kind: 'messages', messages: messages(i), place: { line: i + 1 } });
       expect([row.columns.answer, row.columns.note ?? null]).toEqual([i, i % 2 ? `n${i}` : null]);
     }
+  });
+
+  test('rows of files larger than memory are read once, and then in any order', async () => {
+    const path = join(await temporaryDirectory(), 'data.parquet');
+    const writer = new ParquetWriter({
+      writer: fileWriter(path),
+      schema: [
+        { name: 'root', num_children: 2 },
+        { name: 'text', type: 'BYTE_ARRAY', converted_type: 'UTF8', repetition_type: 'REQUIRED' },
+        { name: 'large', type: 'INT64', repetition_type: 'REQUIRED' },
+      ],
+    });
+    const range = Array.from({ length: 25 }, (_, i) => i);
+    const large = (i: number) => 2n ** 60n + BigInt(i);
+    writer.write({
+      columnData: [
+        { name: 'text', data: range.map((i) => `line ${i}`) },
+        { name: 'large', data: range.map(large) },
+      ],
+      rowGroupSize: 5,
+    });
+    for (const group of writer.row_groups) group.total_byte_size = 2n ** 40n;
+    writer.finish();
+    await using data = await openDataset(path);
+    await rm(path);
+    for (const i of shuffledRows(25, 1, 0)) {
+      const { columns, place } = await data.row(i);
+      expect(columns).toEqual({ text: `line ${i}`, large: large(i) });
+      expect(place.line).toBe(i + 1);
+    }
+  });
+
+  test('gives the rows of the same JSON lines, in the same order', async () => {
+    const range = Array.from({ length: 25 }, (_, i) => i);
+    const filename = join(await temporaryDirectory(), 'data.parquet');
+    const columnData = [{ name: 'text', data: range.map((i) => `line ${i}`), type: 'STRING' as const }];
+    parquetWriteFile({ filename, columnData, rowGroupSize: 10 });
+    const lines = await file(range.map((i) => `${JSON.stringify({ text: `line ${i}` })}\n`).join(''));
+    expect(await texts(filename)).toEqual(await texts(lines));
   });
 
   test('gzip pages are read, token columns are tokens, and a bad row has its number', async () => {
