@@ -18,7 +18,7 @@ export type {
   Tokenizer,
   TokenStream,
 } from './data/tokenizer.js';
-export type { Work } from './engine/device.js';
+export type { MemoryLimit, Work } from './engine/device.js';
 export type * from './engine/engine.js';
 export type { StreamWork, WorkTimes } from './engine/native.js';
 export { type ErrorCode, type ErrorDetails, LockstepError } from './errors.js';

@@ -7,6 +7,6 @@ export type { CanaryReport } from './canary.js';
 export { CostWorker } from './cost.js';
 export { CriticWorker } from './critic.js';
 export type { Addition, LearnResult } from './learn.js';
-export type { LearnerSettings, UpdateOptions } from './learner.js';
+export type { LearnerSettings, UpdateCount, UpdateOptions } from './learner.js';
 export { ReferenceWorker } from './reference.js';
 export { RewardWorker } from './reward.js';
