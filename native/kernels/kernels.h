@@ -91,36 +91,23 @@ struct AttentionShape {
 struct QkvLayout {
   AttentionShape attention;
   constexpr int64_t columns() const { return (attention.heads + 2 * attention.keyValueHeads) * attention.headWidth; }
-  constexpr int64_t headsPerPart() const { return attention.heads / attention.parts; }
-  constexpr bool owns(int64_t p) const {
-    return attention.keyValueHeads >= attention.parts || p % (attention.parts / attention.keyValueHeads) == 0;
-  }
-  constexpr int64_t keyValueHeadsOf(int64_t p) const {
-    return attention.keyValueHeads >= attention.parts ? attention.keyValueHeads / attention.parts : owns(p) ? 1 : 0;
-  }
-  constexpr int64_t partColumns(int64_t p) const {
-    return (headsPerPart() + 2 * keyValueHeadsOf(p)) * attention.headWidth;
-  }
-  constexpr int64_t partBegin(int64_t p) const {
-    int64_t begin = 0;
-    for (int64_t i = 0; i < p; ++i) begin += partColumns(i);
-    return begin;
-  }
   constexpr int64_t queryColumn(int64_t h) const {
-    const int64_t p = h / headsPerPart();
-    return partBegin(p) + (h - p * headsPerPart()) * attention.headWidth;
+    const int part = static_cast<int>(h) / headsPerPart(), owners = (part + everyPart() - 1) / everyPart();
+    return (h + 2 * owners * ownedHeads()) * attention.headWidth;
   }
   constexpr int64_t keyColumn(int64_t g) const {
-    const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0)
-                                                                 : g * (attention.parts / attention.keyValueHeads);
-    return partBegin(p) + (headsPerPart() + g - firstKeyValueHead(p)) * attention.headWidth;
+    const int owner = static_cast<int>(g) / ownedHeads(), part = owner * everyPart();
+    return ((part + 1) * headsPerPart() + owner * ownedHeads() + g) * attention.headWidth;
   }
-  constexpr int64_t valueColumn(int64_t g) const {
-    const int64_t p = attention.keyValueHeads >= attention.parts ? g / keyValueHeadsOf(0)
-                                                                 : g * (attention.parts / attention.keyValueHeads);
-    return keyColumn(g) + keyValueHeadsOf(p) * attention.headWidth;
-  }
-  constexpr int64_t firstKeyValueHead(int64_t p) const { return p * attention.keyValueHeads / attention.parts; }
+  constexpr int64_t valueColumn(int64_t g) const { return keyColumn(g) + ownedHeads() * attention.headWidth; }
+
+ private:  // Numbers of heads and parts, in 32 bits: a GPU divides by 64 slowly.
+  constexpr int parts() const { return static_cast<int>(attention.parts); }
+  constexpr int keyValueHeads() const { return static_cast<int>(attention.keyValueHeads); }
+  constexpr int headsPerPart() const { return static_cast<int>(attention.heads) / parts(); }
+  // A part that has key/value heads has so many of them; every so many parts there is one.
+  constexpr int ownedHeads() const { return keyValueHeads() >= parts() ? keyValueHeads() / parts() : 1; }
+  constexpr int everyPart() const { return keyValueHeads() >= parts() ? 1 : parts() / keyValueHeads(); }
 };
 
 // Per-head RMSNorm of q and k before rotation (Qwen3); gains [K], empty when the model has none.
