@@ -1,13 +1,14 @@
 // RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016), forward and backward. A block takes a row: all
-// its threads bring it to shared memory, 16 of them sum it in the order of the lanes sum. Gains' gradients are one
-// chain per column, a thread each.
+// its threads bring it to shared memory, 16 of them sum it in the order of the lanes sum. Gradients of gains and biases
+// are one chain per column over all rows: a block has few columns, of which a thread each adds up what the others bring
+// to shared memory, some tiles of rows ahead.
 #include "kernels/cuda/cuda.h"
 
 namespace lockstep::kernels::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kColumnThreads = 64;
+constexpr int kThreads = 128;
 
 // f(i) for every element of the row, into shared memory; then the lanes sum of next over it, to all threads.
 template <class Value, class Next>
@@ -49,14 +50,6 @@ __global__ void rmsNormBackwardKernel(View<const float> x, const float* gain, co
   for (int64_t i = threadIdx.x; i < width; i += kThreads) dx.row(t)[i] = fma(r, fma(-c, in[i], row[i]), dx.row(t)[i]);
 }
 
-__global__ void rmsNormGainKernel(View<const float> x, const float* inverseRms, View<const float> dy, float* dGain) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
-  if (i >= x.cols) return;
-  float sum = dGain[i];
-  for (int64_t t = 0; t < x.rows; ++t) sum = fma(dy.row(t)[i], x.row(t)[i] * inverseRms[t], sum);
-  dGain[i] = sum;
-}
-
 __global__ void layerNormKernel(View<const float> x, const float* gain, const float* bias, float eps, Operand y,
                                 float* mean, float* inverseStd) {
   __shared__ Shared<float[1]> total;
@@ -94,18 +87,90 @@ __global__ void layerNormBackwardKernel(View<const float> x, const float* gain, 
   }
 }
 
-__global__ void layerNormGainKernel(View<const float> x, const float* mean, const float* inverseStd,
-                                    View<const float> dy, float* dGain, float* dBias) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
-  if (i >= x.cols) return;
-  float gainSum = dGain[i], biasSum = dBias[i];
-  for (int64_t t = 0; t < x.rows; ++t) {
-    const float normed = (x.row(t)[i] - mean[t]) * inverseStd[t];
-    gainSum = fma(dy.row(t)[i], normed, gainSum);
-    biasSum = biasSum + dy.row(t)[i];
+constexpr int kGainColumns = 16, kGainRows = 64, kGainStages = 5;
+constexpr int kGainCopiers = 128, kGainThreads = kWarp + kGainCopiers;
+
+// Begins to copy four floats, or as many as there are.
+__device__ inline void copyFour(float* to, const float* from, int64_t count) {
+  if (count >= 4 && reinterpret_cast<uintptr_t>(from) % 16 == 0) return cp_async_16(to, from);
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) to[i] = from[i];
   }
-  dGain[i] = gainSum;
-  dBias[i] = biasSum;
+}
+
+// kGainRows rows of a block's columns in shared memory, with their statistics.
+struct GainStage {
+  float x[kGainRows][kGainColumns], dy[kGainRows][kGainColumns], mean[kGainRows], inverse[kGainRows];
+
+  // Begins to copy the rows from `begin` on, as many as there are, by the copiers. mean may be null.
+  __device__ void copy(View<const float> from, View<const float> dyFrom, int64_t column, const float* means,
+                       const float* inverses, int64_t begin) {
+    constexpr int kAcross = kGainColumns / 4, kStatistics = kGainRows / 4;
+    const int copier = static_cast<int>(threadIdx.x) - kWarp, i = copier % kAcross * 4;
+    const int64_t left = from.cols - column - i;
+    for (int r = copier / kAcross; r < kGainRows && begin + r < from.rows; r += kGainCopiers / kAcross) {
+      copyFour(&x[r][i], from.row(begin + r) + column + i, left);
+      copyFour(&dy[r][i], dyFrom.row(begin + r) + column + i, left);
+    }
+    const int r = copier % kStatistics * 4;
+    if (copier < kStatistics) {
+      copyFour(&inverse[r], inverses + begin + r, from.rows - begin - r);
+    } else if (copier < 2 * kStatistics && means != nullptr) {
+      copyFour(&mean[r], means + begin + r, from.rows - begin - r);
+    }
+  }
+};
+
+// kIsLayerNorm: with mean and dBias. The chains are the first warp's, the others copy.
+template <bool kIsLayerNorm>
+__global__ void __launch_bounds__(kGainThreads, 1)
+    gainKernel(View<const float> x, const float* mean, const float* inverse, View<const float> dy, float* dGain,
+               float* dBias) {
+  GainStage* const stages = shared_memory<GainStage>();
+  const bool copies = threadIdx.x >= kWarp;
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kGainColumns, own = column + lane;
+  const bool sums = lane < kGainColumns && own < x.cols;
+  int64_t nextRow = 0;
+  int nextStage = 0;
+  const auto copyNext = [&] {
+    if (copies && nextRow < x.rows) stages[nextStage].copy(x, dy, column, mean, inverse, nextRow);
+    nextRow += kGainRows;
+    nextStage = nextStage + 1 == kGainStages ? 0 : nextStage + 1;
+    cp_async_commit();
+  };
+  for (int i = 0; i + 1 < kGainStages; ++i) copyNext();
+  float gainSum = sums ? dGain[own] : 0.0f, biasSum = kIsLayerNorm && sums ? dBias[own] : 0.0f;
+  int stage = 0;
+  for (int64_t begin = 0; begin < x.rows; begin += kGainRows) {
+    cp_async_wait<kGainStages - 2>();
+    __syncthreads();  // the stage is there for all, and the one before it, which copyNext() fills again, has been used
+    copyNext();
+    const GainStage& here = stages[stage];
+    stage = stage + 1 == kGainStages ? 0 : stage + 1;
+    if (!sums) continue;
+    const int count = x.rows - begin < kGainRows ? static_cast<int>(x.rows - begin) : kGainRows;
+#pragma unroll 16
+    for (int r = 0; r < count; ++r) {
+      const float in = here.x[r][lane], g = here.dy[r][lane];
+      if constexpr (kIsLayerNorm) {
+        gainSum = fma(g, (in - here.mean[r]) * here.inverse[r], gainSum);
+        biasSum = biasSum + g;
+      } else {
+        gainSum = fma(g, in * here.inverse[r], gainSum);
+      }
+    }
+  }
+  if (!sums) return;
+  dGain[own] = gainSum;
+  if constexpr (kIsLayerNorm) dBias[own] = biasSum;
+}
+
+template <bool kIsLayerNorm>
+void launchGains(cudaStream_t stream, View<const float> x, const float* mean, const float* inverse,
+                 View<const float> dy, float* dGain, float* dBias) {
+  launch(gainKernel<kIsLayerNorm>, blocksFor(x.cols, kGainColumns), kGainThreads, kGainStages * sizeof(GainStage),
+         stream, x, mean, inverse, dy, dGain, dBias);
 }
 
 // A row in shared memory.
@@ -126,7 +191,7 @@ void rmsNormBackward(Queue& queue, View<const float> x, const float* gain, const
   if (x.rows == 0) return;
   cudaStream_t const stream = onGpu(queue).stream();
   launch(rmsNormBackwardKernel, blocksFor(x.rows, 1), kThreads, rowBytes(x.cols), stream, x, gain, inverseRms, dy, dx);
-  launch(rmsNormGainKernel, blocksFor(x.cols, kColumnThreads), kColumnThreads, 0, stream, x, inverseRms, dy, dGain);
+  launchGains<false>(stream, x, nullptr, inverseRms, dy, dGain, nullptr);
 }
 
 void layerNorm(Queue& queue, View<const float> x, const float* gain, const float* bias, float eps, Operand y,
@@ -142,8 +207,7 @@ void layerNormBackward(Queue& queue, View<const float> x, const float* gain, con
   cudaStream_t const stream = onGpu(queue).stream();
   launch(layerNormBackwardKernel, blocksFor(x.rows, 1), kThreads, rowBytes(x.cols), stream, x, gain, mean, inverseStd,
          dy, dx);
-  launch(layerNormGainKernel, blocksFor(x.cols, kColumnThreads), kColumnThreads, 0, stream, x, mean, inverseStd, dy,
-         dGain, dBias);
+  launchGains<true>(stream, x, mean, inverseStd, dy, dGain, dBias);
 }
 
 }  // namespace lockstep::kernels::cuda

@@ -44,11 +44,18 @@ struct Problem {
   Buffer gain, bias, dGain, dBias;
 
   explicit Problem(Trial& t) : eps(t.chance(0.5) ? 1e-5f : 1e-6f) {
-    const int64_t rows = t.rows(), width = drawWidth(t);
+    // Narrow ones have more rows than a GPU brings to shared memory at once.
+    const int64_t width = drawWidth(t), rows = width <= 33 && t.chance(0.3) ? t.integer(300, 700) : t.rows();
+    const bool aligned = t.chance(0.5);
     t.note("rows", rows);
     t.note("width", width);
-    x = t.matrix(DType::kFloat32, rows, width, 2);
-    dy = t.matrix(DType::kFloat32, rows, width);
+    t.note("aligned", aligned);
+    const auto matrix = [&](float scale) {
+      return aligned ? t.alignedMatrix(DType::kFloat32, rows, width, scale)
+                     : t.matrix(DType::kFloat32, rows, width, scale);
+    };
+    x = matrix(2);
+    dy = matrix(1);
     dx = t.matrix(DType::kFloat32, rows, width);
     gain = t.floats(width);
     bias = t.floats(width);
