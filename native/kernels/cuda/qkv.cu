@@ -4,7 +4,8 @@
 // 16 neighbouring threads take a head of a row at a time, as the lanes sum wants it. Forward, a block is one head of a
 // tile of rows that share a block of 16 absolute positions: keys and values pass through shared memory, so that the
 // words of a panel, which go across rows, are written whole and next to each other. Gains' gradients are one chain per
-// element over all rows and heads; what it adds up is prepared by the whole block, a tile of steps ahead.
+// element over all rows and heads: a block has few elements, of which a thread each adds up what the others prepare, a
+// tile of steps ahead.
 #include <algorithm>
 #include <vector>
 
@@ -29,6 +30,11 @@ struct Angles {
   }
 };
 
+__device__ inline float rotated(float x, float across, float cosine, float sine, bool adds) {
+  const float turn = across * sine;
+  return fma(x, cosine, adds ? turn : -turn);
+}
+
 // Element i of the head x(0..K-1) rotated; kBack: by the transpose.
 template <bool kBack, class Head>
 __device__ float rotated(const Angles& angles, int i, const Head& x) {
@@ -36,8 +42,7 @@ __device__ float rotated(const Angles& angles, int i, const Head& x) {
   if (angles.cosine == nullptr || i >= 2 * half) return x(i);
   const bool first = i < half;
   const int j = first ? i : i - half;
-  const float across = x(first ? i + half : j) * angles.sine[j];
-  return fma(x(i), angles.cosine[j], first == kBack ? across : -across);
+  return rotated(x(i), x(first ? i + half : j), angles.cosine[j], angles.sine[j], first == kBack);
 }
 
 // 1 / RMS of the head x(0..K-1), to the 16 threads that hold it.
@@ -239,71 +244,185 @@ __global__ void __launch_bounds__(kThreads)
   if (active && lane == 0) inverseRms[t * (heads + groups) + head] = r;
 }
 
-constexpr int kGainThreads = 256, kGainColumns = 16, kGainSteps = 128;  // steps: a row and a head each
-constexpr int kGainRows = kGainThreads / kGainColumns, kGainEach = kGainSteps / kGainRows;
+constexpr int kGainColumns = 8, kGainSteps = 256;  // of a block, of a tile; a step is a row and a head
+constexpr int kPreparers = 256, kGainThreads = kWarp + kPreparers;
 
-// Both gains' gradients: blockIdx.y is 0 for queries, 1 for keys; a block has kGainColumns of the K chains.
-template <class Element>
-__global__ void __launch_bounds__(kGainThreads)
-    gainKernel(QkvLayout layout, View<const float> dqkv, const int32_t* positions, HeadNorm norm, Rope rope,
-               Operand savedQk, const float* inverseRms, float* dQueryGain, float* dKeyGain) {
-  __shared__ Shared<float[2][kGainSteps][kGainColumns]> dyTile, xrTile;
-  __shared__ Shared<bool[2][kGainSteps]> isStep;
-  auto& dys = static_cast<float(&)[2][kGainSteps][kGainColumns]>(dyTile);
-  auto& xrs = static_cast<float(&)[2][kGainSteps][kGainColumns]>(xrTile);
-  auto& present = static_cast<bool(&)[2][kGainSteps]>(isStep);
-  const AttentionShape& shape = layout.attention;
-  const bool isQuery = blockIdx.y == 0;
-  float* dGain = isQuery ? dQueryGain : dKeyGain;
-  if ((isQuery ? norm.queryGain : norm.keyGain) == nullptr) return;
-  const int width = static_cast<int>(shape.headWidth), all = static_cast<int>(shape.heads + shape.keyValueHeads);
-  const int heads = static_cast<int>(isQuery ? shape.heads : shape.keyValueHeads);
-  const int firstHead = isQuery ? 0 : static_cast<int>(shape.heads);
-  const int lane = static_cast<int>(threadIdx.x) % kGainColumns, group = static_cast<int>(threadIdx.x) / kGainColumns;
-  const int i = static_cast<int>(blockIdx.x) * kGainColumns + lane;
-  const int64_t steps = dqkv.rows * heads;
+// A step of one chain: it adds dy x r.
+struct GainStep {
+  float dy, xr;
+};
+using GainTile = GainStep[kGainSteps][kGainColumns];
 
-  float dy[kGainEach], xr[kGainEach];
-  unsigned isRow = 0;  // a bit for each
-  const auto prepare = [&](int64_t begin) {
-    isRow = 0;
+template <int kCount>
+__device__ inline void loadFloats(const float* from, float (&to)[kCount]) {
+  if constexpr (kCount == 1) {
+    to[0] = from[0];
+  } else {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  }
+}
+template <int kCount>
+__device__ inline void loadFloats(const BFloat16* from, float (&to)[kCount]) {
+  if constexpr (kCount == 1) {
+    to[0] = toFloat(from[0]);
+  } else {
+    const uint2 four = *reinterpret_cast<const uint2*>(from);
+    const unsigned pairs[2] = {four.x, four.y};
+    for (int i = 0; i < 4; ++i) to[i] = std::bit_cast<float>(i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & ~0xffffu);
+  }
+}
+
+// What the gradients of gains are made of.
+struct GainCall {
+  QkvLayout layout;
+  View<const float> dqkv;
+  const int32_t* positions;
+  Rope rope;
+  Operand savedQk;
+  const float* inverseRms;
+};
+
+// The steps of kEach of a block's columns, which begin at `first`, that a thread prepares of each tile: first loaded,
+// then put where the chains find them. A step that is none, of padding or past the end, is -0 times 0: it changes no
+// sum, not even one of -0.
+template <class Element, int kEach>
+class GainSteps {
+ public:
+  __device__ GainSteps(const GainCall& call, const int32_t* columns, int heads, int firstHead, int first)
+      : call_(call), columns_(columns), heads_(heads), firstHead_(firstHead) {
+    width_ = static_cast<int>(call.layout.attention.headWidth);
+    column_ = first + preparer() % kAcross * kEach;
+    const int half = width_ / 2, step = preparer() / kAcross;
+    turns_ = call.rope.cosine != nullptr && column_ < 2 * half;
+    isFirst_ = column_ < half;
+    angle_ = isFirst_ ? column_ : column_ - half;
+    across_ = isFirst_ ? column_ + half : angle_;
+    row_ = step / heads;
+    head_ = step % heads;
+    rowsOn_ = kAtOnce / heads;
+    headsOn_ = kAtOnce % heads;
+  }
+
+  // Finds out where the steps of the next tile are: a tile ahead, since what is loaded depends on it.
+  __device__ void look() {
 #pragma unroll
-    for (int n = 0; n < kGainEach; ++n) {
-      const int64_t index = begin + n * kGainRows + group;
-      const int64_t t = index / heads;
-      const bool counts = index < steps && positions[t] >= 0;
-      if (counts) isRow |= 1u << n;
-      if (!counts || i >= width) continue;
-      const int head = static_cast<int>(index - t * heads);
-      const float* in = dqkv.row(t) + (isQuery ? layout.queryColumn(head) : layout.keyColumn(head));
-      dy[n] = rotated<true>(Angles::at(rope, positions[t], width), i, [&](int k) { return in[k]; });
-      const float x = toFloat(savedQk.row<Element>(t)[static_cast<int64_t>(firstHead + head) * width + i]);
-      xr[n] = x * inverseRms[t * all + firstHead + head];
+    for (int n = 0; n < kRounds; ++n) {
+      next_[n] = {row_, head_, row_ < call_.dqkv.rows ? call_.positions[row_] : -1};
+      row_ += rowsOn_;
+      head_ += headsOn_;
+      if (head_ < heads_) continue;
+      head_ -= heads_;
+      ++row_;
     }
-  };
-  prepare(0);
-  float sum = threadIdx.x < kGainColumns && i < width ? dGain[i] : 0.0f;
-  int buffer = 0;
-  for (int64_t begin = 0; begin < steps; begin += kGainSteps, buffer ^= 1) {
+  }
+
+  // Begins to load what look() found, and looks further.
+  __device__ void load() {
+    const int half = width_ / 2, all = static_cast<int>(call_.layout.attention.heads) +
+                                       static_cast<int>(call_.layout.attention.keyValueHeads);
 #pragma unroll
-    for (int n = 0; n < kGainEach; ++n) {
-      const int s = n * kGainRows + group;
-      dys[buffer][s][lane] = dy[n];
-      xrs[buffer][s][lane] = xr[n];
-      if (lane == 0) present[buffer][s] = (isRow >> n & 1) != 0;
+    for (int n = 0; n < kRounds; ++n) {
+      const Place at = next_[n];
+      isStep_[n] = at.position >= 0 && column_ < width_;
+      if (!isStep_[n]) continue;
+      const float* in = call_.dqkv.row(at.row) + columns_[at.head];
+      loadFloats(in + column_, own_[n]);
+      if (turns_) {
+        const int64_t angles = static_cast<int64_t>(at.position) * half + angle_;
+        loadFloats(in + across_, opposite_[n]);
+        loadFloats(call_.rope.cosine + angles, cosine_[n]);
+        loadFloats(call_.rope.sine + angles, sine_[n]);
+      }
+      const int head = firstHead_ + at.head;
+      loadFloats(call_.savedQk.row<Element>(at.row) + static_cast<int64_t>(head) * width_ + column_, x_[n]);
+      r_[n] = call_.inverseRms[static_cast<int64_t>(at.row) * all + head];
     }
-    // One barrier per tile is enough: the buffer written next was read before it.
-    __syncthreads();
-    prepare(begin + kGainSteps);
-    if (threadIdx.x < kGainColumns) {
-#pragma unroll 16
-      for (int s = 0; s < kGainSteps; ++s) {
-        const float next = fma(dys[buffer][s][lane], xrs[buffer][s][lane], sum);
-        sum = present[buffer][s] ? next : sum;
+    look();
+  }
+
+  __device__ void put(GainTile& tile) const {
+#pragma unroll
+    for (int n = 0; n < kRounds; ++n) {
+      GainStep steps[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const float dy =
+            turns_ ? rotated(own_[n][i], opposite_[n][i], cosine_[n][i], sine_[n][i], isFirst_) : own_[n][i];
+        steps[i] = isStep_[n] ? GainStep{dy, x_[n][i] * r_[n]} : GainStep{-0.0f, 0.0f};
+      }
+      GainStep* to = &tile[n * kAtOnce + preparer() / kAcross][preparer() % kAcross * kEach];
+      if constexpr (kEach == 1) {
+        *to = steps[0];
+      } else {
+        auto* four = reinterpret_cast<float4*>(to);
+        four[0] = {steps[0].dy, steps[0].xr, steps[1].dy, steps[1].xr};
+        four[1] = {steps[2].dy, steps[2].xr, steps[3].dy, steps[3].xr};
       }
     }
   }
-  if (threadIdx.x < kGainColumns && i < width) dGain[i] = sum;
+
+ private:
+  static constexpr int kAcross = kGainColumns / kEach, kAtOnce = kPreparers / kAcross, kRounds = kGainSteps / kAtOnce;
+
+  struct Place {
+    int row, head, position;  // position < 0: no step
+  };
+
+  __device__ static int preparer() {
+    return static_cast<int>(threadIdx.x) - kWarp;
+  }
+
+  const GainCall& call_;
+  const int32_t* columns_;
+  int heads_, firstHead_, column_, width_, angle_, across_;
+  bool turns_, isFirst_;
+  int row_, head_, rowsOn_, headsOn_;
+  Place next_[kRounds];
+  bool isStep_[kRounds] = {};
+  float own_[kRounds][kEach] = {}, opposite_[kRounds][kEach] = {}, cosine_[kRounds][kEach] = {};
+  float sine_[kRounds][kEach] = {}, x_[kRounds][kEach] = {}, r_[kRounds] = {};
+};
+
+// Both gains' gradients: blockIdx.y is 0 for queries, 1 for keys; a block has kGainColumns of the K chains, which are
+// the first warp's. The other threads prepare the steps of kEach columns at a time.
+template <class Element, int kEach>
+__global__ void __launch_bounds__(kGainThreads, 1) gainKernel(GainCall call, float* dQueryGain, float* dKeyGain) {
+  auto* tiles = shared_memory<GainTile>();                // two
+  auto* columns = reinterpret_cast<int32_t*>(tiles + 2);  // where each head begins in a row of dqkv
+  const AttentionShape& shape = call.layout.attention;
+  const bool isQuery = blockIdx.y == 0, prepares = threadIdx.x >= kWarp;
+  float* dGain = isQuery ? dQueryGain : dKeyGain;
+  if (dGain == nullptr) return;
+  const int heads = static_cast<int>(isQuery ? shape.heads : shape.keyValueHeads);
+  const int lane = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kGainColumns,
+            own = first + lane;
+  for (int h = lane; h < heads; h += kGainThreads) {
+    columns[h] = static_cast<int32_t>(isQuery ? call.layout.queryColumn(h) : call.layout.keyColumn(h));
+  }
+  __syncthreads();
+  const int64_t steps = call.dqkv.rows * heads;
+  GainSteps<Element, kEach> mine(call, columns, heads, isQuery ? 0 : static_cast<int>(shape.heads), first);
+  if (prepares) {
+    mine.look();
+    mine.load();
+  }
+  const bool sums = lane < kGainColumns && own < shape.headWidth;
+  float sum = sums ? dGain[own] : 0.0f;
+  int buffer = 0;
+  for (int64_t begin = 0; begin < steps; begin += kGainSteps, buffer ^= 1) {
+    if (prepares) mine.put(tiles[buffer]);
+    // One barrier per tile is enough: the buffer written next was read before it.
+    __syncthreads();
+    if (prepares) mine.load();
+    if (!sums) continue;
+#pragma unroll 64
+    for (int s = 0; s < kGainSteps; ++s) {
+      const GainStep step = tiles[buffer][s][lane];
+      sum = fma(step.dy, step.xr, sum);
+    }
+  }
+  if (sums) dGain[own] = sum;
 }
 
 template <class Element>
@@ -329,9 +448,20 @@ void prepareBackward(lockstep::cuda::Queue& queue, const QkvLayout& layout, View
   const dim3 grid(blocksFor(dqkv.rows, kRowsAtOnce), static_cast<unsigned>(shape.heads + 2 * shape.keyValueHeads));
   launch(prepareBackwardKernel<Element>, grid, kThreads, 0, queue.stream(), layout, dqkv, staged, norm, rope, savedQk,
          dqkvOut, inverseRms);
-  if (!hasNorm) return;
-  launch(gainKernel<Element>, dim3(blocksFor(shape.headWidth, kGainColumns), 2), kGainThreads, 0, queue.stream(),
-         layout, dqkv, staged, norm, rope, savedQk, inverseRms, dQueryGain, dKeyGain);
+  // A chain without steps keeps its sum, a denormal one too.
+  const bool hasSteps = std::any_of(positions, positions + dqkv.rows, [](int32_t position) { return position >= 0; });
+  if (!hasNorm || !hasSteps) return;
+  const auto inFours = [](const void* data, int64_t stride, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(data) % (4 * bytes) == 0 && stride % 4 == 0;
+  };
+  const bool whole = shape.headWidth % 8 == 0 && inFours(dqkv.data, dqkv.stride, sizeof(float)) &&
+                     inFours(savedQk.data, savedQk.stride, sizeof(Element)) && inFours(rope.cosine, 0, sizeof(float)) &&
+                     inFours(rope.sine, 0, sizeof(float));
+  const size_t columnBytes = static_cast<size_t>(std::max(shape.heads, shape.keyValueHeads)) * sizeof(int32_t);
+  launch(whole ? gainKernel<Element, 4> : gainKernel<Element, 1>, dim3(blocksFor(shape.headWidth, kGainColumns), 2),
+         kGainThreads, 2 * sizeof(GainTile) + columnBytes, queue.stream(),
+         GainCall{layout, dqkv, staged, rope, savedQk, inverseRms}, norm.queryGain == nullptr ? nullptr : dQueryGain,
+         norm.keyGain == nullptr ? nullptr : dKeyGain);
 }
 
 }  // namespace

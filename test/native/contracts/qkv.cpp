@@ -90,11 +90,17 @@ void backward(const kernels::Kernels& kernels, Queue& queue, const QkvProblem& x
 void checkPrepareBackward(Trial& t) {
   const QkvProblem x = QkvProblem::draw(t, true);
   const int64_t width = x.p.shape().headWidth;
-  const Matrix saved = t.matrix(x.p.dtype, x.p.rows, x.savedColumns(), 2);
-  const Matrix dqkv = t.matrix(DType::kFloat32, x.p.rows, x.p.layout.columns());
+  const bool aligned = t.chance(0.5);
+  t.note("aligned", aligned);
+  const auto matrix = [&](DType dtype, int64_t cols, float scale) {
+    return aligned ? t.alignedMatrix(dtype, x.p.rows, cols, scale) : t.matrix(dtype, x.p.rows, cols, scale);
+  };
+  const Matrix saved = matrix(x.p.dtype, x.savedColumns(), 2);
+  const Matrix dqkv = matrix(DType::kFloat32, x.p.layout.columns(), 1);
   const Matrix out = t.matrix(x.p.dtype, x.p.rows, x.p.layout.columns()), expected = out.clone();
   const GainGradients gains{t.floats(width), t.floats(width)}, expectedGains = gains.clone();
-  const std::vector<int32_t> positions = x.positions(t);
+  std::vector<int32_t> positions = x.positions(t);
+  if (t.chance(0.1)) positions.assign(positions.size(), -1);  // nothing but padding
   backward(t.reference(), t.referenceQueue(), x, dqkv, saved, positions, expected, expectedGains);
   t.eachQueue([&](Queue& queue) {
     const Matrix actual = out.clone();
