@@ -213,7 +213,7 @@ void Communicator::exchange(std::span<const Outgoing> outgoing, std::span<const 
     refuse({Operation::kSend, Element::kByte, 0, rank_, 0, site}, "a rank must receive what it sends to itself");
   }
   const Communicating communicating("exchange", site);
-  runExchange(outgoing, incoming, site);
+  runExchange(outgoing, incoming, site, nullptr);
 }
 
 }  // namespace lockstep::comm

@@ -93,6 +93,16 @@ struct Incoming {
   Element element = Element::kByte;
 };
 
+// Hears of the messages of an exchange whose bytes go another way: those without data.
+class Matches {
+ public:
+  virtual ~Matches() = default;
+  // Both ranks are in a call with this message; its sender learns it when this returns.
+  virtual void meet(size_t incoming) = 0;
+  // Before the call waits for other ranks, and at its end.
+  virtual void move() = 0;
+};
+
 // What a rank contributes to allGatherPieces: bytes at `data` go to `offset` of everybody's buffer.
 struct Piece {
   const void* data = nullptr;
@@ -198,7 +208,10 @@ class Communicator {
   virtual void runBroadcast(const Call&, void* data) = 0;
   virtual void runBarrier(const Call&) = 0;
   virtual std::unique_ptr<Communicator> runSplit(const Call&, int colour, int key) = 0;
-  virtual void runExchange(std::span<const Outgoing>, std::span<const Incoming>, std::string_view site) = 0;
+  virtual void runExchange(std::span<const Outgoing>, std::span<const Incoming>, std::string_view site, Matches*) = 0;
+
+  // As progress(), in the middle of a call; throws the cause when the world is dead.
+  virtual void live(const Call&) = 0;
 
   void countReceived(int64_t bytes) { receivedBytes_.fetch_add(bytes, std::memory_order_relaxed); }
   void countSent(int64_t bytes) { sentBytes_.fetch_add(bytes, std::memory_order_relaxed); }

@@ -8,6 +8,7 @@ namespace lockstep::comm {
 
 struct Inside : Communicator {
   using Communicator::fail;
+  using Communicator::live;
   using Communicator::refuse;
   using Communicator::runAllGather;
   using Communicator::runAllGatherPieces;

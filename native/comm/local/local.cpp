@@ -63,7 +63,7 @@ class LocalCommunicator final : public Communicator {
 
  protected:
   [[noreturn]] void fail(const std::string& code, const Call& call, const std::string& message) override {
-    world_.fail(code, "group '" + name() + "', " + group_->rank(rank()) + ": " + describe(call) + ": " + message);
+    world_.fail(code, inCall(call, message));
     throw world_.cause(where(call));
   }
 
@@ -181,9 +181,9 @@ class LocalCommunicator final : public Communicator {
     return std::make_unique<LocalCommunicator>(std::move(group), static_cast<int>(place));
   }
 
-  void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
-                   std::string_view site) override {
-    Exchange x{outgoing, incoming, site, {}, {}};
+  void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming, std::string_view site,
+                   Matches* matches) override {
+    Exchange x{outgoing, incoming, site, matches, {}, {}};
     x.sent.resize(outgoing.size());
     x.received.resize(incoming.size());
     const Call first = !outgoing.empty()   ? callOf(outgoing[0], site)
@@ -192,15 +192,25 @@ class LocalCommunicator final : public Communicator {
     begin(first, x.sendingTo(), x.receivingFrom());
     while (!x.done()) {
       if (advance(x)) continue;
+      move(matches, first);
       await(
           me_.bell, [&] { return canAdvance(x); }, [&](int64_t began) { examinePeers(x, began); });
     }
+    move(matches, first);
     end();
+  }
+
+  void live(const Call& call) override {
+    if (world_.failed()) throw world_.cause(where(call));
+    world_.stamp(me_.worldRank);
   }
 
  private:
   Member& member(int i) { return group_->members[static_cast<size_t>(i)]; }
 
+  std::string inCall(const Call& call, const std::string& message) const {
+    return "group '" + name() + "', " + group_->rank(rank()) + ": " + describe(call) + ": " + message;
+  }
   std::string where(const Call& call) const {
     return group_->rank(rank()) + " of group '" + name() + "' in " + describe(call);
   }
@@ -437,6 +447,7 @@ class LocalCommunicator final : public Communicator {
     std::span<const Outgoing> outgoing;
     std::span<const Incoming> incoming;
     std::string_view site;
+    Matches* matches;
     std::vector<State> sent, received;
 
     bool done() const { return sendingTo() == 0 && receivingFrom() == 0; }
@@ -509,7 +520,7 @@ class LocalCommunicator final : public Communicator {
     const bool received = anyReceivable(x, [&](size_t i) {
       if (!pending(group_->channel(x.incoming[i].from, rank()))) return false;
       x.received[i] = Exchange::kDone;
-      take(x.incoming[i], x);
+      take(i, x);
       return true;
     });
     return sent || received;
@@ -525,7 +536,8 @@ class LocalCommunicator final : public Communicator {
     if (message.to != rank()) countSent(message.count * bytesOf(message.element));
   }
 
-  void take(const Incoming& message, const Exchange& x) {
+  void take(size_t i, const Exchange& x) {
+    const Incoming& message = x.incoming[i];
     Channel& channel = group_->channel(message.from, rank());
     access();
     if (channel.call.count != message.count || channel.call.element != message.element) {
@@ -540,9 +552,24 @@ class LocalCommunicator final : public Communicator {
       const std::lock_guard lock(me_.mutex);
       me_.receivingFrom = x.receivingFrom();
     }
+    if (x.matches != nullptr) x.matches->meet(i);
     channel.taken.fetch_add(1);
     member(message.from).bell.ring();
     if (message.from != rank()) countReceived(bytes);
+  }
+
+  // What it throws ends the call once nobody uses this rank's buffers any more.
+  void move(Matches* matches, const Call& call) {
+    if (matches == nullptr) return;
+    try {
+      matches->move();
+      return;
+    } catch (const Error& error) {
+      world_.fail(error.code(), inCall(call, error.what()));
+    } catch (const std::exception& error) {
+      abort(error.what());
+    }
+    raise();
   }
 
   // A rank that has left, has entered a collective that needs this one, or waits for this one the same way, will not

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "comm/inside.h"
+#include "comm/nccl/launch_order.h"
 #include "comm/nccl/nccl_api.h"
 #include "comm/nccl/tree_sum.h"
 #include "core/error.h"
@@ -34,7 +35,8 @@ constexpr int64_t kPatienceNanoseconds = 1800 * kSecond;  // NCCL takes no longe
 constexpr int64_t kChunk = int64_t{1} << 20, kAligned = 64;
 constexpr int64_t kSmall = 2048;  // an all-reduce of so few floats sends all to all: one step where slices take two
 // Calls of one NCCL group, and groups on a stream that nobody has waited for.
-constexpr int64_t kGroupCalls = 256, kGroups = 16;
+constexpr size_t kGroupCalls = 256;
+constexpr int64_t kGroups = 16;
 
 enum class Place : int64_t { kNone, kHost, kGpu };
 
@@ -112,7 +114,8 @@ struct Card {
   }
 };
 
-void checkCards(Communicator& group, int gpu) {
+// Returns the GPUs of all ranks.
+std::vector<int> checkCards(Communicator& group, int gpu) {
   cudaDeviceProp properties{};
   cuda::check(cudaGetDeviceProperties(&properties, gpu), "asking for the GPU's properties");
   Card mine{};
@@ -133,6 +136,9 @@ void checkCards(Communicator& group, int gpu) {
                                      "; every rank needs a GPU of its own");
     }
   }
+  std::vector<int> gpus;
+  for (const Card& card : all) gpus.push_back(card.gpu);
+  return gpus;
 }
 
 // Every collective is a meeting on the control, under the description of the call, at which the ranks say where their
@@ -146,21 +152,23 @@ class NcclCommunicator final : public Communicator {
         settle_(std::move(settle)),
         sent_(static_cast<size_t>(size())),
         received_(static_cast<size_t>(size())) {
-    guarded({.operation = Operation::kSplit, .site = "a group of GPUs"}, [&] { connect(); });
+    const Call call{.operation = Operation::kSplit, .site = "a group of GPUs"};
+    guarded(call, [&] { connect(call); });
   }
 
   ~NcclCommunicator() override {
     control_ = nullptr;  // the others learn at once that this rank has left
     Ends::all().forget(number_, rank());
-    if (comm_ == nullptr) return;
-    queue_->stream();
-    api().commDestroy(comm_);
+    cudaSetDevice(gpu_);
+    if (comm_ != nullptr) api().commDestroy(comm_);
   }
 
   void progress() override { control_->progress(); }
   void abort(const std::string& reason) override { control_->abort(reason); }
 
  protected:
+  void live(const Call& call) override { control(&Inside::live, call); }
+
   [[noreturn]] void fail(const std::string& code, const Call& call, const std::string& message) override {
     (control_.get()->*(&Inside::fail))(code, call, message);
     std::terminate();
@@ -174,7 +182,9 @@ class NcclCommunicator final : public Communicator {
     if (place == Place::kNone) return;
     onGpu(call, [&] {
       if (size() == 1) return copy(receive, send, bytes);
-      check(api().allGather(send, receive, static_cast<size_t>(bytes), kBytes, comm_, stream()), "an all-gather");
+      start(call, [&] {
+        check(api().allGather(send, receive, static_cast<size_t>(bytes), kBytes, comm_, stream()), "an all-gather");
+      });
     });
     countReceived((size() - 1) * bytes);
     countSent((size() - 1) * bytes);
@@ -196,7 +206,7 @@ class NcclCommunicator final : public Communicator {
     for (Piece& piece : named) piece.data = nowhere + piece.offset;
     control(&Inside::runAllGatherPieces, call, std::span<const Piece>(named), static_cast<void*>(nowhere));
     const std::vector<std::vector<Piece>> all = gatherLists(call, pieces, records);
-    if (place == Place::kGpu) onGpu(call, [&] { gatherPieces(all, static_cast<char*>(receive)); });
+    if (place == Place::kGpu) onGpu(call, [&] { gatherPieces(call, all, static_cast<char*>(receive)); });
   }
 
   void runReduceScatter(const Call& call, const float* send, float* receive) override {
@@ -209,7 +219,7 @@ class NcclCommunicator final : public Communicator {
       const Slots slots = slotsOf(call.count);
       for (int64_t begin = 0; begin < call.count; begin += slots.width) {
         const int64_t count = std::min(slots.width, call.count - begin);
-        sumOfSlices(send + begin, call.count, receive + begin, count, slots);
+        sumOfSlices(call, send + begin, call.count, receive + begin, count, slots);
         pace(call);
       }
     });
@@ -246,17 +256,21 @@ class NcclCommunicator final : public Communicator {
       while (size() > 2 && call.count > kSmall && call.count - begin >= least) {
         const int64_t slice = std::min(slots.width, (call.count - begin) / least * kAligned);
         float* const own = receive + begin + rank() * slice;
-        sumOfSlices(send + begin, slice, own, slice, slots);
-        check(api().allGather(own, receive + begin, static_cast<size_t>(slice) * 4, kBytes, comm_, stream()),
-              "spreading sums");
+        sumOfSlices(call, send + begin, slice, own, slice, slots);
+        start(call, [&] {
+          check(api().allGather(own, receive + begin, static_cast<size_t>(slice) * 4, kBytes, comm_, stream()),
+                "spreading sums");
+        });
         begin += size() * slice;
         countBoth(2 * (size() - 1) * slice * 4);
         pace(call);
       }
       while (begin < call.count) {
         const int64_t count = std::min(slots.width, call.count - begin);
-        check(api().allGather(send + begin, slots.at, static_cast<size_t>(count) * 4, kBytes, comm_, stream()),
-              "gathering addends");
+        start(call, [&] {
+          check(api().allGather(send + begin, slots.at, static_cast<size_t>(count) * 4, kBytes, comm_, stream()),
+                "gathering addends");
+        });
         const float* addends[kMaxRanks];
         for (int r = 0; r < size(); ++r) addends[r] = slots.at + r * count;
         treeSum(*queue_, addends, size(), count, receive + begin);
@@ -275,7 +289,10 @@ class NcclCommunicator final : public Communicator {
     if (place == Place::kNone) return;
     onGpu(call, [&] {
       if (size() == 1) return;
-      check(api().broadcast(data, data, static_cast<size_t>(bytes), kBytes, call.root, comm_, stream()), "a broadcast");
+      start(call, [&] {
+        check(api().broadcast(data, data, static_cast<size_t>(bytes), kBytes, call.root, comm_, stream()),
+              "a broadcast");
+      });
     });
     if (rank() == call.root) {
       countSent((size() - 1) * bytes);
@@ -297,8 +314,8 @@ class NcclCommunicator final : public Communicator {
   }
 
   // The control takes every message from one rank to the other, those on GPUs without their bytes.
-  void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
-                   std::string_view site) override {
+  void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming, std::string_view site,
+                   Matches*) override {
     Call call{.operation = outgoing.empty() ? Operation::kReceive : Operation::kSend, .site = site};
     const auto first = [&](const auto& message, int peer, const std::vector<int64_t>& numbers) {
       call.element = message.element, call.count = message.count, call.root = peer;
@@ -310,15 +327,16 @@ class NcclCommunicator final : public Communicator {
       first(incoming[0], incoming[0].from, received_);
     }
     const Turn turn(*this, call);
-    std::vector<Outgoing> sent(outgoing.begin(), outgoing.end()), sentGpu;
-    std::vector<Incoming> received(incoming.begin(), incoming.end()), receivedGpu;
+    std::vector<Outgoing> sent(outgoing.begin(), outgoing.end());
+    std::vector<Incoming> received(incoming.begin(), incoming.end());
     std::vector<Place> places;
-    for (const Outgoing& m : sent) places.push_back(placeOf(call, m.count, {m.data}));
     for (const Incoming& m : received) places.push_back(placeOf(call, m.count, {m.data}));
+    for (const Outgoing& m : sent) places.push_back(placeOf(call, m.count, {m.data}));
     const bool anyOnGpu = std::find(places.begin(), places.end(), Place::kGpu) != places.end();
     if (anyOnGpu) settle(call);
     auto place = places.begin();
-    const auto part = [&](auto& message, auto& onGpus, int from, int to, int64_t& number) {
+    GpuMessages onGpus(*this, call);
+    const auto part = [&](auto& message, int from, int to, int64_t& number) {
       const auto own = static_cast<uint64_t>(number++);
       const Place mine = *place++;
       if (!Ends::all().agree(number_, from, to, own, mine, message.count * bytesOf(message.element))) {
@@ -327,23 +345,23 @@ class NcclCommunicator final : public Communicator {
                mine == Place::kHost ? "this end lies on the host, the other on a GPU"
                                     : "this end lies on a GPU, the other on the host");
       }
-      if (mine != Place::kGpu) return;
-      onGpus.push_back(message);
+      if (mine != Place::kGpu) return onGpus.skip();
+      onGpus.add({number_, static_cast<int64_t>(own), from, to}, message.data,
+                 message.count * bytesOf(message.element));
       message.data = nullptr;
     };
-    for (Outgoing& m : sent) part(m, sentGpu, rank(), m.to, sent_[static_cast<size_t>(m.to)]);
-    for (Incoming& m : received) part(m, receivedGpu, m.from, rank(), received_[static_cast<size_t>(m.from)]);
-    const auto agree = [&] {
+    for (Incoming& m : received) part(m, m.from, rank(), received_[static_cast<size_t>(m.from)]);
+    for (Outgoing& m : sent) part(m, rank(), m.to, sent_[static_cast<size_t>(m.to)]);
+    const auto run = [&](Matches* matches) {
       onHost([&] {
-        control(&Inside::runExchange, std::span<const Outgoing>(sent), std::span<const Incoming>(received), site);
+        control(&Inside::runExchange, std::span<const Outgoing>(sent), std::span<const Incoming>(received), site,
+                matches);
       });
     };
-    if (!anyOnGpu) return agree();
-    // First the bytes: messages of one exchange must not wait for each other, as a stage's last activations and the
-    // gradients that it waits for.
+    if (!anyOnGpu) return run(nullptr);
     onGpu(call, [&] {
-      moveMessages(sentGpu, receivedGpu);
-      agree();
+      onGpus.copyOwn();
+      run(&onGpus);
     });
   }
 
@@ -372,6 +390,58 @@ class NcclCommunicator final : public Communicator {
     NcclCommunicator& group_;
   };
 
+  // Messages of one exchange, incoming ones first. Each is started when both its ranks are there, so that none waits
+  // for another, as a stage's last activations and the gradients that it waits for.
+  class GpuMessages final : public Matches {
+   public:
+    GpuMessages(NcclCommunicator& group, const Call& call) : group_(group), call_(call) {}
+
+    void skip() { messages_.emplace_back(); }
+    void add(const Launch& launch, const void* data, int64_t bytes) {
+      messages_.push_back({launch, const_cast<void*>(data), bytes});
+    }
+
+    // Those of this rank to itself, in order.
+    void copyOwn() {
+      for (const Message& to : messages_) {
+        if (to.launch.from != group_.rank() || to.launch.to != group_.rank()) continue;
+        const auto from =
+            std::find_if(messages_.rbegin(), messages_.rend(), [&](const Message& m) { return m.launch == to.launch; });
+        group_.copy(to.data, from->data, to.bytes);
+      }
+    }
+
+    void meet(size_t incoming) override {
+      const Launch& launch = messages_[incoming].launch;
+      if (launch.group == 0 || launch.from == launch.to) return;
+      const std::vector<int>& gpus = group_.gpus_;
+      LaunchOrder::all().add(launch, {gpus[static_cast<size_t>(launch.from)], gpus[static_cast<size_t>(launch.to)]});
+    }
+
+    void move() override {
+      LaunchOrder& order = LaunchOrder::all();
+      while (order.contains(*group_.line_, group_.number_)) {
+        group_.startNext(call_, [&](const Launch& launch) {
+          const auto m = std::find_if(messages_.begin(), messages_.end(),
+                                      [&](const Message& own) { return own.launch == launch; });
+          launch.from == group_.rank() ? group_.send(m->data, m->bytes, launch.to)
+                                       : group_.receive(m->data, m->bytes, launch.from);
+        });
+      }
+    }
+
+   private:
+    struct Message {
+      Launch launch;
+      void* data = nullptr;
+      int64_t bytes = 0;
+    };
+
+    NcclCommunicator& group_;
+    const Call& call_;
+    std::vector<Message> messages_;
+  };
+
   // Room for addends of all ranks, `width` floats apart.
   struct Slots {
     float* at;
@@ -387,19 +457,37 @@ class NcclCommunicator final : public Communicator {
 
   // --- coming to be --------------------------------------------------------------------------------------------------
 
-  void connect() {
-    checkCards(*control_, gpu_);
+  void connect(const Call& call) {
+    gpus_ = checkCards(*control_, gpu_);
     queue_ = std::make_unique<cuda::Queue>(gpu_, 1, 0);
+    stream_ = stream();  // the GPU is the thread's current one
+    line_ = &LaunchOrder::all().lineOf(gpu_);
+    if (rank() == 0) number_ = Ends::all().newGroup();
+    control_->broadcast(&number_, sizeof number_, Element::kByte, 0, "the group's number");
     if (size() > 1) {
       const Api& api = nccl::api();
       UniqueId id{};
       if (rank() == 0) check(api.getUniqueId(&id), "making a group");
       control_->broadcast(&id, sizeof id, Element::kByte, 0, "NCCL's group");
-      stream();  // the GPU is the thread's current one
-      check(api.commInitRank(&comm_, size(), id, rank()), "joining a group");
+      Config config;
+      check(api.commInitRankConfig(&comm_, size(), id, rank(), &config), "joining a group");
+      awaitNccl(call, "joining a group");
+      meetPeers(call);
     }
-    if (rank() == 0) number_ = Ends::all().newGroup();
-    control_->broadcast(&number_, sizeof number_, Element::kByte, 0, "the group's number");
+  }
+
+  // NCCL connects two ranks, in each direction, where one first sends to the other, and starts nothing of a group
+  // before: ranks that connect different directions, or in another order, would wait for each other.
+  void meetPeers(const Call& call) {
+    char* const bytes = queue_->scratchOf<char>(size());
+    start(call, [&] {
+      for (int peer = 0; peer < size(); ++peer) {
+        if (peer == rank()) continue;
+        send(bytes + rank(), 1, peer);
+        receive(bytes + peer, 1, peer);
+      }
+    });
+    finish(call);
   }
 
   // --- the frame of a call -------------------------------------------------------------------------------------------
@@ -417,14 +505,17 @@ class NcclCommunicator final : public Communicator {
         throw;
       }
     } catch (...) {
+      LaunchOrder::all().drop(number_);
       if (comm_ != nullptr) api().commAbort(std::exchange(comm_, nullptr));
-      if (queue_ != nullptr) cudaStreamSynchronize(stream());
+      if (stream_ != nullptr) cudaStreamSynchronize(stream_);
       throw;
     }
   }
 
   Place placeOf(const Call& call, int64_t count, std::initializer_list<const void*> buffers) {
     if (count == 0) return Place::kNone;
+    // A thread that never chose would ask GPU 0, and take memory there.
+    guarded(call, [&] { cuda::check(cudaSetDevice(gpu_), "choosing the GPU"); });
     Place place = Place::kNone;
     for (const void* const buffer : buffers) {
       cudaPointerAttributes attributes{};
@@ -510,23 +601,17 @@ class NcclCommunicator final : public Communicator {
     if (++groups_ % kGroups == 0) finish(call);
   }
 
-  // Waits for the stream, and for whatever makes waiting useless.
-  void finish(const Call& call) {
+  // Waits until ready(), or for whatever makes waiting useless.
+  template <class Ready>
+  void await(const Call& call, const Ready& ready) {
     const int64_t began = nowNanoseconds();
     const int64_t spinUntil = began + (spinningPays() ? kSpinNanoseconds : 0);
     int64_t lookAt = began + kLookNanoseconds;
-    for (;;) {
-      const cudaError_t state = cudaStreamQuery(stream());
-      if (state == cudaSuccess) return;
+    while (!ready()) {
       const int64_t now = nowNanoseconds();
-      if (state != cudaErrorNotReady || now >= lookAt) {
+      if (now >= lookAt) {
         lookAt = now + kLookNanoseconds;
-        // An empty exchange throws the world's cause when it is dead; what NCCL says may only follow from that.
-        control(&Inside::runExchange, std::span<const Outgoing>(), std::span<const Incoming>(), call.site);
-        if (state != cudaErrorNotReady) cuda::check(state, "communicating");
-        Result error = kSuccess;
-        if (comm_ != nullptr) check(api().commGetAsyncError(comm_, &error), "asking NCCL how it is");
-        check(error, "moving the bytes");
+        look(call);
         if (now - began > kPatienceNanoseconds) {
           throw Error("NCCL_FAILED", "NCCL has not moved the bytes for " +
                                          std::to_string(kPatienceNanoseconds / kSecond) +
@@ -539,12 +624,65 @@ class NcclCommunicator final : public Communicator {
     }
   }
 
+  // What NCCL says may only follow from the cause of the world's death.
+  void look(const Call& call) {
+    live(call);
+    if (comm_ != nullptr) check(state(), "moving the bytes");
+  }
+
+  Result state() {
+    Result now = kSuccess;
+    check(api().commGetAsyncError(comm_, &now), "asking NCCL how it is");
+    return now;
+  }
+
+  // Until NCCL has done what it was called for: before that it takes no call, and the stream knows nothing of it.
+  void awaitNccl(const Call& call, const char* what) {
+    await(call, [&] {
+      const Result now = state();
+      if (now == kInProgress) return false;
+      if (now != kSuccess) look(call);
+      check(now, what);
+      return true;
+    });
+  }
+
+  // Waits for the stream.
+  void finish(const Call& call) {
+    await(call, [&] {
+      const cudaError_t now = cudaStreamQuery(stream());
+      if (now == cudaSuccess || now == cudaErrorNotReady) return now == cudaSuccess;
+      look(call);
+      cuda::check(now, "communicating");
+      return true;
+    });
+  }
+
   void countBoth(int64_t bytes) {
     countReceived(bytes);
     countSent(bytes);
   }
 
   // --- on the GPU ----------------------------------------------------------------------------------------------------
+
+  // What `calls` asks NCCL for, of all ranks together; returns when it is on the stream.
+  template <class Calls>
+  void start(const Call& call, const Calls& calls) {
+    LaunchOrder::all().arrive({number_, ++launches_}, gpus_);
+    startNext(call, [&](const Launch&) { calls(); });
+  }
+
+  // Waits until launches of this group are first in the GPU's line, and starts them.
+  template <class Ask>
+  void startNext(const Call& call, const Ask& ask) {
+    await(call, [&] { return line_->isNextOf(number_); });
+    const std::vector<Launch> launches = LaunchOrder::all().nextOf(*line_, number_);
+    Group group(api());
+    for (const Launch& launch : launches) ask(launch);
+    group.end();
+    awaitNccl(call, "starting a group");
+    LaunchOrder::all().leave(*line_, launches);
+  }
 
   void copy(void* to, const void* from, int64_t bytes) {
     if (to != from) queue_->copy(to, from, static_cast<size_t>(bytes));
@@ -563,42 +701,44 @@ class NcclCommunicator final : public Communicator {
   }
 
   // sum = tree over ranks of their slice for this rank. The slice for rank p begins at slices + p * stride.
-  void sumOfSlices(const float* slices, int64_t stride, float* sum, int64_t count, const Slots& slots) {
-    Group group(api());
+  void sumOfSlices(const Call& call, const float* slices, int64_t stride, float* sum, int64_t count,
+                   const Slots& slots) {
     const float* addends[kMaxRanks];
     addends[rank()] = slices + rank() * stride;
-    for (int step = 1; step < size(); ++step) {
-      const int to = (rank() + step) % size(), from = (rank() + size() - step) % size();
-      float* const slot = slots.at + from * slots.width;
-      addends[from] = slot;
-      send(slices + to * stride, count * 4, to);
-      receive(slot, count * 4, from);
-    }
-    group.end();
+    start(call, [&] {
+      for (int step = 1; step < size(); ++step) {
+        const int to = (rank() + step) % size(), from = (rank() + size() - step) % size();
+        float* const slot = slots.at + from * slots.width;
+        addends[from] = slot;
+        send(slices + to * stride, count * 4, to);
+        receive(slot, count * 4, from);
+      }
+    });
     treeSum(*queue_, addends, size(), count, sum);
   }
 
-  void gatherPieces(const std::vector<std::vector<Piece>>& all, char* to) {
-    std::unique_ptr<Group> group;
-    int64_t calls = 0;
+  void gatherPieces(const Call& call, const std::vector<std::vector<Piece>>& all, char* to) {
+    std::vector<std::pair<int, Piece>> pieces;  // with their owners
     for (int owner = 0; owner < size(); ++owner) {
       for (const Piece& piece : all[static_cast<size_t>(owner)]) {
-        if (piece.bytes == 0) continue;
-        char* const at = to + piece.offset;
-        if (size() == 1) {
-          copy(at, piece.data, piece.bytes);
-          continue;
-        }
-        if (group == nullptr) group = std::make_unique<Group>(api());
-        const void* const from = owner == rank() ? piece.data : at;
-        check(api().broadcast(from, at, static_cast<size_t>(piece.bytes), kBytes, owner, comm_, stream()), "a piece");
-        owner == rank() ? countSent((size() - 1) * piece.bytes) : countReceived(piece.bytes);
-        if (++calls % kGroupCalls != 0) continue;
-        group->end();
-        group = nullptr;
+        if (piece.bytes > 0) pieces.emplace_back(owner, piece);
       }
     }
-    if (group != nullptr) group->end();
+    if (size() == 1) {
+      for (const auto& [owner, piece] : pieces) copy(to + piece.offset, piece.data, piece.bytes);
+      return;
+    }
+    for (size_t first = 0; first < pieces.size(); first += kGroupCalls) {
+      start(call, [&] {
+        for (size_t i = first; i < std::min(first + kGroupCalls, pieces.size()); ++i) {
+          const auto& [owner, piece] = pieces[i];
+          char* const at = to + piece.offset;
+          const void* const from = owner == rank() ? piece.data : at;
+          check(api().broadcast(from, at, static_cast<size_t>(piece.bytes), kBytes, owner, comm_, stream()), "a piece");
+          owner == rank() ? countSent((size() - 1) * piece.bytes) : countReceived(piece.bytes);
+        }
+      });
+    }
   }
 
   void checkSameShares(const Call& call, const std::vector<std::vector<Share>>& lists) {
@@ -626,7 +766,7 @@ class NcclCommunicator final : public Communicator {
     std::vector<int64_t> filled(static_cast<size_t>(size()));
     std::vector<Share> round;
     const auto flush = [&] {
-      sumRound(buffer, round, slots);
+      sumRound(call, buffer, round, slots);
       round.clear();
       std::fill(filled.begin(), filled.end(), 0);
       pace(call);
@@ -634,7 +774,7 @@ class NcclCommunicator final : public Communicator {
     for (const Share& share : shares) {
       for (int64_t done = 0; done < share.count;) {
         int64_t& full = filled[static_cast<size_t>(share.owner)];
-        if (full == slots.width || static_cast<int64_t>(round.size()) * (size() - 1) >= kGroupCalls) flush();
+        if (full == slots.width || round.size() * static_cast<size_t>(size() - 1) >= kGroupCalls) flush();
         const int64_t count = std::min(share.count - done, slots.width - full);
         round.push_back({share.offset + done, count, share.owner});
         full += alignedUp(count);
@@ -644,20 +784,20 @@ class NcclCommunicator final : public Communicator {
     if (!round.empty()) flush();
   }
 
-  void sumRound(float* buffer, const std::vector<Share>& round, const Slots& slots) {
-    Group group(api());
+  void sumRound(const Call& call, float* buffer, const std::vector<Share>& round, const Slots& slots) {
     int64_t place = 0;
-    for (const Share& share : round) {
-      if (share.owner != rank()) {
-        send(buffer + share.offset, share.count * 4, share.owner);
-        continue;
+    start(call, [&] {
+      for (const Share& share : round) {
+        if (share.owner != rank()) {
+          send(buffer + share.offset, share.count * 4, share.owner);
+          continue;
+        }
+        for (int r = 0; r < size(); ++r) {
+          if (r != rank()) receive(slots.at + r * slots.width + place, share.count * 4, r);
+        }
+        place += alignedUp(share.count);
       }
-      for (int r = 0; r < size(); ++r) {
-        if (r != rank()) receive(slots.at + r * slots.width + place, share.count * 4, r);
-      }
-      place += alignedUp(share.count);
-    }
-    group.end();
+    });
     place = 0;
     for (const Share& share : round) {
       if (share.owner != rank()) continue;
@@ -669,32 +809,17 @@ class NcclCommunicator final : public Communicator {
     }
   }
 
-  void moveMessages(const std::vector<Outgoing>& sent, const std::vector<Incoming>& received) {
-    auto own = sent.begin();  // to this rank itself, in order
-    for (const Incoming& m : received) {
-      if (m.from != rank()) continue;
-      own = std::find_if(own, sent.end(), [&](const Outgoing& o) { return o.to == rank(); });
-      copy(m.data, own->data, m.count * bytesOf(m.element));
-      ++own;
-    }
-    if (size() == 1) return;
-    Group group(api());
-    for (const Outgoing& m : sent) {
-      if (m.to != rank()) send(m.data, m.count * bytesOf(m.element), m.to);
-    }
-    for (const Incoming& m : received) {
-      if (m.from != rank()) receive(m.data, m.count * bytesOf(m.element), m.from);
-    }
-    group.end();
-  }
-
   std::shared_ptr<Communicator> control_;
   int gpu_;
+  std::vector<int> gpus_;  // of all ranks
   std::function<void()> settle_;
   std::unique_ptr<cuda::Queue> queue_;
-  Comm comm_ = nullptr;  // null in a group of one, and after a failure
+  cudaStream_t stream_ = nullptr;  // its stream, for what must not throw
+  Comm comm_ = nullptr;            // null in a group of one, and after a failure
   std::atomic<bool> busy_{false};
   int64_t number_ = 0;                    // of the group, in this process
+  int64_t launches_ = 0;                  // that all ranks make together
+  LaunchOrder::Line* line_ = nullptr;     // of the GPU
   std::vector<int64_t> sent_, received_;  // messages to and from each rank
   int64_t groups_ = 0;
 };

@@ -1,5 +1,11 @@
 // A communicator for ranks that compute on GPUs: threads of one process, a GPU each. What lies on the host goes through
 // another communicator, the control, and so does the agreement on every call; what lies on a GPU goes through NCCL.
+//
+// NCCL waits for nobody unheard: its communicators do not block, so a rank that waits in NCCL looks at the world as it
+// does in the control, and leaves when that is dead. All ranks of a group exchange a byte when it is made, since NCCL
+// connects two ranks when one first sends to the other, and starts nothing before. Several communicators of one GPU are
+// used by several threads: what they start has one order on all GPUs (comm/nccl/launch_order.h).
+//
 // Three makers: nccl.cpp with nvcc's headers or with those of the emulation, and none.cpp without CUDA.
 #pragma once
 

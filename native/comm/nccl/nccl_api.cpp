@@ -19,7 +19,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kName = "libnccl.so.2";
-constexpr int kLeastVersion = 21900;
+constexpr int kLeastVersion = 22600;
 constexpr bool kEmulated = std::string_view(cuda::kBuild) == "emulated";
 
 std::string versionText(int version) {
@@ -101,6 +101,8 @@ Library load() {
   // Memory made of pages is open to its own GPU only, and NCCL would have other ranks of the process write to it. It
   // reads this when it is first used.
   setenv("NCCL_P2P_DIRECT_DISABLE", "1", 0);
+  // Kernels of communicators on one GPU begin in the order in which they were started (comm/nccl/launch_order.h).
+  setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0);
   void* const handle = open(problem);
   if (handle == nullptr) return found;
   Api& api = found.api;
@@ -109,7 +111,7 @@ Library load() {
   if (!find(handle, api.getVersion, "ncclGetVersion") || api.getVersion(&version) != kSuccess) {
     problem =
         "a library of the name is there, but does not say its version as NCCL does; set LOCKSTEP_NCCL_PATH to a "
-        "libnccl.so.2 of NCCL 2.19 or newer";
+        "libnccl.so.2 of NCCL 2.26 or newer";
     return found;
   }
   const bool named = dladdr(reinterpret_cast<void*>(api.getVersion), &where) != 0 && where.dli_fname != nullptr;
@@ -118,7 +120,7 @@ Library load() {
   const std::string what = "NCCL " + found.status.version + " (" + found.status.path + ")";
   if (version < kLeastVersion) {
     found.code = "NCCL_VERSION";
-    problem = "found " + what + ", needed 2.19 or newer; update it (pip install -U nvidia-nccl-cu13, or the package " +
+    problem = "found " + what + ", needed 2.26 or newer; update it (pip install -U nvidia-nccl-cu13, or the package " +
               "libnccl2), or set LOCKSTEP_NCCL_PATH to a newer libnccl.so.2";
     return found;
   }
@@ -127,7 +129,7 @@ Library load() {
     if (!find(handle, function, name)) missing += (missing.empty() ? "" : ", ") + std::string(name);
   };
   need(api.getUniqueId, "ncclGetUniqueId");
-  need(api.commInitRank, "ncclCommInitRank");
+  need(api.commInitRankConfig, "ncclCommInitRankConfig");
   need(api.commDestroy, "ncclCommDestroy");
   need(api.commAbort, "ncclCommAbort");
   need(api.commGetAsyncError, "ncclCommGetAsyncError");
@@ -138,7 +140,7 @@ Library load() {
   need(api.receive, "ncclRecv");
   need(api.groupStart, "ncclGroupStart");
   need(api.groupEnd, "ncclGroupEnd");
-  if (!missing.empty()) problem = what + " lacks " + missing + "; install a complete one of 2.19 or newer";
+  if (!missing.empty()) problem = what + " lacks " + missing + "; install a complete one of 2.26 or newer";
   return found;
 }
 

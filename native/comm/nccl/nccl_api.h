@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <limits>
 #include <string>
 
 #include "comm/nccl/nccl.h"
@@ -17,14 +18,26 @@ struct UniqueId {
 };
 using Comm = struct ncclComm*;
 using Result = int;
-constexpr Result kSuccess = 0, kSystemError = 2, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7;
+constexpr Result kSuccess = 0, kSystemError = 2, kInternalError = 3, kInvalidArgument = 4, kInvalidUsage = 5,
+                 kInProgress = 7;
 using Type = int;
 constexpr Type kBytes = 1;  // ncclUint8: everything is moved, nothing is summed
+
+// What all versions' ncclConfig_t begins with: a library reads `size` bytes, and as many members as `version` had.
+// Communicators do not block: a call that waits for other ranks returns kInProgress, commGetAsyncError says when it is
+// done, and commAbort ends it.
+struct Config {
+  size_t size = sizeof(Config);
+  unsigned magic = 0xcafebeef, version = 21700;
+  int blocking = 0;
+  int clusterSize = std::numeric_limits<int>::min();  // the library's choice
+};
+static_assert(sizeof(Config) == 24);
 
 struct Api {
   Result (*getVersion)(int*) = nullptr;
   Result (*getUniqueId)(UniqueId*) = nullptr;
-  Result (*commInitRank)(Comm*, int ranks, UniqueId, int rank) = nullptr;
+  Result (*commInitRankConfig)(Comm*, int ranks, UniqueId, int rank, Config*) = nullptr;
   Result (*commDestroy)(Comm) = nullptr;
   Result (*commAbort)(Comm) = nullptr;
   Result (*commGetAsyncError)(Comm, Result*) = nullptr;
@@ -54,7 +67,7 @@ const Library& library();
 // Throws library().code when there is no NCCL.
 const Api& api();
 
-// Throws Error("NCCL_FAILED").
+// Throws Error("NCCL_FAILED") unless it went well or goes on.
 void check(Result, const char* what);
 
 }  // namespace lockstep::comm::nccl

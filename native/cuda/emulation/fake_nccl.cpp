@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -12,13 +13,21 @@
 namespace lockstep::comm::nccl {
 
 struct World;
+struct Job;
+
+// What ranks connect before they start anything: to send to a peer, to receive from it.
+constexpr int kToPeer = 1, kFromPeer = 2;
 
 // One rank's end. What streams have queued keeps it.
 struct ncclComm {
   std::shared_ptr<World> world;
-  int rank = 0;
-  uint64_t collectives = 0;  // called so far
-  bool aborted = false;
+  int rank = 0, device = 0;
+  uint64_t collectives = 0, groups = 0;  // called so far
+  bool aborted = false, joins = true;    // joins: the other ranks have not come yet
+  std::map<int, int> connected = {};     // by peer
+  // A group that is on its way to its streams, and what it connects.
+  std::map<cudaStream_t, std::shared_ptr<Job>> starting = {};
+  std::map<int, int> connecting = {};
 };
 
 namespace {
@@ -64,7 +73,8 @@ struct World {
 
   size_t size;
   std::vector<int> devices;
-  bool broken = false, differ = false;
+  bool broken = false, differ = false, truncated = false, stuck = false;
+  std::map<std::pair<int, int>, int> asked;  // by rank and peer: what it last wanted to connect
   std::map<uint64_t, Collective> collectives;
   std::map<std::pair<int, int>, std::deque<std::shared_ptr<Message>>> channels;  // by sender and receiver
 
@@ -111,18 +121,37 @@ struct World {
   }
 };
 
-namespace {
+// By GPU: what was started there and is not done, in that order.
+std::map<int, std::deque<Job*>> lines;
+constexpr auto kPatience = std::chrono::seconds(10);
 
-// What one group has queued on one stream.
+// What one group has queued on one stream. A GPU has room for one at a time: of two communicators that start in
+// different orders on two GPUs, each waits for the other.
 struct Job {
   std::shared_ptr<ncclComm> comm;
-  std::vector<Part> parts;
+  bool first;  // of its communicator
+  std::vector<Part> parts = {};
   bool begun = false;
+  std::chrono::steady_clock::time_point at = {};
+
+  void enqueue() {
+    lines[comm->device].push_back(this);
+    at = std::chrono::steady_clock::now();
+  }
+  ~Job() { std::erase(lines[comm->device], this); }
 
   bool step() {
+    const bool done = advance();
+    if (done) std::erase(lines[comm->device], this);
+    return done;
+  }
+
+  bool advance() {
     World& world = *comm->world;
     if (comm->aborted) return true;
-    if (world.broken || world.differ || emulated::fault("nccl-later")) return false;
+    if (std::chrono::steady_clock::now() - at > kPatience) world.stuck = true;
+    if (lines[comm->device].front() != this) return false;
+    if (world.broken || world.differ || (!first && emulated::fault("nccl-later"))) return false;
     for (Part& part : parts) {
       if (!begun) world.begin(comm->rank, part);
     }
@@ -136,6 +165,8 @@ struct Job {
   }
 };
 
+namespace {
+
 struct Queued {
   Comm comm;
   cudaStream_t stream;
@@ -147,6 +178,37 @@ thread_local int depth = 0;
 std::map<uint64_t, std::shared_ptr<World>> worlds;  // that not all ranks have joined
 std::map<Comm, std::shared_ptr<ncclComm>> comms;
 
+// Whether this is the rank that a fault is injected into, which has started as many groups.
+bool fails(Comm comm, const char* fault, uint64_t groups) {
+  return comm->rank == 1 && comm->groups >= groups && emulated::fault(fault);
+}
+
+// What NCCL's threads do beside the rank; here when the rank asks how they are. A group starts when all that it
+// connects is wanted by the peers as well.
+void advance(ncclComm& comm) {
+  World& world = *comm.world;
+  comm.joins = comm.joins && world.devices.size() < world.size;
+  if (comm.joins || comm.starting.empty()) return;
+  for (const auto& [peer, sides] : comm.connecting) {
+    const int wanted = (sides & kToPeer ? kFromPeer : 0) | (sides & kFromPeer ? kToPeer : 0);
+    const int found = world.asked[{peer, comm.rank}];
+    if ((found & wanted) != wanted) return;
+    world.truncated = world.truncated || found != wanted;
+  }
+  if (world.truncated) return;
+  for (const auto& [peer, sides] : std::exchange(comm.connecting, {})) comm.connected[peer] |= sides;
+  for (const auto& [stream, job] : std::exchange(comm.starting, {})) {
+    job->enqueue();
+    emulated::enqueue_until(stream, [job] { return job->step(); });
+  }
+}
+
+// A communicator takes no call while it is on its way to another.
+Result stateOf(const ncclComm& comm) {
+  if (comm.world->truncated || comm.world->stuck) return kInternalError;
+  return comm.joins || !comm.starting.empty() ? kInProgress : kSuccess;
+}
+
 Result groupStart() {
   ++depth;
   return kSuccess;
@@ -155,29 +217,29 @@ Result groupStart() {
 Result groupEnd() {
   if (depth == 0) return kInvalidUsage;
   if (--depth > 0) return kSuccess;
-  std::map<std::pair<Comm, cudaStream_t>, std::shared_ptr<Job>> jobs;
   const std::lock_guard lock(emulated::machine.mutex);
-  for (const Queued& queued : std::exchange(group, {})) {
-    auto& job = jobs[{queued.comm, queued.stream}];
-    if (job == nullptr) job = std::make_shared<Job>(Job{comms.at(queued.comm), {}});
-    const bool collective = queued.call.kind == Call::kGather || queued.call.kind == Call::kBroadcast;
-    job->parts.push_back({queued.call, collective ? queued.comm->collectives++ : 0, nullptr});
-  }
   Result result = kSuccess;
-  for (const auto& [key, job] : jobs) {
-    const cudaError_t error = emulated::enqueue_until(key.second, [job] { return job->step(); });
-    if (error != cudaSuccess) result = kSuccess + 1;  // ncclUnhandledCudaError
+  for (const Queued& queued : std::exchange(group, {})) {
+    ncclComm& comm = *queued.comm;
+    const Call& call = queued.call;
+    auto& job = comm.starting[queued.stream];
+    if (job == nullptr) job = std::make_shared<Job>(Job{comms.at(queued.comm), comm.groups++ == 0});
+    const bool collective = call.kind == Call::kGather || call.kind == Call::kBroadcast;
+    job->parts.push_back({call, collective ? comm.collectives++ : 0, nullptr});
+    const int side = call.kind == Call::kSend ? kToPeer : call.kind == Call::kReceive ? kFromPeer : 0;
+    if (side != 0 && (comm.connected[call.peer] & side) == 0) comm.connecting[call.peer] |= side;
+    for (const auto& [peer, sides] : comm.connecting) comm.world->asked[{comm.rank, peer}] = sides;
+    result = kInProgress;
   }
   return result;
 }
 
-// Whether this is the rank that a fault is injected into.
-bool fails(Comm comm, const char* fault) {
-  return comm->rank == 1 && emulated::fault(fault);
-}
-
 Result queue(Comm comm, cudaStream_t stream, const Call& call) {
-  if (fails(comm, "nccl-call")) return kSystemError;
+  if (fails(comm, "nccl-call", 1)) return kSystemError;
+  {
+    const std::lock_guard lock(emulated::machine.mutex);
+    if (stateOf(*comm) != kSuccess) return kInvalidArgument;
+  }
   const int size = static_cast<int>(comm->world->size);
   if (call.kind != Call::kGather && (call.peer < 0 || call.peer >= size)) return kInvalidArgument;
   groupStart();
@@ -194,7 +256,10 @@ Result getUniqueId(UniqueId* id) {
   return kSuccess;
 }
 
-Result commInitRank(Comm* comm, int ranks, UniqueId id, int rank) {
+Result commInitRankConfig(Comm* comm, int ranks, UniqueId id, int rank, Config* config) {
+  if (config->size != sizeof *config || config->magic != Config().magic || config->blocking != 0)
+    return kInvalidArgument;
+  if (rank == 1 && emulated::fault("nccl-init")) return kSystemError;
   uint64_t number = 0;
   std::memcpy(&number, id.bytes, sizeof number);
   const std::lock_guard lock(emulated::machine.mutex);
@@ -205,11 +270,11 @@ Result commInitRank(Comm* comm, int ranks, UniqueId id, int rank) {
     if (device == emulated::device) return kInvalidUsage;  // one GPU, one rank
   }
   world->devices.push_back(emulated::device);
-  auto made = std::make_shared<ncclComm>(ncclComm{world, rank});
+  auto made = std::make_shared<ncclComm>(ncclComm{world, rank, emulated::device});
   if (world->devices.size() == world->size) worlds.erase(number);
   *comm = made.get();
   comms[*comm] = std::move(made);
-  return kSuccess;
+  return kInProgress;
 }
 
 Result commDestroy(Comm comm) {
@@ -221,18 +286,21 @@ Result commAbort(Comm comm) {
   const std::lock_guard lock(emulated::machine.mutex);
   if (!comms.contains(comm)) return kInvalidArgument;
   comm->aborted = comm->world->broken = true;
+  comm->starting.clear();
   return commDestroy(comm);
 }
 
 Result commGetAsyncError(Comm comm, Result* error) {
   const std::lock_guard lock(emulated::machine.mutex);
-  *error = fails(comm, "nccl-later") ? kSystemError : comm->world->differ ? kInvalidUsage : kSuccess;
+  advance(*comm);
+  *error = fails(comm, "nccl-later", 2) ? kSystemError : comm->world->differ ? kInvalidUsage : stateOf(*comm);
   return kSuccess;
 }
 
 const char* getErrorString(Result result) {
   return result == kSystemError       ? "unhandled system error"
          : result == kInvalidUsage    ? "invalid usage"
+         : result == kInternalError   ? "internal error"
          : result == kInvalidArgument ? "invalid argument"
          : result == kSuccess         ? "no error"
                                       : "unhandled cuda error";
@@ -251,7 +319,7 @@ Library fakeLibrary() {
   made.api = {
       .getVersion = [](int* version) -> Result { return *version = 22703, kSuccess; },
       .getUniqueId = getUniqueId,
-      .commInitRank = commInitRank,
+      .commInitRankConfig = commInitRankConfig,
       .commDestroy = commDestroy,
       .commAbort = commAbort,
       .commGetAsyncError = commGetAsyncError,

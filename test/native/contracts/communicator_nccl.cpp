@@ -2,11 +2,13 @@
 #include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <random>
 #include <span>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "comm/background.h"
 #include "comm/nccl/nccl.h"
 #include "communicator_harness.h"
 #include "core/error.h"
@@ -202,6 +204,79 @@ const CommunicatorRegistration kFails("nccl.fails", 1, [](CommunicatorTrial& t) 
                        "NCCL says: unhandled system error", "in barrier", "at 'later'"});
         });
   }
+});
+
+// A rank that can not join ends the others, which wait for it in NCCL.
+const CommunicatorRegistration kJoins("nccl.joins", 1, [](CommunicatorTrial& t) {
+  setenv("LOCKSTEP_EMULATION_FAULT", "nccl-init", 1);
+  const auto began = std::chrono::steady_clock::now();
+  runOnGpus(
+      t, 3, ownGpu, [](GpuRank&, Rank&) {},
+      [&](const std::vector<Outcome>& outcomes) {
+        unsetenv("LOCKSTEP_EMULATION_FAULT");
+        t.expectAll(outcomes, "NCCL_FAILED",
+                    {"group 'world', rank 1: split 0 at 'a group of GPUs'",
+                     "joining a group: NCCL says: unhandled system error"});
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+        if (took.count() > 1) t.fail("the ranks ended after " + std::to_string(took.count()) + " s");
+      });
+  unsetenv("LOCKSTEP_EMULATION_FAULT");
+});
+
+// The first messages between two ranks, of which one has both at once and the other one after the other.
+const CommunicatorRegistration kFirst("nccl.firstMessages", 20, [](CommunicatorTrial& t) {
+  const bool together = t.integer(0, 1) == 1;
+  runOnGpus(
+      t, 2, ownGpu,
+      [&](GpuRank& mine, Rank&) {
+        Communicator& c = mine.group;
+        const int other = 1 - c.rank();
+        float* const to = mine.gpu + 500;
+        mine.queue.fill(mine.gpu, c.rank() + 1, 400);
+        const comm::Outgoing out{other, mine.gpu, 100, Element::kFloat32};
+        const comm::Incoming in{other, to, 100, Element::kFloat32};
+        if (c.rank() == 0 || together) {
+          c.exchange({&out, 1}, {&in, 1}, "both");
+        } else {
+          std::this_thread::sleep_for(std::chrono::milliseconds(5));
+          c.receive(to, 100, Element::kFloat32, 0, "activations");
+          c.send(mine.gpu, 100, Element::kFloat32, 0, "gradients");
+        }
+        mine.queue.toHost(mine.host, to, 400);
+        const char* const bytes = reinterpret_cast<const char*>(mine.host);
+        for (int i = 0; i < 400; ++i) require(bytes[i] == other + 1, "a byte is wrong");
+      },
+      [&](const std::vector<Outcome>& outcomes) { t.expectAllFine(outcomes); });
+});
+
+// Two communicators on the same GPUs, of two threads that come in different orders.
+const CommunicatorRegistration kSharedGpus("nccl.sharedGpus", 3, [](CommunicatorTrial& t) {
+  const auto seed = static_cast<unsigned>(t.integer(1, 1 << 20));
+  runOnGpus(
+      t, 3, ownGpu,
+      [&](GpuRank& mine, Rank&) {
+        Communicator& c = mine.group;
+        const int next = (c.rank() + 1) % 3, before = (c.rank() + 2) % 3;
+        std::minstd_rand random(seed + static_cast<unsigned>(c.rank()));
+        const auto pause = [](uint32_t drawn) { std::this_thread::sleep_for(std::chrono::microseconds(drawn % 1000)); };
+        comm::Background behind(c.duplicate("behind"));
+        mine.queue.fill(mine.gpu, 0, kFloats * 4);
+        for (int i = 0; i < 30; ++i) {
+          behind.submit([&, drawn = random()](Communicator& group) {
+            pause(drawn);
+            group.allReduce(mine.gpu, mine.gpu, 100, "behind");
+          });
+        }
+        for (int i = 0; i < 30; ++i) {
+          pause(random());
+          const comm::Outgoing out{next, mine.gpu + 400, 100, Element::kFloat32};
+          const comm::Incoming in{before, mine.gpu + 500, 100, Element::kFloat32};
+          i % 2 == 0 ? c.exchange({&out, 1}, {&in, 1}, "ring")
+                     : c.allReduce(mine.gpu + 600, mine.gpu + 600, 100, "sum");
+        }
+        behind.drain();
+      },
+      [&](const std::vector<Outcome>& outcomes) { t.expectAllFine(outcomes); });
 });
 
 // Unequal shares are a mismatch on all ranks, from then on.

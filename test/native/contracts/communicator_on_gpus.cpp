@@ -19,6 +19,7 @@ using comm::Call;
 using comm::Communicator;
 using comm::Incoming;
 using comm::Inside;
+using comm::Matches;
 using comm::Outgoing;
 using comm::Piece;
 using comm::Share;
@@ -135,8 +136,10 @@ class OnGpus final : public Communicator {
     return part == nullptr ? nullptr : std::make_unique<OnGpus>(std::move(part), queue_);
   }
 
-  void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming,
-                   std::string_view site) override {
+  void live(const Call& call) override { (inner_.get()->*(&Inside::live))(call); }
+
+  void runExchange(std::span<const Outgoing> outgoing, std::span<const Incoming> incoming, std::string_view site,
+                   Matches* matches) override {
     std::vector<std::unique_ptr<Mirror>> mirrors;
     const auto moved = [&](auto& message) {
       if (message.count % 4 == 3) return;  // stays on the host, at both ends
@@ -147,7 +150,7 @@ class OnGpus final : public Communicator {
     std::vector<Incoming> received(incoming.begin(), incoming.end());
     for (Outgoing& message : sent) moved(message);
     for (Incoming& message : received) moved(message);
-    run(&Inside::runExchange, std::span<const Outgoing>(sent), std::span<const Incoming>(received), site);
+    run(&Inside::runExchange, std::span<const Outgoing>(sent), std::span<const Incoming>(received), site, matches);
     for (size_t i = 0; i < received.size(); ++i) {
       const Incoming& message = received[i];
       const auto bytes = static_cast<size_t>(message.count * bytesOf(message.element));

@@ -198,8 +198,9 @@ class Flipping final : public comm::Communicator {
   void runBroadcast(const comm::Call&, void*) override { unused(); }
   void runBarrier(const comm::Call&) override { unused(); }
   std::unique_ptr<comm::Communicator> runSplit(const comm::Call&, int, int) override { unused(); }
+  void live(const comm::Call&) override { unused(); }
   void runExchange(std::span<const comm::Outgoing> outgoing, std::span<const comm::Incoming> incoming,
-                   std::string_view site) override {
+                   std::string_view site, comm::Matches*) override {
     inner_->exchange(outgoing, incoming, site);
     flip(static_cast<char*>(incoming[0].data));
   }
