@@ -93,7 +93,15 @@ Rank::~Rank() {
 
 std::shared_ptr<comm::Communicator> Rank::connect(std::shared_ptr<comm::Communicator> group) {
   if (gpu() < 0 || group == nullptr) return group;
-  return comm::overNccl(std::move(group), gpu(), [this] { queue_->synchronize(); });
+  const comm::Computation own = comm::computationOf(*queue_);
+  const auto mark = [this, own]() -> std::function<void()> { return [this, given = own.mark()] { whileOpen(given); }; };
+  return comm::overNccl(std::move(group), gpu(), {[this, own] { whileOpen(own.settle); }, mark});
+}
+
+void Rank::whileOpen(const std::function<void()>& wait) {
+  const std::shared_lock lock(queueMutex_);
+  if (queueClosed_) throw Error("CLOSED", "the device is closed");
+  wait();
 }
 
 void Rank::atExit(void* rank) {
@@ -109,7 +117,11 @@ void Rank::close() {
   for (RankThread* beside : {saver_.get(), transfer_.get()}) {
     if (beside != nullptr) beside->close();
   }
-  queue_->close();
+  {
+    const std::lock_guard lock(queueMutex_);
+    queueClosed_ = true;
+    queue_->close();
+  }
   workspace_.release();
   host_.close();
   door_.Release();

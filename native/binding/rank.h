@@ -9,6 +9,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <shared_mutex>
 #include <string>
 #include <vector>
 
@@ -80,6 +81,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
 
  private:
   struct Call;
+  // Waits for the queue, from threads that may outlive it: those of models that reduce gradients.
+  void whileOpen(const std::function<void()>& wait);
   Napi::Promise callOn(RankThread&, Napi::Env, std::function<void()> work,
                        std::function<Napi::Value(Napi::Env)> finish);
   static void complete(Napi::Env, Call*);
@@ -94,6 +97,8 @@ class Rank : public std::enable_shared_from_this<Rank> {
   transfer::HostRoom host_;
   Arena workspace_;
   std::unique_ptr<Queue> queue_;
+  std::shared_mutex queueMutex_;  // taken alone to close it
+  bool queueClosed_ = false;
   napi_env env_;
   Napi::ThreadSafeFunction door_;
   int pending_ = 0;

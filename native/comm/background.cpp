@@ -13,7 +13,10 @@ Background::~Background() {
 }
 
 Background::Ticket Background::submit(Work work) {
-  thread_.post([this, work = std::move(work)] { run(work); });
+  thread_.post([this, given = group_->mark(), work = std::move(work)] {
+    group_->after(given);
+    run(work);
+  });
   return ++submitted_;
 }
 

@@ -36,7 +36,8 @@ class Background {
   Background(const Background&) = delete;
   Background& operator=(const Background&) = delete;
 
-  // Returns at once. After work that threw nothing runs any more.
+  // Returns at once. The work's calls wait for what its owner has given to the device by now, not for what follows.
+  // After work that threw nothing runs any more.
   Ticket submit(Work work);
 
   // Returns when the work of a ticket, and all before it, is done; rethrows the first error among them, each time.

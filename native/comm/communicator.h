@@ -32,6 +32,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -132,6 +133,12 @@ class Communicator {
   int size() const { return size_; }
   // "world", or the path of splits that led here: "world/tensor.1".
   const std::string& name() const { return name_; }
+
+  // For calls that another thread makes for the rank (Background): mark() returns what waits for all that the rank has
+  // given to its device so far, or null where a device has nothing in the making; after() makes later calls wait for
+  // that instead of everything.
+  virtual std::function<void()> mark() { return nullptr; }
+  virtual void after(std::function<void()>) {}
 
   // --- collectives ---------------------------------------------------------------------------------------------------
   // Buffers of one call must not overlap, on one rank or between ranks, except where "in place" is allowed. Counts are

@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <map>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -145,11 +146,11 @@ std::vector<int> checkCards(Communicator& group, int gpu) {
 // buffers lie; then the control or NCCL moves the bytes. Its stream runs nothing but NCCL and the sums.
 class NcclCommunicator final : public Communicator {
  public:
-  NcclCommunicator(std::shared_ptr<Communicator> control, int gpu, std::function<void()> settle)
+  NcclCommunicator(std::shared_ptr<Communicator> control, int gpu, Computation computation)
       : Communicator(control->rank(), control->size(), control->name()),
         control_(std::move(control)),
         gpu_(gpu),
-        settle_(std::move(settle)),
+        computation_(std::move(computation)),
         sent_(static_cast<size_t>(size())),
         received_(static_cast<size_t>(size())) {
     const Call call{.operation = Operation::kSplit, .site = "a group of GPUs"};
@@ -163,6 +164,8 @@ class NcclCommunicator final : public Communicator {
     if (comm_ != nullptr) api().commDestroy(comm_);
   }
 
+  std::function<void()> mark() override { return computation_.mark == nullptr ? nullptr : computation_.mark(); }
+  void after(std::function<void()> given) override { given_ = std::move(given); }
   void progress() override { control_->progress(); }
   void abort(const std::string& reason) override { control_->abort(reason); }
 
@@ -310,7 +313,7 @@ class NcclCommunicator final : public Communicator {
     const Turn turn(*this, call);
     std::unique_ptr<Communicator> part = control(&Inside::runSplit, call, colour, key);
     if (part == nullptr) return nullptr;
-    return std::make_unique<NcclCommunicator>(std::move(part), gpu_, settle_);
+    return std::make_unique<NcclCommunicator>(std::move(part), gpu_, computation_);
   }
 
   // The control takes every message from one rank to the other, those on GPUs without their bytes.
@@ -533,7 +536,7 @@ class NcclCommunicator final : public Communicator {
 
   void settle(const Call& call) {
     control_->progress();
-    guarded(call, settle_);
+    guarded(call, given_ == nullptr ? computation_.settle : given_);
   }
 
   // All ranks are in this call. Returns where its buffers lie on all that have some.
@@ -812,7 +815,8 @@ class NcclCommunicator final : public Communicator {
   std::shared_ptr<Communicator> control_;
   int gpu_;
   std::vector<int> gpus_;  // of all ranks
-  std::function<void()> settle_;
+  Computation computation_;
+  std::function<void()> given_;  // what calls wait for instead of all of it
   std::unique_ptr<cuda::Queue> queue_;
   cudaStream_t stream_ = nullptr;  // its stream, for what must not throw
   Comm comm_ = nullptr;            // null in a group of one, and after a failure
@@ -827,8 +831,21 @@ class NcclCommunicator final : public Communicator {
 }  // namespace
 }  // namespace nccl
 
-std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, std::function<void()> settle) {
-  return std::make_unique<nccl::NcclCommunicator>(std::move(control), gpu, std::move(settle));
+Computation computationOf(Queue& queue) {
+  auto& own = static_cast<cuda::Queue&>(queue);
+  return {[&own] { own.synchronize(); },
+          [&own] {
+            cudaStream_t const stream = own.stream();
+            cudaEvent_t made = nullptr;
+            cuda::check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "making an event");
+            const std::shared_ptr<std::remove_pointer_t<cudaEvent_t>> event(made, cudaEventDestroy);
+            cuda::check(cudaEventRecord(made, stream), "recording an event");
+            return [event] { cuda::check(cudaEventSynchronize(event.get()), "working"); };
+          }};
+}
+
+std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, Computation computation) {
+  return std::make_unique<nccl::NcclCommunicator>(std::move(control), gpu, std::move(computation));
 }
 
 }  // namespace lockstep::comm

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "comm/communicator.h"
+#include "core/queue.h"
 
 namespace lockstep::comm {
 
@@ -26,16 +27,25 @@ struct NcclStatus {
 // What there is; never throws.
 NcclStatus ncclStatus();
 
-// Collective over the group of `control`, which must be of this process. `settle` returns when the rank's computation,
-// as far as it was given to its GPU, is done (Queue::synchronize): it is called on the thread that communicates, before
-// buffers on the GPU are touched, and must work as long as this communicator and all that is split from it. A group of
-// one needs no NCCL.
+// How a communicator waits for what the rank computes on its GPU, before it touches buffers there.
+struct Computation {
+  // Returns when all that was given to the GPU is done. On the thread that communicates.
+  std::function<void()> settle;
+  // Returns what waits for all that was given to the GPU by now (Communicator::mark). Null: settle does.
+  std::function<std::function<void()>()> mark = nullptr;
+};
+
+// Of the queue of a GPU (cuda/backend.h).
+Computation computationOf(Queue&);
+
+// Collective over the group of `control`, which must be of this process. The computation must work as long as this
+// communicator and all that is split from it. A group of one needs no NCCL.
 //
 // Beyond the contract (comm/communicator.h): buffers of one collective lie all on the host or all on the ranks' GPUs,
 // else COLLECTIVE_ARGUMENT; so do both ends of a message.
 //
 // Throws Error: NCCL_UNAVAILABLE, NCCL_VERSION, NCCL_FAILED; CUDA_GPUS_DIFFER for ranks on different kinds of GPU,
 // CUDA_DEVICE for two ranks on one; what Queue (cuda/queue.h) throws.
-std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, std::function<void()> settle);
+std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, Computation);
 
 }  // namespace lockstep::comm

@@ -61,7 +61,7 @@ void runOnGpus(CommunicatorTrial& t, int ranks, const std::function<int(int)>& g
     const auto queue = cuda::makeQueue(gpu, 1, 0);
     std::vector<float> host(kFloats);
     const GpuFloats memory(gpu, kFloats);
-    rank.world = comm::overNccl(std::move(rank.world), gpu, [&] { queue->synchronize(); });
+    rank.world = comm::overNccl(std::move(rank.world), gpu, comm::computationOf(*queue));
     GpuRank mine{*rank.world, *queue, host.data(), memory.at()};
     try {
       body(mine, rank);
@@ -300,13 +300,34 @@ const CommunicatorRegistration kSettle("nccl.settle", 1, [](CommunicatorTrial& t
   if (t.name() != "nccl") return;
   const auto outcomes = communicatorImplementations().front().run(2, 60, [](Rank& rank) {
     const int r = rank.world->rank();
-    rank.world = comm::overNccl(std::move(rank.world), r, [r] {
-      if (r == 1) throw Error("CUDA_FAILED", "planted");
-    });
+    rank.world = comm::overNccl(std::move(rank.world), r, {[r] {
+                                  if (r == 1) throw Error("CUDA_FAILED", "planted");
+                                }});
     const GpuFloats memory(r, 1);
     rank.world->allReduce(memory.at(), memory.at(), 1, "sum");
   });
   t.expectAll(outcomes, "CUDA_FAILED", {"group 'world', rank 1: all-reduce 0 of 1 float32 at 'sum': planted"});
+});
+
+// Work behind a computation waits for what was given to the GPU before it, not for what follows.
+const CommunicatorRegistration kMark("nccl.mark", 1, [](CommunicatorTrial& t) {
+  if (t.name() != "nccl") return;
+  t.expectAllFine(communicatorImplementations().front().run(2, 60, [](Rank& rank) {
+    const int r = rank.world->rank();
+    int given = 0, awaited = -1;
+    const auto mark = [&]() -> std::function<void()> { return [&, now = given] { awaited = now; }; };
+    rank.world =
+        comm::overNccl(std::move(rank.world), r, {[] { require(false, "work waits for all that was given"); }, mark});
+    const GpuFloats memory(r, 1);
+    comm::Background behind(rank.world->duplicate("behind"));
+    for (given = 1; given <= 3; ++given) {
+      const auto ticket =
+          behind.submit([&](Communicator& group) { group.allReduce(memory.at(), memory.at(), 1, "sum"); });
+      const int before = given++;
+      behind.wait(ticket);
+      require(awaited == before, "work does not wait for what was given before it");
+    }
+  }));
 });
 
 const CommunicatorRegistration kDiffer("nccl.gpusDiffer", 1, [](CommunicatorTrial& t) {

@@ -181,7 +181,7 @@ class OnGpus final : public Communicator {
 std::unique_ptr<Communicator> onGpus(std::unique_ptr<Communicator> control) {
   const int gpu = control->rank();
   auto queue = std::make_shared<cuda::Queue>(gpu, 1, 0);
-  auto inner = comm::overNccl(std::move(control), gpu, [queue] { queue->synchronize(); });
+  auto inner = comm::overNccl(std::move(control), gpu, {[queue] { queue->synchronize(); }});
   return std::make_unique<OnGpus>(std::move(inner), std::move(queue));
 }
 
