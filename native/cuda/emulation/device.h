@@ -11,12 +11,13 @@
 // Shared memory: `__shared__ Shared<float[32]> partial;`, or the launch's dynamic bytes as T.
 template <class T>
 struct Shared {
-  const std::size_t number = emulated::machine.static_shared++;
-  operator T&() const { return *static_cast<T*>(emulated::static_shared(number, sizeof(T))); }
+  T* const of[2] = {static_cast<T*>(emulated::allocate(sizeof(T))), static_cast<T*>(emulated::allocate(sizeof(T)))};
+  Shared() { emulated::machine.static_shared.push_back({{of[0], of[1]}, sizeof(T)}); }
+  operator T&() const { return *of[emulated::machine.number]; }
 };
 template <class T>
 T* shared_memory() {
-  return static_cast<T*>(emulated::machine.now->shared.data.get());
+  return static_cast<T*>(emulated::machine.now->shared.get());
 }
 
 // Copies 16 bytes from global to shared memory, or zeros when not `valid`; both aligned to 16. The hardware may do so

@@ -98,10 +98,6 @@ struct Meeting {  // the lanes of one mask, on their way into one operation of t
   const char* name = nullptr;
   void* records[kWarp] = {};  // each lane's operands and result, on that lane's stack
 };
-struct Memory {
-  std::shared_ptr<void> data;
-  std::size_t bytes = 0;
-};
 struct Block {
   uint3 index{};
   std::deque<Fiber> fibers;
@@ -109,8 +105,12 @@ struct Block {
   unsigned alive = 0, at_barrier = 0;
   std::source_location barrier;  // of the first thread there
   std::vector<Meeting> warps[kMaxThreads / kWarp];
-  Memory shared;
-  std::vector<Memory> static_shared;  // by the number of the `Shared` object
+  std::shared_ptr<void> shared;
+  std::size_t shared_bytes = 0;
+};
+struct StaticShared {  // of both blocks
+  void* data[2];
+  std::size_t bytes;
 };
 struct Machine {
   Schedule schedule = Schedule::forward;
@@ -118,10 +118,11 @@ struct Machine {
   std::recursive_mutex mutex;
   Fiber host, *self = &host, *previous = nullptr;
   Block blocks[2], *now = blocks;
+  unsigned number = 0;  // of `now`
   dim3 grid_size, block_size;
   unsigned threads = 0;
   const std::function<void()>* kernel = nullptr;
-  std::size_t static_shared = 0;  // `Shared` objects
+  std::vector<StaticShared> static_shared;
   std::string error;
 
   Machine() {
@@ -140,16 +141,6 @@ inline void* allocate(std::size_t bytes) {  // 128-byte aligned, nothing spare a
 }
 inline unsigned lane() {
   return machine.self->index % kWarp;
-}
-inline Memory take(std::size_t bytes) {
-  return {{allocate(bytes), std::free}, bytes};
-}
-// Of the running block.
-inline void* static_shared(std::size_t number, std::size_t bytes) {
-  auto& all = machine.now->static_shared;
-  if (number >= all.size()) all.resize(number + 1);
-  if (!all[number].data) all[number] = take(bytes);
-  return all[number].data.get();
 }
 inline bool chance(unsigned n) {
   return machine.schedule == Schedule::random && machine.random() % n == 0;
@@ -212,9 +203,11 @@ inline std::string describe(const Fiber& f) {
 }
 
 // To the other block, where it has something to do.
+inline void run(unsigned number) {
+  machine.number = number, machine.now = &machine.blocks[number];
+}
 inline void give_way() {
-  Block& other = machine.blocks[machine.now == machine.blocks ? 1 : 0];
-  if (other.alive > 0) machine.now = &other;
+  if (const unsigned other = machine.number ^ 1; machine.blocks[other].alive > 0) run(other);
 }
 
 inline Fiber& next_fiber() {
@@ -252,8 +245,10 @@ inline void fiber_main() {
 }
 
 // The running block is that of the grid's `index`; its threads wait to begin.
-inline void start(Block& block, uint3 index, std::size_t shared_bytes) {
-  machine.now = &block, block.index = index;
+inline void start(unsigned number, uint3 index, std::size_t shared_bytes) {
+  run(number);
+  Block& block = *machine.now;
+  block.index = index;
   while (block.fibers.size() < machine.threads) {
     void* base = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED || mprotect(base, kGuardBytes, PROT_NONE) != 0) throw std::bad_alloc();
@@ -273,10 +268,9 @@ inline void start(Block& block, uint3 index, std::size_t shared_bytes) {
     top[-2] = reinterpret_cast<void*>(fiber_main);
     fiber.stack_pointer = top - 8;
   }
-  if (block.shared.bytes != shared_bytes || !block.shared.data) block.shared = take(shared_bytes);
-  std::memset(block.shared.data.get(), kPoison, shared_bytes);
-  for (auto& [data, bytes] : block.static_shared)
-    if (data) std::memset(data.get(), kPoison, bytes);
+  if (block.shared_bytes != shared_bytes || !block.shared) block.shared = {allocate(shared_bytes), std::free};
+  std::memset(block.shared.get(), kPoison, block.shared_bytes = shared_bytes);
+  for (const StaticShared& all : machine.static_shared) std::memset(all.data[number], kPoison, all.bytes);
   for (auto& warp : block.warps) warp.clear();
   block.at_barrier = 0, block.alive = machine.threads, block.ready.clear(), wake(0, machine.threads, ~0u);
 }
@@ -297,7 +291,7 @@ inline void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std:
   for (std::size_t first = 0; first < order.size(); first += 2) {
     for (std::size_t n = std::min<std::size_t>(2, order.size() - first); n-- > 0;) {
       const unsigned i = order[first + n];
-      start(machine.blocks[n], {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, shared_bytes);
+      start(static_cast<unsigned>(n), {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, shared_bytes);
     }
     switch_to(next_fiber());
     for (Block& b : machine.blocks) b.alive = 0;  // of one that broke
@@ -315,7 +309,8 @@ void meet(unsigned mask, Record& mine, Perform perform, const char* name, std::s
   auto it = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.mask == mask; });
   if (it == meetings.end()) it = meetings.insert(it, {mask, 0, name, {}});
   if (!(mask >> lane() & 1)) fail("a lane is not in its own mask:" + describe(*machine.self));
-  if (it->arrived && std::strcmp(it->name, name)) fail(std::string("others in ") + it->name + describe(*machine.self));
+  if (it->arrived && it->name != name && std::strcmp(it->name, name))
+    fail(std::string("others in ") + it->name + describe(*machine.self));
   it->name = name, it->records[lane()] = &mine, it->arrived |= 1u << lane();
   if (it->arrived != mask) return wait();
   Record* records[kWarp];  // null for lanes outside the mask
