@@ -431,6 +431,7 @@ class NcclCommunicator final : public Communicator {
                                        : group_.receive(m->data, m->bytes, launch.from);
         });
       }
+      group_.live(call_);  // a dropped group has left the line
     }
 
    private:
@@ -678,8 +679,11 @@ class NcclCommunicator final : public Communicator {
   // Waits until launches of this group are first in the GPU's line, and starts them.
   template <class Ask>
   void startNext(const Call& call, const Ask& ask) {
-    await(call, [&] { return line_->isNextOf(number_); });
-    const std::vector<Launch> launches = LaunchOrder::all().nextOf(*line_, number_);
+    std::vector<Launch> launches;  // none: the group was dropped meanwhile
+    await(call, [&] {
+      if (line_->isNextOf(number_)) launches = LaunchOrder::all().nextOf(*line_, number_);
+      return !launches.empty();
+    });
     Group group(api());
     for (const Launch& launch : launches) ask(launch);
     group.end();
