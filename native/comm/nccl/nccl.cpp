@@ -3,18 +3,15 @@
 #include <time.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstring>
 #include <initializer_list>
-#include <map>
 #include <mutex>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "comm/inside.h"
+#include "comm/nccl/cards.h"
 #include "comm/nccl/launch_order.h"
+#include "comm/nccl/meeting.h"
 #include "comm/nccl/nccl_api.h"
 #include "comm/nccl/tree_sum.h"
 #include "core/error.h"
@@ -39,107 +36,8 @@ constexpr int64_t kSmall = 2048;  // an all-reduce of so few floats sends all to
 constexpr size_t kGroupCalls = 256;
 constexpr int64_t kGroups = 16;
 
-enum class Place : int64_t { kNone, kHost, kGpu };
-
-const char* nameOf(Place place) {
-  return place == Place::kHost ? "the host" : "its GPU";
-}
-
 constexpr int64_t alignedUp(int64_t count) {
   return (count + kAligned - 1) / kAligned * kAligned;
-}
-
-// Where the ends of messages lie, of all groups of the process: the control moves bytes between ends on the host, and
-// must not be given one end there and one on a GPU.
-class Ends {
- public:
-  static Ends& all() {
-    static Ends ends;
-    return ends;
-  }
-
-  int64_t newGroup() { return ++groups_; }
-
-  // False when the other end, of as many bytes, has said otherwise.
-  bool agree(int64_t group, int from, int to, uint64_t number, Place place, int64_t bytes) {
-    const std::lock_guard lock(mutex_);
-    const auto [at, first] = said_.try_emplace({group, from, to, static_cast<int64_t>(number)}, place, bytes);
-    if (first) return true;
-    const auto [other, otherBytes] = at->second;
-    said_.erase(at);
-    return other == place || otherBytes != bytes;  // the control looks at sizes
-  }
-
-  // Of a rank that is gone.
-  void forget(int64_t group, int rank) {
-    const std::lock_guard lock(mutex_);
-    std::erase_if(said_, [&](const auto& said) {
-      return said.first[0] == group && (said.first[1] == rank || said.first[2] == rank);
-    });
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<std::array<int64_t, 4>, std::pair<Place, int64_t>> said_;  // by group, sender, receiver and number
-  std::atomic<int64_t> groups_{0};
-};
-
-// Calls that NCCL takes as one.
-class Group {
- public:
-  explicit Group(const Api& api) : api_(api) { check(api_.groupStart(), "beginning a group"); }
-  ~Group() {
-    if (open_) api_.groupEnd();
-  }
-  Group(const Group&) = delete;
-  Group& operator=(const Group&) = delete;
-
-  void end() {
-    open_ = false;
-    check(api_.groupEnd(), "starting a group");
-  }
-
- private:
-  const Api& api_;
-  bool open_ = true;
-};
-
-// What the ranks of a group tell each other of their GPUs.
-struct Card {
-  char name[256];
-  int major, minor, gpu;
-
-  std::string text(size_t rank) const {
-    return "rank " + std::to_string(rank) + " is on GPU " + std::to_string(gpu) + " (" + name +
-           ", compute capability " + std::to_string(major) + "." + std::to_string(minor) + ")";
-  }
-};
-
-// Returns the GPUs of all ranks.
-std::vector<int> checkCards(Communicator& group, int gpu) {
-  cudaDeviceProp properties{};
-  cuda::check(cudaGetDeviceProperties(&properties, gpu), "asking for the GPU's properties");
-  Card mine{};
-  std::memcpy(mine.name, properties.name, sizeof mine.name);
-  mine.major = properties.major, mine.minor = properties.minor, mine.gpu = gpu;
-  std::vector<Card> all(static_cast<size_t>(group.size()));
-  group.allGather(&mine, all.data(), sizeof mine, Element::kByte, "GPUs");
-  for (size_t r = 1; r < all.size(); ++r) {
-    const Card &a = all[0], &b = all[r];
-    if (std::strcmp(a.name, b.name) != 0 || a.major != b.major || a.minor != b.minor) {
-      throw Error("CUDA_GPUS_DIFFER", a.text(0) + ", " + b.text(r) +
-                                          "; ranks need GPUs of one kind, for the same bits everywhere: choose them "
-                                          "with CUDA_VISIBLE_DEVICES");
-    }
-    for (size_t other = 0; other < r; ++other) {
-      if (all[other].gpu != b.gpu) continue;
-      throw Error("CUDA_DEVICE", all[other].text(other) + ", and so is rank " + std::to_string(r) +
-                                     "; every rank needs a GPU of its own");
-    }
-  }
-  std::vector<int> gpus;
-  for (const Card& card : all) gpus.push_back(card.gpu);
-  return gpus;
 }
 
 // Every collective is a meeting on the control, under the description of the call, at which the ranks say where their
@@ -178,7 +76,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runAllGather(const Call& call, const void* send, void* receive) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     const int64_t bytes = call.count * bytesOf(call.element);
     const auto [place, records] = meet(call, placeOf(call, bytes, {send, receive}));
     if (place == Place::kHost) return onHost([&] { control(&Inside::runAllGather, call, send, receive); });
@@ -194,7 +92,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runAllGatherPieces(const Call& call, std::span<const Piece> pieces, void* receive) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     Place mine = Place::kNone;
     for (const Piece& piece : pieces) {
       const Place at = placeOf(call, piece.bytes, {piece.data});
@@ -213,7 +111,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runReduceScatter(const Call& call, const float* send, float* receive) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     const auto [place, records] = meet(call, placeOf(call, call.count, {send, receive}));
     if (place == Place::kHost) return onHost([&] { control(&Inside::runReduceScatter, call, send, receive); });
     if (place == Place::kNone) return;
@@ -231,7 +129,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runReduceScatterPieces(const Call& call, float* buffer, std::span<const Share> shares) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     Place mine = Place::kNone;
     int64_t own = 0, others = 0;
     for (const Share& share : shares) {
@@ -247,7 +145,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runAllReduce(const Call& call, const float* send, float* receive) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     const auto [place, records] = meet(call, placeOf(call, call.count, {send, receive}));
     if (place == Place::kHost) return onHost([&] { control(&Inside::runAllReduce, call, send, receive); });
     if (place == Place::kNone) return;
@@ -285,7 +183,7 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runBroadcast(const Call& call, void* data) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     const int64_t bytes = call.count * bytesOf(call.element);
     const auto [place, records] = meet(call, placeOf(call, bytes, {data}));
     if (place == Place::kHost) return onHost([&] { control(&Inside::runBroadcast, call, data); });
@@ -305,12 +203,12 @@ class NcclCommunicator final : public Communicator {
   }
 
   void runBarrier(const Call& call) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     control(&Inside::runBarrier, call);
   }
 
   std::unique_ptr<Communicator> runSplit(const Call& call, int colour, int key) override {
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     std::unique_ptr<Communicator> part = control(&Inside::runSplit, call, colour, key);
     if (part == nullptr) return nullptr;
     return std::make_unique<NcclCommunicator>(std::move(part), gpu_, computation_);
@@ -329,7 +227,7 @@ class NcclCommunicator final : public Communicator {
     } else if (!incoming.empty()) {
       first(incoming[0], incoming[0].from, received_);
     }
-    const Turn turn(*this, call);
+    const auto inCall = turn(call);
     std::vector<Outgoing> sent(outgoing.begin(), outgoing.end());
     std::vector<Incoming> received(incoming.begin(), incoming.end());
     std::vector<Place> places;
@@ -370,28 +268,12 @@ class NcclCommunicator final : public Communicator {
 
  private:
   // What a rank says at a meeting.
-  struct Record {
-    Place place = Place::kNone;
-    int64_t items = 0;  // of its list of pieces or shares
-  };
-  struct Meeting {
-    Place place;
-    std::vector<Record> records;
-  };
-
-  // The one thread that is in a call.
-  class Turn {
-   public:
-    Turn(NcclCommunicator& group, const Call& call) : group_(group) {
-      if (group_.busy_.exchange(true)) group_.refuse(call, "another thread is in a call of this handle");
-    }
-    ~Turn() { group_.busy_.store(false); }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-
-   private:
-    NcclCommunicator& group_;
-  };
+  // Held by the one thread that is in a call.
+  std::unique_lock<std::mutex> turn(const Call& call) {
+    std::unique_lock turn(calling_, std::try_to_lock);
+    if (!turn.owns_lock()) refuse(call, "another thread is in a call of this handle");
+    return turn;
+  }
 
   // Messages of one exchange, incoming ones first. Each is started when both its ranks are there, so that none waits
   // for another, as a stage's last activations and the gradients that it waits for.
@@ -561,24 +443,14 @@ class NcclCommunicator final : public Communicator {
     return {place, std::move(records)};
   }
 
-  // Every rank's list.
   template <class Item>
   std::vector<std::vector<Item>> gatherLists(const Call& call, std::span<const Item> mine,
                                              const std::vector<Record>& records) {
-    std::vector<std::vector<Item>> lists(records.size());
-    int64_t items = 0, before = 0;
-    for (size_t r = 0; r < records.size(); ++r) {
-      if (static_cast<int>(r) == rank()) before = items;
-      items += records[r].items;
-    }
-    std::vector<Item> all(static_cast<size_t>(items));
-    constexpr auto kItem = static_cast<int64_t>(sizeof(Item));
-    const Piece piece{mine.data(), before * kItem, static_cast<int64_t>(mine.size()) * kItem};
-    control(&Inside::runAllGatherPieces, call, std::span(&piece, 1), static_cast<void*>(all.data()));
-    auto from = all.begin();
-    for (size_t r = 0; r < records.size(); from += records[r].items, ++r)
-      lists[r].assign(from, from + records[r].items);
-    return lists;
+    return listsOf(mine, rank(), records, [&](std::span<const Item> own, int64_t before, std::vector<Item>& all) {
+      constexpr auto kItem = static_cast<int64_t>(sizeof(Item));
+      const Piece piece{own.data(), before * kItem, static_cast<int64_t>(own.size()) * kItem};
+      control(&Inside::runAllGatherPieces, call, std::span(&piece, 1), static_cast<void*>(all.data()));
+    });
   }
 
   template <class Run>
@@ -824,7 +696,7 @@ class NcclCommunicator final : public Communicator {
   std::unique_ptr<cuda::Queue> queue_;
   cudaStream_t stream_ = nullptr;  // its stream, for what must not throw
   Comm comm_ = nullptr;            // null in a group of one, and after a failure
-  std::atomic<bool> busy_{false};
+  std::mutex calling_;
   int64_t number_ = 0;                    // of the group, in this process
   int64_t launches_ = 0;                  // that all ranks make together
   LaunchOrder::Line* line_ = nullptr;     // of the GPU
@@ -834,19 +706,6 @@ class NcclCommunicator final : public Communicator {
 
 }  // namespace
 }  // namespace nccl
-
-Computation computationOf(Queue& queue) {
-  auto& own = static_cast<cuda::Queue&>(queue);
-  return {[&own] { own.synchronize(); },
-          [&own] {
-            cudaStream_t const stream = own.stream();
-            cudaEvent_t made = nullptr;
-            cuda::check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "making an event");
-            const std::shared_ptr<std::remove_pointer_t<cudaEvent_t>> event(made, cudaEventDestroy);
-            cuda::check(cudaEventRecord(made, stream), "recording an event");
-            return [event] { cuda::check(cudaEventSynchronize(event.get()), "working"); };
-          }};
-}
 
 std::unique_ptr<Communicator> overNccl(std::shared_ptr<Communicator> control, int gpu, Computation computation) {
   return std::make_unique<nccl::NcclCommunicator>(std::move(control), gpu, std::move(computation));

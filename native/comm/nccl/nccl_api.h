@@ -70,4 +70,24 @@ const Api& api();
 // Throws Error("NCCL_FAILED") unless it went well or goes on.
 void check(Result, const char* what);
 
+// Calls that NCCL takes as one.
+class Group {
+ public:
+  explicit Group(const Api& api) : api_(api) { check(api_.groupStart(), "beginning a group"); }
+  ~Group() {
+    if (open_) api_.groupEnd();
+  }
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  void end() {
+    open_ = false;
+    check(api_.groupEnd(), "starting a group");
+  }
+
+ private:
+  const Api& api_;
+  bool open_ = true;
+};
+
 }  // namespace lockstep::comm::nccl

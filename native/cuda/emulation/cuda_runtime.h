@@ -5,7 +5,7 @@
 // The environment injects faults and sets the scene:
 //   LOCKSTEP_EMULATION_DEVICES   how many GPUs there are (default 8)
 //   LOCKSTEP_EMULATION_FAULT     no-driver | old-driver | old-architecture | mixed | lost |
-//                                no-nccl | nccl-call | nccl-later (of rank 1 of a group)
+//                                no-nccl | nccl-init | nccl-call | nccl-later (of rank 1 of a group)
 //   LOCKSTEP_EMULATION_MEMORY    bytes of a GPU's memory (default 64 GiB, of which the host gives what is used)
 //   LOCKSTEP_EMULATION_TIMING    eager | lazy
 //   LOCKSTEP_EMULATION_RANGES    a file for the ranges of threads (nvtx.h)
