@@ -10,8 +10,8 @@
 export const stateGroups = ['parameters', 'gradients', 'optimizer'] as const;
 export type StateGroup = (typeof stateGroups)[number];
 
-/** Bytes that an exchange moves at a time: on a GPU a copy takes a few hundred microseconds, against which its launch and wait are little. */
-export const offloadChunkBytes = 16 << 20;
+/** Bytes that an exchange moves at a time. */
+export const offloadChunkBytes = 4 << 20;
 
 export interface RotatingModel {
   name: string;
