@@ -3,8 +3,7 @@ import { execFileSync } from 'node:child_process';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { cpus } from 'node:os';
 import { join } from 'node:path';
-import { LockstepError } from '../errors.js';
-import { nearest } from '../train/nearest.js';
+import { LockstepError, nearest } from '../errors.js';
 import type { Command, Input, Session } from './command.js';
 import { packageRoot } from './package.js';
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /** The entry of the command line: finds the command, runs it, turns its end into an exit code. */
-import { LockstepError } from '../errors.js';
+import { LockstepError, nearest } from '../errors.js';
 import type { Command } from './command.js';
 import { describeFailure, exitCodeOf } from './failure.js';
 import { Interrupts } from './interrupts.js';
@@ -79,7 +79,7 @@ async function dispatch(
   }
   if (name === 'help') return dispatch([rest[0]!, '--help'], session);
   const entry = Object.hasOwn(commands, name) ? commands[name] : undefined;
-  if (entry === undefined) throw await unknownCommand(name);
+  if (entry === undefined) throw unknownCommand(name);
   const command = await entry.load();
   const { parseCommandLine } = await import('./parse.js');
   const input = await parseCommandLine(command, rest);
@@ -92,8 +92,7 @@ async function dispatch(
   return command.run(input, { ...session, verbose: input.switches.has('verbose') });
 }
 
-async function unknownCommand(name: string): Promise<LockstepError> {
-  const { nearest } = await import('../train/nearest.js');
+function unknownCommand(name: string): LockstepError {
   const known = Object.keys(commands);
   const guess = nearest(name, known);
   const hint = guess ? `did you mean ${guess}?` : `commands: ${known.join(', ')}`;

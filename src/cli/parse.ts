@@ -1,7 +1,6 @@
 /** From arguments to a command's input, with messages that name the nearest thing that exists. */
 import { parseArgs } from 'node:util';
-import { LockstepError } from '../errors.js';
-import { nearest } from '../train/nearest.js';
+import { LockstepError, nearest } from '../errors.js';
 import { type Command, commonFlags, type Flag, type Input } from './command.js';
 
 type Token = ReturnType<typeof tokensOf>[number];

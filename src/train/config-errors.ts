@@ -1,8 +1,7 @@
 /** Turns the schema's issues into messages that name the key, what was expected, what came, and the nearest known key. */
 import { z } from 'zod';
-import { LockstepError } from '../errors.js';
+import { LockstepError, nearest } from '../errors.js';
 import { at, explainUnions, type Issue } from './config-unions.js';
-import { nearest } from './nearest.js';
 import { algorithms, configSchema } from './schema.js';
 
 type Problem = { code: 'CONFIG_UNKNOWN_KEY' | 'CONFIG_INVALID'; message: string; path: string };

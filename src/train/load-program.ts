@@ -3,9 +3,8 @@ import { existsSync } from 'node:fs';
 import { resolve } from 'node:path';
 import { createJiti } from 'jiti';
 import type { RolloutAlgorithm } from '../algorithms/algorithm.js';
-import { LockstepError } from '../errors.js';
+import { LockstepError, nearest } from '../errors.js';
 import type { RolloutConfig } from './config.js';
-import { nearest } from './nearest.js';
 
 /** Exports as they are written; packages of the process itself are shared. */
 const jitiOptions = { interopDefault: false, moduleCache: true, fsCache: false };

@@ -4,8 +4,7 @@
  * models lie changes no bit.
  */
 import { z } from 'zod';
-import { LockstepError } from '../errors.js';
-import { nearest } from './nearest.js';
+import { LockstepError, nearest } from '../errors.js';
 
 const placementNames = ['colocated', 'split', 'standalone'] as const;
 

@@ -2,7 +2,7 @@ import { mkdtemp, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { LockstepError } from '../../src/errors.js';
+import { editDistance, LockstepError } from '../../src/errors.js';
 import {
   type ConfigOf,
   configJsonSchema,
@@ -12,7 +12,6 @@ import {
   parseConfig,
   printConfig,
 } from '../../src/train/config.js';
-import { editDistance } from '../../src/train/nearest.js';
 import { presets } from '../../src/train/presets.js';
 import { configSchema } from '../../src/train/schema.js';
 
