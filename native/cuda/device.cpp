@@ -1,5 +1,6 @@
 // GPUs: what there is, their memory, their queues.
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -235,6 +236,9 @@ class GpuMemory final : public Memory {
 }  // namespace
 
 Status status() {
+  // What is loaded when it is first launched waits, inside the driver, for all that its GPU was given, and NCCL's part
+  // of that may wait for another rank that waits so, too. CUDA reads this when it is first used.
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   Status s{kBuild, "", 0, 0, {}};
   cudaRuntimeGetVersion(&s.runtime);
   cudaDriverGetVersion(&s.driver);

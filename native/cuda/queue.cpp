@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <utility>
 
 #include "core/error.h"
 #include "cuda/stream_timer.h"
@@ -56,13 +57,13 @@ Queue::~Queue() {
 void Queue::close() {
   if (stream_ != nullptr) {
     cudaSetDevice(gpu_);
+    if (scratch_ != nullptr) cudaFreeAsync(scratch_, stream_);
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
     timer_.reset();
     const std::lock_guard lock(capturing(gpu_));
     forgetGraphs();
     for (Region& region : regions_) release(region);
-    cudaFree(scratch_);
   }
   stream_ = nullptr;
   scratch_ = nullptr;
@@ -221,10 +222,10 @@ bool Queue::capture(Repeated& r, const std::function<void()>& work) {
   recording = nullptr;
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
+  whole = whole && !failure && ended == cudaSuccess && cudaGraphInstantiate(&r.graph, graph, 0) == cudaSuccess;
+  if (graph != nullptr) cudaGraphDestroy(graph);
   // Of a capture that was spoilt, operations fail, too.
   if (failure && ended == cudaSuccess) std::rethrow_exception(failure);
-  whole = whole && ended == cudaSuccess && cudaGraphInstantiate(&r.graph, graph, 0) == cudaSuccess;
-  if (graph != nullptr) cudaGraphDestroy(graph);
   return whole;
 }
 
@@ -284,15 +285,18 @@ void Queue::forgetGraphs() {
   graphs_ = 0;
 }
 
+// In the order of the stream: cudaFree would wait for all that the GPU was given, of which NCCL's part may wait for a
+// rank that waits so, too. What the stream has given back is the GPU's again when the stream was waited for.
 void* Queue::scratch(size_t bytes) {
   if (bytes <= scratchSize_) return scratch_;
   synchronize();
   forget();  // graphs have its address
-  const std::lock_guard lock(capturing(gpu_));
-  cudaFree(scratch_);
-  scratch_ = nullptr;
-  scratchSize_ = 0;
-  check(cudaMalloc(&scratch_, bytes), "scratch memory");
+  if (scratch_ != nullptr) {
+    check(cudaFreeAsync(std::exchange(scratch_, nullptr), stream_), "giving scratch memory back");
+    scratchSize_ = 0;
+    synchronize();
+  }
+  check(cudaMallocAsync(&scratch_, bytes, stream_), "scratch memory");
   scratchSize_ = bytes;
   return scratch_;
 }

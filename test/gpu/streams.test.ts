@@ -28,6 +28,7 @@ const model = randomModel('tiny', shape);
 
 let folder: string;
 beforeAll(async () => {
+  delete process.env.CUDA_MODULE_LOADING;
   folder = await mkdtemp(join(tmpdir(), 'lockstep-gpu-streams-'));
   // Before the first range of this process.
   process.env.LOCKSTEP_EMULATION_RANGES = join(folder, 'ranges');
@@ -173,3 +174,9 @@ testWhere(emulated, 'the profiler is emulated')(
     expect([...seen]).toEqual(expect.arrayContaining(expected));
   },
 );
+
+test('all kernels are loaded at the start, where the environment does not say otherwise', async () => {
+  await using device = createDevice({ threads: 1, processor: 'cuda' });
+  expect(device).toBeDefined();
+  expect(process.env.CUDA_MODULE_LOADING).toBe('EAGER');
+});

@@ -272,12 +272,24 @@ inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
   for (auto* other : emulated::streams) emulated::run_until(*other, ~0ull);
   return error;
 }
-// Of all devices, and all that does not wait for other ranks.
+// Waits for what all streams of the GPU were given, so for the ranks that it waits for; meanwhile other GPUs go on.
 inline cudaError_t cudaDeviceSynchronize() {
-  std::lock_guard lock(emulated::machine.mutex);
-  for (auto* stream : emulated::streams)
-    if (stream->device == emulated::device && emulated::spoils(stream)) return cudaErrorStreamCaptureUnsupported;
-  for (auto* stream : emulated::streams) emulated::run_until(*stream, ~0ull);
+  std::map<emulated::Stream*, std::uint64_t> given;
+  for (bool first = true, done = false; !done; first = false) {
+    if (!first) sched_yield();
+    std::lock_guard lock(emulated::machine.mutex);
+    for (auto* stream : emulated::streams) {
+      if (stream->device != emulated::device || !first) continue;
+      if (emulated::spoils(stream)) return cudaErrorStreamCaptureUnsupported;
+      given[stream] = stream->queued;
+    }
+    done = true;
+    for (auto* stream : emulated::streams) {
+      const bool asked = given.contains(stream);
+      const cudaError_t error = emulated::run_until(*stream, asked ? given[stream] : ~0ull);
+      done = done && !(asked && error == cudaErrorNotReady);
+    }
+  }
   return cudaGetLastError();
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
@@ -304,17 +316,32 @@ inline cudaError_t cudaMalloc(void** data, std::size_t bytes) {
 #endif
   return emulated::take_memory(emulated::device, *data, bytes), cudaSuccess;
 }
-inline cudaError_t cudaFree(void* data) {
-  if (data == nullptr) return cudaSuccess;
-  cudaDeviceSynchronize();
-  emulated::give_memory(data);
+namespace emulated {
+
+inline void free_memory(void* data) {
+  give_memory(data);
 #ifdef __SANITIZE_ADDRESS__
   std::free(data);
 #else
   char* base = static_cast<char*>(data) - 4096;
   munmap(base, *reinterpret_cast<std::size_t*>(base));
 #endif
-  return cudaSuccess;
+}
+
+}  // namespace emulated
+
+inline cudaError_t cudaFree(void* data) {
+  if (data == nullptr) return cudaSuccess;
+  cudaDeviceSynchronize();
+  return emulated::free_memory(data), cudaSuccess;
+}
+// Memory is there at once, and goes in the order of the stream.
+inline cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t) {
+  return cudaMalloc(data, bytes);
+}
+inline cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
+  if (data == nullptr) return cudaErrorInvalidValue;
+  return emulated::enqueue(stream, [data] { emulated::free_memory(data); });
 }
 inline cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
   return *data = emulated::allocate(bytes), cudaSuccess;

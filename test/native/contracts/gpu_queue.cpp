@@ -57,6 +57,35 @@ const Registration kLongFill("gpuQueue.longFill", DType::kFloat32, 1, [](Trial& 
   if (last != 7) t.fail("the last byte was not filled");
 });
 
+size_t freeBytes() {
+  size_t free = 0, total = 0;
+  cuda::check(cudaMemGetInfo(&free, &total), "asking for free memory");
+  return free;
+}
+
+// Scratch that grows gives back what it had.
+// Free memory is that of the whole GPU: nothing else may use it meanwhile.
+const Registration kScratch("gpuQueue.scratch", DType::kFloat32, 2, [](Trial& t) {
+  if (!t.onGpu()) return;
+  const auto& given = static_cast<cuda::Queue&>(t.implementationQueue());
+  constexpr size_t kMiB = size_t{1} << 20, kMost = 64 * kMiB;
+  const size_t before = freeBytes();
+  {
+    cuda::Queue queue(given.gpu(), 1, 0);
+    for (size_t bytes = kMiB; bytes <= kMost; bytes += static_cast<size_t>(t.integer(1, 3)) * kMiB) {
+      auto* const at = static_cast<char*>(queue.scratch(bytes));
+      if (queue.scratch(bytes / 2) != at) t.fail("scratch that is large enough was taken again");
+      queue.fill(at, 7, bytes);
+      char last = 0;
+      queue.toHost(&last, at + bytes - 1, 1);
+      if (last != 7) t.fail("the last byte of scratch was not filled");
+    }
+    // A GPU's driver gives memory of streams in blocks of its own size.
+    if (before > freeBytes() + kMost + 64 * kMiB) t.fail("scratch that was given back is not there again");
+  }
+  if (before > freeBytes() + 32 * kMiB) t.fail("the scratch of a queue outlives it");
+});
+
 // More works than there may be graphs: each is done with its arrays of the day, in memory for so many graphs.
 // Free memory is that of the whole GPU: nothing else may use it meanwhile.
 const Registration kRepeated("gpuQueue.repeated", DType::kFloat32, 2, [](Trial& t) {
@@ -67,11 +96,6 @@ const Registration kRepeated("gpuQueue.repeated", DType::kFloat32, 2, [](Trial& 
   Array array = numbers(kCount, 0);
   queue.stage(array.data(), kCount);
   queue.synchronize();
-  const auto freeBytes = [] {
-    size_t free = 0, total = 0;
-    cuda::check(cudaMemGetInfo(&free, &total), "asking for free memory");
-    return free;
-  };
   const size_t before = freeBytes();
   for (int work = 0; work < 3 * cuda::Queue::kMostGraphs; ++work) {
     for (int run = 0; run < 3; ++run) {
