@@ -78,7 +78,7 @@ export interface Subject {
 const onCpu: Subject = {
   ...{ model: 'llama-25m', small: 'llama-25m', products: ['llama-25m', 'llama-125m'], rows: [32, 512, 2048] },
   ...{ dtypes: ['bfloat16', 'float32'], sequences: 8, length: 256 },
-  ...{ batches: [1, 32], promptTokens: 128, newTokens: 128 },
+  ...{ batches: [1, 4, 32], promptTokens: 128, newTokens: 128 },
   updated: 27_787_264,
   rollout: { sequences: 32, promptTokens: 64, newTokens: 128, microTokens: 2048 },
   ceilingBytes: 256 << 20,

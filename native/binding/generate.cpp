@@ -28,6 +28,8 @@ model::GenerateSettings readSettings(Napi::Object o, bool poison) {
           bitsAt(o, "seed"),
           integerAt(o, "rows"),
           integerAt(o, "sequences"),
+          integerAt(o, "guesses"),
+          integerAt(o, "guessRows"),
           integerAt(o, "pages"),
           poison};
 }
@@ -66,8 +68,10 @@ Napi::Value toResult(Napi::Env env, const model::Generated& generated) {
 
 }  // namespace
 
-// generate({plan, units, temperature, topP, topK, stopTokens, seed, rows, sequences, pages, requests}, onProgress?)
-//   -> {promise, abort()}; the promise resolves to {results, steps, rows, preemptions, sharedPositions}
+// generate({plan, units, temperature, topP, topK, stopTokens, seed, rows, sequences, guesses, guessRows, pages,
+//   requests}, onProgress?)
+//   -> {promise, abort()}; the promise resolves to {results, steps, rows, preemptions, sharedPositions, guessed,
+//   accepted}
 Napi::Value ModelWrap::generate(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   const auto o = info[0].As<Napi::Object>();
@@ -99,6 +103,8 @@ Napi::Value ModelWrap::generate(const Napi::CallbackInfo& info) {
     out.Set("rows", static_cast<double>(call->statistics.rows));
     out.Set("preemptions", static_cast<double>(call->statistics.preemptions));
     out.Set("sharedPositions", static_cast<double>(call->statistics.sharedPositions));
+    out.Set("guessed", static_cast<double>(call->statistics.guessed));
+    out.Set("accepted", static_cast<double>(call->statistics.accepted));
     return out;
   };
   auto handle = Napi::Object::New(env);

@@ -63,7 +63,6 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
   std::vector<Generated> results(requests.size());
   queue_.forget();
   enqueue(requests, results);
-  std::vector<int32_t> freshRequests, freshTokens;
   auto last = std::chrono::steady_clock::now();
   while (!waiting_.empty() || !running_.empty()) {
     const Orders orders = agree(control);
@@ -73,7 +72,9 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
     if (running_.empty()) continue;
     Pass pass{.workspace = workspace_, .batch = plan(), .pageCount = pool_.total()};
     const bool decodes = pass.rows() == pass.batch.count();  // a token each: the step of all steps
-    const Range range(decodes ? "decode" : "prefill");
+    const bool verifies =
+        std::any_of(running_.begin(), running_.end(), [](const Sequence& s) { return !s.guess.empty(); });
+    const Range range(decodes ? "decode" : verifies ? "verify" : "prefill");
     const auto forward = [&] { transformer_.forward({&pass, 1}, Keep::kCache); };
     if (parallel_.replica == nullptr && decodes) {
       queue_.repeat("decode " + std::to_string(pass.rows()) + " " + std::to_string(pass.batch.pageStride), forward);
@@ -83,18 +84,14 @@ std::vector<Generated> Generator::run(const std::vector<GenerateRequest>& reques
     statistics_.steps += 1;
     statistics_.rows += pass.rows();
     sample(pass.hidden);
-    for (size_t i = 0; i < sampled_.size(); ++i) {
-      freshRequests.push_back(running_[sampled_[i]].request);
-      freshTokens.push_back(sampledTokens_[i]);
-    }
     collect(results);
     const auto now = std::chrono::steady_clock::now();
-    if (progress && !freshTokens.empty() && now - last >= kProgressInterval) {
-      progress(std::exchange(freshRequests, {}), std::exchange(freshTokens, {}));
+    if (progress && !freshTokens_.empty() && now - last >= kProgressInterval) {
+      progress(std::exchange(freshRequests_, {}), std::exchange(freshTokens_, {}));
       last = now;
     }
   }
-  if (progress && !freshTokens.empty()) progress(std::move(freshRequests), std::move(freshTokens));
+  if (progress && !freshTokens_.empty()) progress(std::move(freshRequests_), std::move(freshTokens_));
   return results;
 }
 
@@ -119,6 +116,7 @@ Generator::Orders Generator::agree(GenerateControl& control) {
 // Requests with equal prompts form a prefix.
 void Generator::enqueue(const std::vector<GenerateRequest>& requests, std::vector<Generated>& results) {
   requests_ = &requests;
+  draftIndex_.assign(requests.size(), kNone);
   std::map<std::vector<int32_t>, int32_t> seen;
   for (size_t r = 0; r < requests.size(); ++r) {
     const int32_t request = static_cast<int32_t>(r);
@@ -137,7 +135,7 @@ void Generator::enqueue(const std::vector<GenerateRequest>& requests, std::vecto
       continue;
     }
     prefixes_[static_cast<size_t>(at->second)].followers += 1;
-    waiting_.push_back({request, requests[r].prompt, 0, 0, {}});
+    waiting_.push_back({.request = request, .tokens = requests[r].prompt, .nextGuess = settings_.guesses});
   }
 }
 
@@ -169,6 +167,8 @@ bool Generator::start(Sequence& s) {
   } else {
     prefix.reading = prefix.followers > 1;
   }
+  int32_t& draft = draftIndex_[static_cast<size_t>(s.request)];
+  if (settings_.guesses > 0 && draft == kNone) draft = drafter_.begin(s.tokens);
   prefix.followers = std::max<int64_t>(0, prefix.followers - 1);
   if (prefix.followers == 0) {
     for (const int32_t page : std::exchange(prefix.pages, {})) pool_.release(page);
@@ -219,6 +219,7 @@ bool Generator::dropPrefixes() {
 void Generator::releasePages(Sequence& s) {
   for (const int32_t page : std::exchange(s.pages, {})) pool_.release(page);
   s.cached = s.rows = 0;
+  s.guess.clear();
 }
 
 // Pages for the positions cached after this step. False: none is free.
@@ -246,9 +247,8 @@ Batch Generator::plan() {
   int64_t left = settings_.rows;
   for (const bool decoding : {true, false}) {
     for (Sequence& s : running_) {
-      const int64_t missing = sizeOf(s.tokens) - s.cached;
-      if ((missing == 1) != decoding) continue;
-      s.rows = std::min(missing, left);
+      if ((s.missing() == 1) != decoding) continue;
+      s.rows = std::min(s.missing(), left);
       left -= s.rows;
     }
   }
@@ -259,6 +259,7 @@ Batch Generator::plan() {
       preemptLast();
     }
   }
+  guess();
   Batch batch;
   int64_t most = 0;
   for (const Sequence& s : running_) most = std::max(most, sizeOf(s.pages));
@@ -269,7 +270,8 @@ Batch Generator::plan() {
     batch.length.push_back(static_cast<int32_t>(s.rows));
     batch.offset.push_back(static_cast<int32_t>(s.cached));
     for (int64_t i = s.cached; i < s.cached + s.rows; ++i) {
-      batch.tokens.push_back(s.tokens[static_cast<size_t>(i)]);
+      const int64_t guessed = i - sizeOf(s.tokens);
+      batch.tokens.push_back(guessed < 0 ? s.tokens[static_cast<size_t>(i)] : s.guess[static_cast<size_t>(guessed)]);
       batch.positions.push_back(static_cast<int32_t>(i));
     }
     std::vector<int32_t> row = s.pages;
@@ -279,24 +281,49 @@ Batch Generator::plan() {
   return batch;
 }
 
-// One token for every sequence whose last known token was read in this step.
+// Rows are guessed where all sequences decode and few of them do: there a row more costs little. Only free pages are
+// taken for them.
+void Generator::guess() {
+  const auto decodes = [](const Sequence& s) { return s.rows == 1 && s.missing() == 1; };
+  if (settings_.guesses == 0 || !std::all_of(running_.begin(), running_.end(), decodes)) return;
+  auto waiting = static_cast<int64_t>(running_.size());
+  int64_t left = std::min(settings_.guessRows, settings_.rows) - waiting;
+  for (Sequence& s : running_) {
+    if (left <= 0) break;
+    const int64_t share = (left + waiting - 1) / waiting--;
+    const GenerateRequest& request = (*requests_)[static_cast<size_t>(s.request)];
+    const int64_t toCome = sizeOf(request.prompt) + request.maxNewTokens - sizeOf(s.tokens);
+    const int64_t most = std::min({s.nextGuess, share, toCome - 1});
+    if (most <= 0) continue;
+    s.guess = drafter_.propose(draftIndex_[static_cast<size_t>(s.request)], most);
+    s.rows += sizeOf(s.guess);
+    if (!reserve(s)) {
+      s.rows = sizeOf(s.pages) * kernels::kPagePositions - s.cached;
+      s.guess.resize(static_cast<size_t>(s.rows - 1));
+    }
+    left -= sizeOf(s.guess);
+    statistics_.guessed += sizeOf(s.guess);
+  }
+}
+
+// A token for every sequence whose last known token was read in this step, and one for each guess that was read.
 void Generator::sample(Operand hidden) {
-  sampled_.clear();
   std::vector<kernels::Sampling> settings;
   std::vector<int64_t> rows;
   int64_t row = 0;
-  for (size_t i = 0; i < running_.size(); ++i) {
-    const Sequence& s = running_[i];
+  for (const Sequence& s : running_) {
     row += s.rows;
-    if (s.rows == 0 || s.cached + s.rows != sizeOf(s.tokens)) continue;
-    sampled_.push_back(i);
-    rows.push_back(row - 1);
-    settings.push_back({settings_.temperature, settings_.topP, settings_.topK, settings_.seed,
-                        (*requests_)[static_cast<size_t>(s.request)].id, static_cast<uint32_t>(s.tokens.size())});
+    if (!s.samples()) continue;
+    for (int64_t i = 0; i <= sizeOf(s.guess); ++i) {
+      rows.push_back(row - 1 - sizeOf(s.guess) + i);
+      settings.push_back({settings_.temperature, settings_.topP, settings_.topK, settings_.seed,
+                          (*requests_)[static_cast<size_t>(s.request)].id,
+                          static_cast<uint32_t>(sizeOf(s.tokens) + i)});
+    }
   }
-  if (sampled_.empty()) return;
-  sampledTokens_.resize(sampled_.size());
-  sampledLogprobs_.assign(sampled_.size(), 0.0f);
+  sampledTokens_.resize(rows.size());
+  sampledLogprobs_.assign(rows.size(), 0.0f);
+  if (rows.empty()) return;
   if (parallel_.lastStage()) sampleRows(hidden, rows, settings);
   if (comm::Communicator* pipeline = parallel_.pipeline.get()) {
     pipeline->broadcast(sampledTokens_.data(), sizeOf(sampledTokens_) * 4, comm::Element::kByte, pipeline->size() - 1,
@@ -323,36 +350,55 @@ void Generator::sampleRows(Operand hidden, const std::vector<int64_t>& rows,
 }
 
 void Generator::collect(std::vector<Generated>& results) {
-  for (Sequence& s : running_) {
-    s.cached += s.rows;
-    s.rows = 0;
-  }
-  std::vector<bool> done(running_.size(), false);
-  for (size_t i = 0; i < sampled_.size(); ++i) {
-    Sequence& s = running_[sampled_[i]];
-    Generated& result = results[static_cast<size_t>(s.request)];
-    keepPrefix(s);
-    const int32_t token = sampledTokens_[i];
-    s.tokens.push_back(token);
-    result.tokens.push_back(token);
-    result.logprobs.push_back(sampledLogprobs_[i]);
-    const bool stopped =
-        std::find(settings_.stopTokens.begin(), settings_.stopTokens.end(), token) != settings_.stopTokens.end();
-    const bool full = sizeOf(result.tokens) == (*requests_)[static_cast<size_t>(s.request)].maxNewTokens;
-    if (!stopped && !full) continue;
-    result.finish = stopped ? Finish::kStop : Finish::kLength;
-    done[sampled_[i]] = true;
-  }
-  size_t kept = 0;
+  size_t first = 0, kept = 0;
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (done[i]) {
-      releasePages(running_[i]);
+    Sequence& s = running_[i];
+    Generated& result = results[static_cast<size_t>(s.request)];
+    bool done = false;
+    if (!s.samples()) {
+      s.cached += std::exchange(s.rows, 0);
     } else {
-      if (kept != i) running_[kept] = std::move(running_[i]);
+      keepPrefix(s);
+      const size_t count = s.guess.size() + 1;
+      done = take(s, first, result);
+      first += count;
+    }
+    if (done) {
+      releasePages(s);
+    } else {
+      if (kept != i) running_[kept] = std::move(s);
       ++kept;
     }
   }
   running_.resize(kept);
+}
+
+// What was sampled from `first` on, as far as the guesses before it are what was sampled. Whether the sequence is done.
+bool Generator::take(Sequence& s, size_t first, Generated& result) {
+  const GenerateRequest& request = (*requests_)[static_cast<size_t>(s.request)];
+  const std::vector<int32_t>& stops = settings_.stopTokens;
+  bool done = false;
+  size_t taken = 0;
+  for (bool guessed = true; guessed && !done; ++taken) {
+    const int32_t token = sampledTokens_[first + taken];
+    s.tokens.push_back(token);
+    result.tokens.push_back(token);
+    result.logprobs.push_back(sampledLogprobs_[first + taken]);
+    freshRequests_.push_back(s.request);
+    freshTokens_.push_back(token);
+    if (settings_.guesses > 0) drafter_.append(draftIndex_[static_cast<size_t>(s.request)], token);
+    const bool stopped = std::find(stops.begin(), stops.end(), token) != stops.end();
+    done = stopped || sizeOf(result.tokens) == request.maxNewTokens;
+    if (done) result.finish = stopped ? Finish::kStop : Finish::kLength;
+    guessed = taken < s.guess.size() && token == s.guess[taken];
+  }
+  const auto right = static_cast<int64_t>(taken) - 1;
+  statistics_.accepted += right;
+  s.nextGuess = right == sizeOf(s.guess) ? settings_.guesses : std::max<int64_t>(1, right);
+  s.guess.clear();
+  s.rows = 0;
+  s.cached = sizeOf(s.tokens) - 1;
+  return done;
 }
 
 // Requests that the caller ended keep what they have and finish as aborted.

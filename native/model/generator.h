@@ -3,6 +3,10 @@
 // later. None of it changes a bit of any sequence (DESIGN §2): a token is a function of weights, prompt, settings, seed
 // and id.
 //
+// Where few sequences decode, tokens may be guessed (drafter.h) and read beside the last known one of a sequence. The
+// model samples at each position in turn, with the random numbers of that position, and goes on while the guess is what
+// was sampled: the text and its log-probs are those without guesses. What was read beyond is written over.
+//
 // Several ranks run the same program on the same tokens: what comes from outside is told to all by the rank that
 // answers, and what the last stage samples by its ranks to their pipelines.
 #pragma once
@@ -14,6 +18,7 @@
 #include <mutex>
 #include <vector>
 
+#include "model/drafter.h"
 #include "model/kv_cache.h"
 #include "model/parallel.h"
 #include "model/transformer.h"
@@ -27,6 +32,8 @@ struct GenerateSettings {
   uint64_t seed;
   int64_t rows;       // rows of one forward pass: prompt chunks and decoding rows together
   int64_t sequences;  // sequences that run together, at most
+  int64_t guesses;    // for one sequence and step, at most
+  int64_t guessRows;  // rows of a step that has guesses, at most; as many are sampled, or as many as sequences
   int64_t pages;      // pages of keys and values, per layer
   bool poison;        // fill freed pages with NaN
 };
@@ -60,7 +67,7 @@ class GenerateControl {
 };
 
 struct GenerateStatistics {
-  int64_t steps = 0, rows = 0, preemptions = 0, sharedPositions = 0;
+  int64_t steps = 0, rows = 0, preemptions = 0, sharedPositions = 0, guessed = 0, accepted = 0;
 };
 
 class Generator {
@@ -80,7 +87,13 @@ class Generator {
     std::vector<int32_t> tokens;  // prompt, then what was generated
     int64_t cached = 0;           // positions whose keys and values are in pages
     int64_t rows = 0;             // rows of this step
-    std::vector<int32_t> pages;
+    std::vector<int32_t> pages = {};
+    std::vector<int32_t> guess = {};  // tokens that this step reads after the known ones
+    int64_t nextGuess = 0;            // how many the next step may have
+
+    int64_t missing() const { return static_cast<int64_t>(tokens.size()) - cached; }
+    // Its last known token is read in this step.
+    bool samples() const { return rows > 0 && rows == missing() + static_cast<int64_t>(guess.size()); }
   };
   // A prompt that several requests share: one of them reads it, its pages are kept until the others have started.
   struct Prefix {
@@ -104,9 +117,11 @@ class Generator {
   bool reserve(Sequence&);
   void preemptLast();
   Batch plan();
+  void guess();
   void sample(Operand hidden);
   void sampleRows(Operand hidden, const std::vector<int64_t>& rows, const std::vector<kernels::Sampling>&);
   void collect(std::vector<Generated>&);
+  bool take(Sequence&, size_t first, Generated&);
   void endRequested(const std::vector<int32_t>& requests);
   Orders agree(GenerateControl&);
   void releasePages(Sequence&);
@@ -130,10 +145,14 @@ class Generator {
   std::vector<Sequence> running_;
   std::vector<int32_t> prefixIndex_;  // of each request
   std::vector<Prefix> prefixes_;
-  // Of this step: sequences (in running_) that sampled, and what.
-  std::vector<size_t> sampled_;
+  Drafter drafter_;
+  std::vector<int32_t> draftIndex_;  // the drafter's text of each request, or kNone
+  static constexpr int32_t kNone = -1;
+  // Of this step: what was sampled, sequence by sequence of running_.
   std::vector<int32_t> sampledTokens_;
   std::vector<float> sampledLogprobs_;
+  // New tokens that the outside has not heard of.
+  std::vector<int32_t> freshRequests_, freshTokens_;
   GenerateStatistics statistics_;
 };
 

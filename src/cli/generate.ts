@@ -19,6 +19,7 @@ export const generateCommand: Command = {
     'top-k': { value: 'N', help: 'Sample from the N likeliest tokens (default 0: off)' },
     seed: { value: 'N', help: 'The same seed gives the same text (default 0)' },
     samples: { value: 'N', help: 'Samples of each prompt (default 1)' },
+    speculate: { value: 'N', help: 'Guess up to N tokens a step from what was seen; same text (default 0: off)' },
     'ignore-eos': { help: "Go on past the model's end tokens" },
     json: { help: 'One object per sample: tokens, text, logprobs, finish' },
     ...modelFlags,
@@ -68,6 +69,7 @@ function settingsOf(input: Input): GenerateSettings {
       topK: number(input, 'top-k', { minimum: 0, whole: true }),
       seed: number(input, 'seed', { minimum: 0, whole: true }),
       samples: number(input, 'samples', { minimum: 1, whole: true }),
+      speculation: number(input, 'speculate', { minimum: 0, whole: true }),
     }),
     ignoreEndTokens: input.switches.has('ignore-eos'),
   };

@@ -80,6 +80,11 @@ export interface SamplingOptions {
   /** Token ids that end a sequence; the id is part of the output. */
   stopTokens: readonly number[];
   seed: number | bigint;
+  /**
+   * Tokens that are guessed for a sequence and step where few sequences run, at most; 0, the default, turns it off. Guesses are
+   * what followed the same tokens before; texts and log-probs are the same bits without them.
+   */
+  speculation?: number;
 }
 
 export interface GenerateRequest {

@@ -10,11 +10,20 @@ import { checkSampling } from './sampling.js';
 export const generationRows = 512;
 /** Sequences that generate together, at most. */
 export const generationSequences = 256;
+/** Rows of a step that has guessed tokens, at most: what a row more costs little beside (docs/performance.md). */
+export const speculationRows = 8;
+
+/** Rows of a step that are sampled, at most. */
+export function sampledRows(sequences: number, speculation = 0): number {
+  return Math.max(sequences, Math.min(sequences * (1 + speculation), speculation > 0 ? speculationRows : 0));
+}
 
 export interface GenerationNeeds {
   requests: NativeGenerate['requests'];
   options: SamplingOptions;
   sequences: number;
+  /** Rows of a step that are sampled, at most. */
+  samples: number;
   rows: number;
   pages: number;
 }
@@ -25,8 +34,8 @@ export function generationNeeds(
   requests: readonly GenerateRequest[],
   options: GenerateOptions,
 ): GenerationNeeds {
-  const { temperature, topP, topK, seed } = options;
-  checkSampling({ temperature, topP, topK, seed });
+  const { temperature, topP, topK, seed, speculation } = options;
+  checkSampling({ temperature, topP, topK, seed, speculation });
   const native = requests.map((request, i) => {
     const room = shape.maxPositions - request.prompt.length;
     if (request.prompt.length < 1 || room < 0) {
@@ -41,11 +50,12 @@ export function generationNeeds(
   });
   const sequences = Math.min(requests.length, generationSequences);
   const prompts = native.reduce((sum, request) => sum + request.prompt.length, 0);
-  const rows = Math.max(sequences, Math.min(prompts, generationRows));
+  const samples = sampledRows(sequences, speculation);
+  const rows = Math.max(samples, Math.min(prompts, generationRows));
   const needed = native
     .map((request) => Math.ceil((request.prompt.length + request.maxNewTokens) / pagePositions))
     .sort((a, b) => b - a)
     .slice(0, sequences)
     .reduce((sum, pages) => sum + pages + 1, 0);
-  return { requests: native, options, sequences, rows, pages: needed };
+  return { requests: native, options, sequences, samples, rows, pages: needed };
 }

@@ -40,7 +40,7 @@ import type {
   TokenGradients,
 } from './engine.js';
 import { slicesToLoad, slicesToSave } from './file-slices.js';
-import { type GenerationNeeds, generationNeeds } from './generation-needs.js';
+import { type GenerationNeeds, generationNeeds, speculationRows } from './generation-needs.js';
 import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
   type KeptGradients,
@@ -98,6 +98,8 @@ export interface GenerationStatistics {
   rows: number;
   preemptions: number;
   sharedPositions: number;
+  guessed: number;
+  accepted: number;
 }
 
 /** One rank's model, or its part of one. Parameters start at zero: `load` or `writeTensor` fills them. */
@@ -357,7 +359,7 @@ export class NativeEngine implements Engine {
   }
 
   /** Pages of keys and values that the rank has room for, at most what is needed. */
-  pagesFor({ rows, sequences, pages: needed }: GenerationNeeds): number {
+  pagesFor({ rows, samples: sequences, pages: needed }: GenerationNeeds): number {
     const { dtype, share } = this;
     const { shape } = share;
     const begin = this.planUnits('generation').total;
@@ -367,11 +369,11 @@ export class NativeEngine implements Engine {
   }
 
   /** @throws LockstepError STATE_NOT_ON_DEVICE, MEMORY_BUDGET */
-  planGeneration({ requests, options, sequences, rows }: GenerationNeeds, pages: number): NativeGenerate {
+  planGeneration({ requests, options, sequences, samples, rows }: GenerationNeeds, pages: number): NativeGenerate {
     this.require('generate');
     const { dtype, share } = this;
     const units = this.planUnits('generation');
-    const plan = planGeneration(share.shape, dtype, { rows, sequences, pages }, share, units.total);
+    const plan = planGeneration(share.shape, dtype, { rows, sequences: samples, pages }, share, units.total);
     this.device.requireWorkspace(plan.total, `Generation of ${sequences} sequences together`);
     return {
       plan,
@@ -383,6 +385,8 @@ export class NativeEngine implements Engine {
       seed: BigInt.asUintN(64, BigInt(options.seed)),
       rows,
       sequences,
+      guesses: options.speculation ?? 0,
+      guessRows: speculationRows,
       pages,
       requests,
     };

@@ -169,6 +169,8 @@ export interface NativeGenerate {
   seed: bigint;
   rows: number;
   sequences: number;
+  guesses: number;
+  guessRows: number;
   pages: number;
   requests: { prompt: Int32Array; maxNewTokens: number; id: bigint }[];
 }
@@ -180,6 +182,9 @@ export interface NativeGenerated {
   rows: number;
   preemptions: number;
   sharedPositions: number;
+  /** Tokens that were guessed, and those of them that were what the model sampled. */
+  guessed: number;
+  accepted: number;
 }
 
 /** Flat quadruples: source row, tensor index, row in that tensor, count. */

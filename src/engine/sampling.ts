@@ -18,6 +18,7 @@ const limits = {
   seed: { holds: Number.isSafeInteger, expected: 'a whole number' },
   maxNewTokens: whole(1),
   samples: whole(1),
+  speculation: { ...whole(0), expected: 'a whole number, at least 0 (0 turns it off)' },
 } satisfies Record<string, Limit>;
 
 /**

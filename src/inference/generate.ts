@@ -21,6 +21,8 @@ export interface GenerateSettings {
   /** Default 0: off. */ topK?: number;
   /** Default 0. */ seed?: number;
   /** Samples of each prompt; default 1. */ samples?: number;
+  /** Tokens that are guessed for a sample and step where few run, at most; it changes no text. Default 0: off. */
+  speculation?: number;
   /** Go on past the model's end tokens. */ ignoreEndTokens?: boolean;
   /** Strings that end a sample; the text is cut before them. */ stop?: readonly string[];
   signal?: AbortSignal;
@@ -166,6 +168,7 @@ function samplingOptions(model: OpenModel, settings: GenerateSettings): Generate
     topP = 1,
     topK = 0,
     seed = 0,
+    speculation = 0,
     ignoreEndTokens = false,
   } = settings;
   return {
@@ -174,6 +177,7 @@ function samplingOptions(model: OpenModel, settings: GenerateSettings): Generate
     topP,
     topK,
     seed,
+    speculation,
     stopTokens: ignoreEndTokens ? [] : model.endTokens,
   };
 }

@@ -314,7 +314,7 @@ export function planScoring(s: ModelShape, dtype: Dtype, size: CallSize, place: 
   return planner.done();
 }
 
-/** Generation: `rows` of a step, `sequences` that run together, `pages` of keys and values in every layer. */
+/** Generation: `rows` of a step, `sequences` of which tokens are sampled together, `pages` of keys and values in every layer. */
 export function planGeneration(
   s: ModelShape,
   dtype: Dtype,

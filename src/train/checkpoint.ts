@@ -175,11 +175,12 @@ async function readState(directory: string): Promise<TrainerState> {
 }
 
 /**
- * The part of a configuration that decides what the weights become. Paths are compared by `earlierDifference`; threads, memory and
- * micro-batches change no bit; how often a run is saved or evaluated and (at a constant rate) how long it goes may change.
+ * The part of a configuration that decides what the weights become. Paths are compared by `earlierDifference`; threads, memory,
+ * micro-batches and speculation change no bit; how often a run is saved or evaluated and (at a constant rate) how long it goes may change.
  */
 function settingsOf(config: Config): Settings {
-  const { algorithm, dtype, optimizer, rollout, numerics, seed, steps, data } = config;
+  const { algorithm, dtype, optimizer, numerics, seed, steps, data } = config;
+  const { speculation, ...rollout } = config.rollout;
   const varies = (schedule: string | undefined) => schedule !== undefined && schedule !== 'constant';
   const { critic, costCritic, ptx } = config as Partial<ConfigOf<'safe-rlhf'>>;
   const critics = Object.entries({ critic, costCritic }).filter(([, given]) => given !== undefined);

@@ -1,6 +1,6 @@
 /** A run on GPUs: which pool computes on which, how much memory it has there, and what it needs beside models and workspace. */
 import { configLimit, gpuBudget, type MemoryLimit } from '../engine/device.js';
-import { generationRows, generationSequences } from '../engine/generation-needs.js';
+import { generationRows, generationSequences, sampledRows } from '../engine/generation-needs.js';
 import { loadNative, resolveProcessor, rowGrainOf } from '../engine/native.js';
 import {
   type GpuCall,
@@ -118,10 +118,11 @@ function addendBytes({ shape, generates }: Role, { parallel, generation }: Confi
 function gpuCall(role: Role, config: Config): GpuCall {
   const { score, generate } = mostSequences(config);
   const { rows } = largestCall(config.batch.microTokens, score, rowGrainOf(config.device));
-  const generating = Math.max(generationRows, Math.min(generate, generationSequences));
+  const samples = sampledRows(Math.min(generate, generationSequences), config.rollout.speculation);
+  const generating = Math.max(generationRows, samples);
   return {
     rows: role.generates ? Math.max(rows, generating) : rows,
-    sequences: role.generates ? Math.max(score, generate) : score,
+    sequences: role.generates ? Math.max(score, generate, samples) : score,
     train: role.trained,
     generates: role.generates,
   };

@@ -1,5 +1,5 @@
 /** The calls of a run and what each needs on the device: the preflight adds them up, and offload plans its moves by them. */
-import { generationRows, generationSequences } from '../engine/generation-needs.js';
+import { generationRows, generationSequences, sampledRows } from '../engine/generation-needs.js';
 import { logitBlockOf, rowGrainOf } from '../engine/native.js';
 import { generationView } from '../layout/generation-view.js';
 import {
@@ -174,7 +174,8 @@ function workspaceOf(
   const sequences = Math.min(most.generate, generationSequences);
   const pagesOf = (positions: number): number => Math.ceil(Math.min(shape.maxPositions, positions) / pagePositions) + 1;
   const bytes = (pages: number): number => {
-    const call = { rows: Math.max(sequences, generationRows), sequences, pages };
+    const samples = sampledRows(sequences, rollout.speculation);
+    const call = { rows: Math.max(samples, generationRows), sequences: samples, pages };
     return config.generation
       ? mostOfGeneration(role, config, call)
       : mostOf(role, config, (rank) => {

@@ -27,6 +27,8 @@ const rolloutShape = (samples: number) => ({
   temperature: nonNegative.default(1),
   topP: z.number().positive().max(1).default(1),
   topK: countOrZero.default(0),
+  /** Tokens that are guessed for a sequence and step where few sequences are left, at most. It changes no bit; 0 turns it off. */
+  speculation: countOrZero.default(0),
   /** Strings that end a response. */
   stop: z.array(text).default([]),
   /** A response cut by `maxNewTokens`: learned from as it is, left out of losses, or charged `truncationPenalty`. */

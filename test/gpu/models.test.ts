@@ -53,6 +53,10 @@ async function generated(engine: NativeEngine, prompts: readonly Int32Array[], m
   const requests = prompts.map((prompt, id) => ({ prompt, id }));
   const settings = { maxNewTokens, temperature: 0.8, topK: 20, topP: 0.9, seed: 3, stopTokens: [] };
   const results = await engine.generate(requests, settings);
+  const greedy = { ...settings, temperature: 0, maxNewTokens: 2 * maxNewTokens };
+  expect(await engine.generate(requests, { ...greedy, speculation: 3 })).toEqual(
+    await engine.generate(requests, greedy),
+  );
   return results.map(({ tokens, logprobs }) => ({ tokens: [...tokens], logprobs: [...logprobs] }));
 }
 

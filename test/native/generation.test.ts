@@ -126,6 +126,91 @@ describe('pages', () => {
   });
 });
 
+describe('speculation', () => {
+  // A text that repeats what its prompt has, and answers to one prompt, give something to guess from.
+  const [first, second, third] = sequencesOf(tinyShape, [9, 70, 5]);
+  const repeated = Int32Array.from([...first!, ...first!, ...first!]);
+  const prompts = [repeated, second!, third!, third!];
+  const counts = [1, 2, 3, 7, 20];
+
+  test.each(dtypes)('changes no text and no log-prob, greedy or sampled: %s', (dtype) =>
+    withEngine(tiny, { dtype, poison: true }, async (engine) => {
+      for (const temperature of [0, 0.02, 1]) {
+        for (const requests of [requestsOf([repeated]), requestsOf(prompts)]) {
+          const options = { ...sampling, temperature, maxNewTokens: 130 };
+          const plain = await engine.generate(requests, options);
+          const { steps } = engine.lastGeneration!;
+          expect(engine.lastGeneration).toMatchObject({ guessed: 0, accepted: 0 });
+          for (const speculation of counts) {
+            sameAll(await engine.generate(requests, { ...options, speculation }), plain, `${speculation} guesses`);
+            const { guessed, accepted, steps: fewer } = engine.lastGeneration!;
+            expect(guessed).toBeGreaterThanOrEqual(accepted);
+            if (temperature > 0.5) continue;
+            expect(accepted).toBeGreaterThan(0);
+            expect(fewer).toBeLessThan(steps);
+            // One sequence alone: every step has its own token and those that were guessed.
+            if (requests.length === 1) expect(fewer).toBe(steps - accepted);
+          }
+        }
+      }
+    }),
+  );
+
+  test('ends where a text without it ends: at stop tokens, the most tokens, the last position', () =>
+    withEngine(tiny, { dtype: 'float32', poison: true }, async (engine) => {
+      const near = Int32Array.from({ length: tinyShape.maxPositions - 40 }, (_, i) => first![i % 9]!);
+      const requests = requestsOf([repeated, near]);
+      const options = { ...sampling, temperature: 0, maxNewTokens: 100 };
+      const free = await engine.generate(requests, options);
+      const stopTokens = [free[0]!.tokens[60]!];
+      for (const changed of [{}, { stopTokens }, { maxNewTokens: 1 }, { maxNewTokens: 61 }]) {
+        const plain = await engine.generate(requests, { ...options, ...changed });
+        sameAll(await engine.generate(requests, { ...options, ...changed, speculation: 5 }), plain, 'speculation 5');
+      }
+      expect(free[1]!.tokens.length).toBe(40);
+    }));
+
+  test('sends no sequence back for want of pages that only guesses need', async () => {
+    const requests = requestsOf(prompts);
+    const options = { ...sampling, temperature: 0, maxNewTokens: 150 };
+    let plain: Generated[] = [];
+    let memoryBytes = 0;
+    await withEngine(tiny, { dtype: 'float32' }, async (engine, device) => {
+      plain = await engine.generate(requests, options);
+      memoryBytes = budgetForPages(engine, device.heldBytes, requests, pagesOf(70 + 150) + 2, 7);
+    });
+    await withEngine(tiny, { dtype: 'float32', poison: true, memoryBytes }, async (engine) => {
+      sameAll(await engine.generate(requests, { ...options, speculation: 7 }), plain, 'few pages');
+      expect(engine.lastGeneration!.preemptions).toBeGreaterThan(0);
+      expect(engine.lastGeneration!.accepted).toBeGreaterThan(0);
+    });
+  });
+
+  test('is for few sequences', () =>
+    withEngine(tiny, { dtype: 'float32', poison: true }, async (engine) => {
+      const requests = requestsOf(Array.from({ length: 12 }, () => repeated)).map((request, i) => ({
+        ...request,
+        maxNewTokens: i < 2 ? 60 : 30,
+      }));
+      const options = { ...sampling, temperature: 0 };
+      const plain = await engine.generate(requests, options);
+      const { steps } = engine.lastGeneration!;
+      sameAll(await engine.generate(requests, { ...options, speculation: 3 }), plain, 'the last two');
+      // While all run nothing is guessed, so those steps are as many.
+      expect(engine.lastGeneration!.accepted).toBeGreaterThan(0);
+      expect(engine.lastGeneration!.steps).toBeGreaterThan(30);
+      expect(engine.lastGeneration!.steps).toBeLessThan(steps);
+    }));
+
+  test('is a whole number', () =>
+    withEngine(tiny, { dtype: 'float32' }, async (engine) => {
+      await expect(engine.generate(requestsOf(prompts), { ...sampling, speculation: 1.5 })).rejects.toMatchObject({
+        code: 'SAMPLING_INVALID',
+        message: expect.stringMatching(/speculation: expected a whole number/),
+      });
+    }));
+});
+
 describe('settings', () => {
   const prompts = sequencesOf(tinyShape, [12, 3, 40, 7]);
   const requests = requestsOf(prompts);

@@ -82,10 +82,14 @@ async function generateAll(engine: Engine): Promise<Generated[]> {
   const prompts = sequencesOf(engine.shape, [3, 17, longest, 1]);
   const requests = requestsOf([...prompts, prompts[2]!, prompts[1]!]);
   const sampled = { ...sampling, maxNewTokens: 16, stopTokens: [Math.floor(vocabulary / 3)] };
+  const greedy = { ...sampled, temperature: 0 };
+  const few = requests.slice(0, 2);
+  const plain = await engine.generate(few, greedy);
+  sameTexts(await engine.generate(few, { ...greedy, speculation: 3 }), plain, 'with guesses');
   return [
     ...(await engine.generate(requests, sampled)),
     ...(await engine.generate(requests, { ...sampled, temperature: 0.7, topP: 0.9, topK: 12 })),
-    ...(await engine.generate(requests.slice(0, 2), { ...sampled, temperature: 0 })),
+    ...plain,
   ];
 }
 

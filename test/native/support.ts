@@ -17,7 +17,7 @@ import type {
   GenerateRequest,
   ParameterSpace,
 } from '../../src/engine/engine.js';
-import { generationRows, generationSequences } from '../../src/engine/generation-needs.js';
+import { generationRows, generationSequences, sampledRows } from '../../src/engine/generation-needs.js';
 import { loadNative } from '../../src/engine/native.js';
 import { NativeEngine } from '../../src/engine/native-engine.js';
 import { pagePositions, planGeneration } from '../../src/layout/memory-plan.js';
@@ -353,8 +353,9 @@ export function budgetForPages(
   heldBytes: number,
   requests: readonly GenerateRequest[],
   pages: number,
+  speculation = 0,
 ): number {
-  const sequences = Math.min(requests.length, generationSequences);
+  const sequences = sampledRows(Math.min(requests.length, generationSequences), speculation);
   const prompts = requests.reduce((sum, { prompt }) => sum + prompt.length, 0);
   const rows = Math.max(sequences, Math.min(prompts, generationRows));
   return heldBytes + planGeneration(engine.shape, engine.dtype, { rows, sequences, pages }).total;

@@ -49,7 +49,16 @@ describe('defaults', () => {
         warmupSteps: 0,
       },
       batch: { sequences: 64, microTokens: 8192 },
-      rollout: { samples: 1, maxNewTokens: 256, temperature: 1, topP: 1, topK: 0, stop: [], truncation: 'keep' },
+      rollout: {
+        samples: 1,
+        maxNewTokens: 256,
+        temperature: 1,
+        topP: 1,
+        topK: 0,
+        speculation: 0,
+        stop: [],
+        truncation: 'keep',
+      },
       ppo: {
         epochs: 1,
         miniBatches: 4,

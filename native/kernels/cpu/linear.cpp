@@ -76,6 +76,8 @@ struct FewRows {
     return count;
   }
   int64_t levelFloats() const { return tiles.rows * kFewStride; }
+  // Steps of the left operand for a row of a panel, which of bfloat16 holds pairs.
+  int64_t leftPerRow() const { return product.w.dtype == DType::kBFloat16 && !kPairArithmetic ? 2 : 1; }
   size_t bytes() const {
     return static_cast<size_t>(leftFloats() + (treeLevels(product.leaves()) + 1) * levelFloats()) * sizeof(float);
   }
@@ -92,13 +94,13 @@ struct FewRows {
   }
 };
 
-// All rows against one block of steps of a panel of `vectors` vectors, which is column `column` of the output on. Every
-// row tile but the first finds the panel cached.
-inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vectors, const Direct& direct,
-                       Group group) {
+// All rows, from step `leftSteps` of their block on, against `call.steps` rows of a panel of `vectors` vectors. Every
+// row tile but the first finds them cached.
+inline void sweepRows(Form form, TileCall call, int64_t leftSteps, const Tiles& tiles, int64_t vectors,
+                      const Direct& direct, Group group) {
   const TileCall base = call;
   const int64_t columns = group.count;
-  // The next block of the panel comes nearer while this one is used: every tile fetches an equal share of it.
+  // As many rows of the panel come nearer while these are used: every tile fetches an equal share of them.
   const int64_t first = panelVectors(tiles.count(0), vectors), sweeps = (vectors + first - 1) / first;
   const int64_t fetches = (base.steps + kStepsPerFetch - 1) / kStepsPerFetch;
   const int64_t lines = base.steps * vectors / (sweeps * tiles.last * (fetches > 0 ? fetches : 1)) + 1;
@@ -114,8 +116,8 @@ inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vec
     group.count = smaller(16 * width, columns - 16 * v);
     for (int64_t i = 0; i < tiles.last; ++i) {
       const int64_t at = tiles.begin(i) * kFewStride + 16 * v;
-      call.left = base.left + tiles.begin(i) * kLeftFloats;
       call.leftStep = kLeftByRows ? 1 : tiles.count(i);
+      call.left = base.left + tiles.begin(i) * kLeftFloats + leftSteps * call.leftStep;
       call.right = base.right + 16 * v;
       call.ahead = next + (v / first * tiles.last + i) * share * 16;
       call.from = base.from == nullptr ? nullptr : base.from + at;
@@ -129,12 +131,30 @@ inline void sweepPanel(Form form, TileCall call, const Tiles& tiles, int64_t vec
   }
 }
 
+// All rows against a block of a panel, sweepDepth rows of it at a time; sums wait in `waiting` in between.
+inline void sweepPanel(Form form, const TileCall& block, const FewRows& few, int64_t vectors, const Direct& direct,
+                       const Group& group, float* waiting) {
+  const int64_t depth = sweepDepth(few.tiles.rows), leftPerRow = few.leftPerRow();
+  for (int64_t first = 0; first < block.steps || first == 0; first += depth) {
+    const bool last = first + depth >= block.steps;
+    TileCall call = block;
+    call.right += first * block.rightStep;
+    call.steps = smaller(depth, block.steps - first);
+    if (first > 0) call.from = waiting;
+    if (!last) {
+      call.levelCount = 0;
+      call.to = waiting;
+    }
+    sweepRows(form, call, first * leftPerRow, few.tiles, vectors, last ? direct : Direct{}, group);
+  }
+}
+
 // A panel's accumulators, finished, kFewStride apart; what is direct has gone its way.
 inline const float* multiplyPanel(const FewRows& few, const float* left, const Group& group, int64_t vectors,
                                   float* levels) {
   const Forward& product = few.product;
   const bool pairPanel = product.w.dtype == DType::kBFloat16;
-  const int64_t leaves = product.leaves(), stepsPerPanelRow = pairPanel && !kPairArithmetic ? 2 : 1;
+  const int64_t leaves = product.leaves(), leftPerRow = few.leftPerRow();
   float* const result = levels + treeLevels(leaves) * few.levelFloats();
   for (int64_t leaf = 0; leaf < leaves; ++leaf) {
     const int64_t steps = product.steps(leaf), blocks = FewRows::blocks(steps);
@@ -144,9 +164,9 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, const G
       TileCall call{};
       call.left = left;
       call.leftByRows = kLeftByRows;
-      call.right = panel.data + block * kDepth / stepsPerPanelRow * panel.width;
+      call.right = panel.data + block * kDepth / leftPerRow * panel.width;
       call.rightStep = panel.width;
-      call.steps = smaller(kDepth, steps - block * kDepth) / stepsPerPanelRow;
+      call.steps = smaller(kDepth, steps - block * kDepth) / leftPerRow;
       call.from = block == 0 ? nullptr : result;
       call.levels = levels;
       call.levelStride = few.levelFloats();
@@ -154,8 +174,8 @@ inline const float* multiplyPanel(const FewRows& few, const float* left, const G
       call.to = last ? levels + call.levelCount * few.levelFloats() : result;
       call.stride = kFewStride;
       const bool finished = last && leaf == leaves - 1;
-      sweepPanel(pairPanel ? Form::kPairs : Form::kPlain, call, few.tiles, vectors,
-                 finished ? product.direct : Direct{}, group);
+      sweepPanel(pairPanel ? Form::kPairs : Form::kPlain, call, few, vectors, finished ? product.direct : Direct{},
+                 group, result);
     }
   }
   return result;

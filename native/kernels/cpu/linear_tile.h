@@ -18,11 +18,20 @@ constexpr int kTileRows = 14, kTileVectors = 2;
 constexpr int kRowsOfWidth[5] = {0, 4, 14, 0, 6};  // most rows of a tile of 1, 2, 4 vectors
 constexpr bool kLeftByRows = false;
 constexpr int64_t kDepth = 512;
+constexpr int64_t sweepDepth(int64_t) {
+  return kDepth;
+}
 #else
 constexpr int kTileRows = 6, kTileVectors = 1;
 constexpr int kRowsOfWidth[5] = {0, 6, 2, 0, 1};
 constexpr bool kLeftByRows = true;
 constexpr int64_t kDepth = 384;
+// Rows of a panel that few rows of the left operand sweep at once, in tiles narrower than the panel: a stretch that is
+// short enough that memory sees it read from front to back, and stays in the first cache for the next tile
+// (docs/performance.md).
+constexpr int64_t sweepDepth(int64_t rows) {
+  return rows == 1 ? kDepth : rows <= kTileRows ? 16 : rows <= 16 ? 64 : kDepth;
+}
 #endif
 constexpr int64_t kTileColumns = 16 * kTileVectors;
 
