@@ -50,11 +50,17 @@ async function run(input: Input, { terminal, interrupts }: Session): Promise<num
       terminal.write(piece);
     };
     const live = alone && !json ? { onText } : {};
-    for await (const completion of generate(options, rows, { ...settings, ...live, signal: ending })) {
+    const total = { guessed: 0, accepted: 0 };
+    const onGuesses = ({ guessed, accepted }: typeof total) => {
+      total.guessed += guessed;
+      total.accepted += accepted;
+    };
+    for await (const completion of generate(options, rows, { ...settings, ...live, onGuesses, signal: ending })) {
       if (json) terminal.print(completionJson(completion));
       else if (alone) terminal.print(plainText(completion).slice(streamed.length));
       else terminal.print(`[row ${completion.index + 1}, sample ${completion.sample + 1}]\n${plainText(completion)}\n`);
     }
+    if (settings.speculation) terminal.note(`${total.accepted} of ${total.guessed} guessed tokens were right`);
     return 0;
   });
   return work.catch(failWithFlags);

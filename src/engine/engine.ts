@@ -112,10 +112,18 @@ export interface GenerateProgress {
   total: number;
 }
 
+/** Tokens that were guessed (`speculation`), and those of them that were what the model sampled. */
+export interface Guesses {
+  guessed: number;
+  accepted: number;
+}
+
 export interface GenerateOptions extends SamplingOptions {
   signal?: AbortSignal;
   /** Called on the JavaScript thread; return indices of requests to end now (a stop string was seen). */
   onProgress?: (progress: GenerateProgress) => readonly number[] | undefined;
+  /** With `speculation`: called at the end, once for every replica that had requests. */
+  onGuesses?: (guesses: Guesses) => void;
 }
 
 /** Which copy of the parameters a state access means. */

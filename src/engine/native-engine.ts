@@ -347,6 +347,7 @@ export class NativeEngine implements Engine {
       if (thrown) throw thrown.error;
       options.signal?.throwIfAborted();
       this.lastGeneration = statistics;
+      if (options.speculation) options.onGuesses?.({ guessed: statistics.guessed, accepted: statistics.accepted });
       return results;
     } finally {
       options.signal?.removeEventListener('abort', abort);

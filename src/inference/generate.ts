@@ -5,7 +5,7 @@ import { generatedStream, generatedText } from '../data/generated-text.js';
 import type { Columns } from '../data/jsonl.js';
 import { parseRow, placeText, type RowPlace } from '../data/rows.js';
 import { type StopStrings, watchStops } from '../data/stop-strings.js';
-import type { Generated, GenerateOptions, GenerateRequest } from '../engine/engine.js';
+import type { Generated, GenerateOptions, GenerateRequest, Guesses } from '../engine/engine.js';
 import { checkSampling } from '../engine/sampling.js';
 import { LockstepError } from '../errors.js';
 import { explainPositionLimit } from '../layout/config.js';
@@ -25,6 +25,8 @@ export interface GenerateSettings {
   speculation?: number;
   /** Go on past the model's end tokens. */ ignoreEndTokens?: boolean;
   /** Strings that end a sample; the text is cut before them. */ stop?: readonly string[];
+  /** With `speculation`: how many tokens were guessed, and how many of them were right; called some times, to be added up. */
+  onGuesses?: (guesses: Guesses) => void;
   signal?: AbortSignal;
   /** Text as it appears, for one sample of one prompt; with stop strings, text that may begin one is held back. */
   onText?: (text: string) => void;
@@ -138,6 +140,7 @@ async function sample(
   const generated = await model.engine.generate(requests, {
     ...samplingOptions(model, settings),
     ...(signal ? { signal } : {}),
+    ...(settings.onGuesses ? { onGuesses: settings.onGuesses } : {}),
     ...(stops || live
       ? {
           onProgress: ({ requests: owners, tokens }) => {

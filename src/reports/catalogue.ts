@@ -206,6 +206,13 @@ const others: readonly ChartDefinition[] = [
     unit: 'tokens',
   },
   {
+    title: 'Guessed tokens per step',
+    note: 'With rollout.speculation: tokens that were guessed, and those of them that were what the policy sampled. Each of these saved a step of its answer.',
+    metrics: { 'speculation.tokens': 'guessed', 'speculation.accepted': 'right' },
+    ...{ fromZero: true, exact: true },
+    unit: 'tokens',
+  },
+  {
     title: 'State moved per step',
     note: 'Models that take turns on the device: what left it, came back, and was dropped without being copied; weights that came to the generation layout.',
     metrics: {

@@ -54,15 +54,23 @@ export async function rolloutTask(
     data: { 'data.train': sources.train.size, ...(pretraining ? { 'ptx.data': pretraining.size } : {}) },
     trained,
     step: async (iteration): Promise<Outcome> => {
+      const before = models.actor.guesses();
       const prompts = await data.begin(iteration);
       const context = { iteration, pretraining: await pretraining?.batch(iteration), draw: data.draw };
       const { metrics, rollout, rewards } = await algorithm.iterate(models, prompts, context);
       const { max, tokens } = models.actor.mismatch();
+      const { guessed, accepted } = models.actor.guesses();
       return {
         metrics: {
           ...metrics,
           ...(rollout ? { ...unknownMetric(rollout, tokenizer), tokens: rollout.tokens.length } : {}),
           ...(tokens > 0 ? { 'mismatch.max': max, 'mismatch.tokens': tokens } : {}),
+          ...(config.rollout.speculation > 0
+            ? {
+                'speculation.tokens': guessed - before.guessed,
+                'speculation.accepted': accepted - before.accepted,
+              }
+            : {}),
         },
         samples: rollout
           ? samplesOf(rollout, tokenizer, {

@@ -4,7 +4,7 @@ import type { TokenBatch } from '../data/batch.js';
 import type { GenerationOptions, Prompt, Rollout } from '../data/rollout.js';
 import { watchStops } from '../data/stop-strings.js';
 import type { Tokenizer } from '../data/tokenizer.js';
-import type { Engine, SamplingOptions } from '../engine/engine.js';
+import type { Engine, Guesses, SamplingOptions } from '../engine/engine.js';
 import type { Experience, Loss } from '../losses/loss.js';
 import { forwardAll } from './batches.js';
 import { Canary, type CanaryReport } from './canary.js';
@@ -29,6 +29,7 @@ function create(engine: Engine, settings: ActorSettings) {
   const counted = counting(settings);
   const forward = { microTokens: settings.microTokens, temperature: settings.temperature ?? 1 };
   let report: CanaryReport = { max: 0, tokens: 0 };
+  let guesses: Guesses = { guessed: 0, accepted: 0 };
 
   const sample = async (
     prompts: readonly Prompt[],
@@ -51,6 +52,9 @@ function create(engine: Engine, settings: ActorSettings) {
         onProgress: ({ requests, tokens, total }) => {
           alive(`token ${total} of a generation`);
           return stops?.push(requests, tokens);
+        },
+        onGuesses: ({ guessed, accepted }) => {
+          guesses = { guessed: guesses.guessed + guessed, accepted: guesses.accepted + accepted };
         },
       },
     );
@@ -80,6 +84,8 @@ function create(engine: Engine, settings: ActorSettings) {
     computeLoss: (batch: Experience, loss: Loss) => computeLoss(engine, batch, loss, settings),
     /** Of the last update from a rollout. */
     mismatch: () => report,
+    /** Of all generations so far. */
+    guesses: () => guesses,
   };
 }
 

@@ -3,6 +3,7 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
+import { digests } from '../digests.js';
 import { configFile, fixtures, lockstep, metricsOf, smallModel, temporary, writeRows } from './train-process.js';
 
 let folder: string;
@@ -134,6 +135,48 @@ describe('sft, then a reward model, then ppo', () => {
     expect(critic.architectures).toEqual(['LlamaForTokenClassification']);
     const generated = await lockstep(['generate', tuned, '--prompt', chat(1), '--max-new-tokens', '4', '--json']);
     expect([generated.code, JSON.parse(generated.stdout).tokens.length]).toEqual([0, expect.any(Number)]);
+  });
+
+  it('guessed tokens change no byte of a run, which may turn them on when it goes on', async () => {
+    const rows = Array.from({ length: 8 }, (_, i) => ({ prompt: chat(i) + good(i) + good(i) + good(i) }));
+    const train = await writeRows(join(folder, 'guessed.jsonl'), rows);
+    const ran = async (name: string, speculation: number, steps = 2, ...flags: string[]) => {
+      const output = join(folder, name);
+      const config = {
+        ...{ algorithm: 'grpo', model: smallModel, data: { train }, dtype: 'float32', output, steps },
+        ...{ batch: { sequences: 4 }, reward: [{ length: { max: 30, buffer: 10 } }], memory: { device: '2GiB' } },
+        ...{ rollout: { samples: 2, maxNewTokens: 40, temperature: 0.02, speculation }, checks: { mismatch: 'all' } },
+      };
+      const path = await configFile(folder, config, `${name}.json`);
+      const { code, stderr } = await lockstep(['train', path, ...flags]);
+      expect([name, code, stderr]).toEqual([name, 0, expect.any(String)]);
+      return { bytes: await digests(join(output, 'checkpoints', `step-00000${steps}`)), rows: await metricsOf(output) };
+    };
+    const plain = await ran('plain', 0);
+    const guessed = await ran('guessed', 3);
+    expect(guessed.bytes).toEqual(plain.bytes);
+    await ran('resumed', 0, 1);
+    expect((await ran('resumed', 3, 2, '--resume')).bytes).toEqual(plain.bytes);
+    expect(plain.rows[0]).not.toHaveProperty(['speculation.tokens']);
+    for (const row of guessed.rows) {
+      expect(row['speculation.accepted']).toBeGreaterThan(0);
+      expect(row['speculation.tokens']).toBeGreaterThanOrEqual(row['speculation.accepted']!);
+    }
+    const [prompt] = rows;
+    const words = [
+      'generate',
+      smallModel,
+      '--prompt',
+      prompt!.prompt,
+      '--max-new-tokens',
+      '200',
+      '--temperature',
+      '0',
+      '--ignore-eos',
+    ];
+    const [alone, guessing] = [await lockstep(words), await lockstep([...words, '--speculate', '3'])];
+    expect(guessing.stdout).toBe(alone.stdout);
+    expect(guessing.stderr).toMatch(/^[1-9]\d* of [1-9]\d* guessed tokens were right$/m);
   });
 
   it('a TypeScript reward with await, and one that throws', async () => {
