@@ -25,6 +25,7 @@ const benches: Record<string, { load: () => Promise<Bench>; units: string[] }> =
   attention: { load: () => import('../../bench/attention.js'), units: ['share of ceiling'] },
   optimizer: { load: () => import('../../bench/optimizer.js'), units: ['times the bytes at bandwidth'] },
   decode: { load: () => import('../../bench/decode.js'), units: ['tokens/s', 'share of memory bandwidth'] },
+  speculation: { load: () => import('../../bench/speculation.js'), units: ['times the tokens/s without guesses'] },
   training: {
     load: () => import('../../bench/training.js'),
     units: ['tokens/s', 'share of the multiply-add peak', 'share of a training step'],
