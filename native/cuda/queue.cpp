@@ -292,8 +292,8 @@ void* Queue::scratch(size_t bytes) {
   synchronize();
   forget();  // graphs have its address
   if (scratch_ != nullptr) {
-    check(cudaFreeAsync(std::exchange(scratch_, nullptr), stream_), "giving scratch memory back");
     scratchSize_ = 0;
+    check(cudaFreeAsync(std::exchange(scratch_, nullptr), stream_), "giving scratch memory back");
     synchronize();
   }
   check(cudaMallocAsync(&scratch_, bytes, stream_), "scratch memory");

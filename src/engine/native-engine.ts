@@ -43,6 +43,7 @@ import { slicesToLoad, slicesToSave } from './file-slices.js';
 import { type GenerationNeeds, generationNeeds, speculationRows } from './generation-needs.js';
 import { ModelState, moveState, type StateGroup, type StatePlaces } from './model-state.js';
 import {
+  type GenerationStatistics,
   type KeptGradients,
   loadNative,
   type NativeForward,
@@ -92,16 +93,6 @@ export interface TensorHome {
   source: TensorSource;
 }
 
-/** How one generation went; `Engine.generate` of this class leaves it in `lastGeneration`. */
-export interface GenerationStatistics {
-  steps: number;
-  rows: number;
-  preemptions: number;
-  sharedPositions: number;
-  guessed: number;
-  accepted: number;
-}
-
 /** One rank's model, or its part of one. Parameters start at zero: `load` or `writeTensor` fills them. */
 export class NativeEngine implements Engine {
   readonly shape: ModelShape;
@@ -113,6 +104,7 @@ export class NativeEngine implements Engine {
   readonly replicas = 1;
   /** Its state, which can leave the device. */
   readonly state: ModelState;
+  /** Of the last `generate`. */
   lastGeneration: GenerationStatistics | undefined;
   /** Among those of its world. */
   readonly device: Device;

@@ -15,6 +15,7 @@ import type {
   ForwardResult,
   Generated,
   GenerateProgress,
+  Guesses,
   ParameterSpace,
   TokenGradients,
 } from './engine.js';
@@ -175,16 +176,17 @@ export interface NativeGenerate {
   requests: { prompt: Int32Array; maxNewTokens: number; id: bigint }[];
 }
 
-export interface NativeGenerated {
-  results: Generated[];
+/** How one generation went. */
+export interface GenerationStatistics extends Guesses {
   /** Forward passes, rows in them, sequences sent back for want of pages, positions taken over from a shared prompt. */
   steps: number;
   rows: number;
   preemptions: number;
   sharedPositions: number;
-  /** Tokens that were guessed, and those of them that were what the model sampled. */
-  guessed: number;
-  accepted: number;
+}
+
+export interface NativeGenerated extends GenerationStatistics {
+  results: Generated[];
 }
 
 /** Flat quadruples: source row, tensor index, row in that tensor, count. */

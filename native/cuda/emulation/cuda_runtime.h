@@ -275,19 +275,24 @@ inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
 // Waits for what all streams of the GPU were given, so for the ranks that it waits for; meanwhile other GPUs go on.
 inline cudaError_t cudaDeviceSynchronize() {
   std::map<emulated::Stream*, std::uint64_t> given;
-  for (bool first = true, done = false; !done; first = false) {
-    if (!first) sched_yield();
+  {
     std::lock_guard lock(emulated::machine.mutex);
     for (auto* stream : emulated::streams) {
-      if (stream->device != emulated::device || !first) continue;
+      if (stream->device != emulated::device) continue;
       if (emulated::spoils(stream)) return cudaErrorStreamCaptureUnsupported;
       given[stream] = stream->queued;
     }
+  }
+  for (bool done = false; !done; sched_yield()) {
+    std::lock_guard lock(emulated::machine.mutex);
     done = true;
     for (auto* stream : emulated::streams) {
-      const bool asked = given.contains(stream);
-      const cudaError_t error = emulated::run_until(*stream, asked ? given[stream] : ~0ull);
-      done = done && !(asked && error == cudaErrorNotReady);
+      const auto asked = given.find(stream);
+      if (asked == given.end()) {
+        emulated::run_until(*stream, ~0ull);
+      } else if (emulated::run_until(*stream, asked->second) == cudaErrorNotReady) {
+        done = false;
+      }
     }
   }
   return cudaGetLastError();
